@@ -1,0 +1,38 @@
+# Every target sets up what it needs in .venv and remembers it by a stamp file there.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+MINUTES ?= 120
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check data train clean
+
+demo: $(VENV)/.demo
+	$(RUN) -m pipelines.emoji
+
+test: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest
+
+check: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+data: $(VENV)/.train
+	$(RUN) -m pipelines.emoji.data
+
+train: $(VENV)/.train
+	$(RUN) -m pipelines.emoji.train --stage all --minutes $(MINUTES)
+
+clean:
+	rm -rf $(VENV) demo
+
+# One stamp an extra: $(VENV)/.dev stands for `pip install -e .[dev]`.
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.train: $(VENV)/.%: pyproject.toml constraints.txt | $(RUN)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+$(RUN):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=/path/to/python")'
+	$(PYTHON) -m venv $(VENV)

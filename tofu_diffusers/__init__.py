@@ -1,0 +1,41 @@
+"""Fewer latent tokens for any diffusers pipeline: one call to apply, one call to remove.
+
+>>> from tofu_diffusers import apply_tofu, remove_tofu
+>>> handle = apply_tofu(pipe, ratio=0.5)
+>>> image = pipe("a red apple").images[0]
+>>> remove_tofu(pipe)
+"""
+
+from .apply import Handle, apply_tofu, remove_tofu
+from .config import TofuConfig
+from .families import FAMILIES
+from .fold import FOLDS, reduce
+from .grid import TokenGrid
+from .methods import METHODS, Evidence, Method
+from .plan import Plan
+from .profiles import profile
+from .restore import RESTORES, restore
+from .schedule import Schedule
+from .summary import Summary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FAMILIES",
+    "FOLDS",
+    "METHODS",
+    "RESTORES",
+    "Evidence",
+    "Handle",
+    "Method",
+    "Plan",
+    "Schedule",
+    "Summary",
+    "TofuConfig",
+    "TokenGrid",
+    "apply_tofu",
+    "profile",
+    "reduce",
+    "remove_tofu",
+    "restore",
+]

@@ -1,0 +1,429 @@
+"""apply_tofu and remove_tofu: one call puts token reduction on a pipeline or model, one takes it off."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from .attach import attach, changed_by_tomesd, components, detach, state_of, unwrap
+from .clock import unwatch, watch
+from .config import TofuConfig, check_field_names
+from .families import Family, Run, find_family, known_classes
+from .profiles import default_config
+from .session import PipelineReference, Projection, Session, Unit
+from .sites import (
+    AttentionSite,
+    ProjectionSite,
+    Root,
+    Site,
+    attention_forward,
+    block_forward,
+    observed_block_forward,
+    projection_forward,
+    root_forward,
+)
+from .summary import Summary, site_stats, summarise
+
+
+def apply_tofu(target: Any, config: TofuConfig | float | None = None, **options: Any) -> Handle:
+    """Make a pipeline or denoiser run with fewer tokens, until `remove_tofu` or `handle.remove()`.
+
+    Example:
+        >>> handle = apply_tofu(pipe, ratio=0.5)
+        >>> image = pipe("a red apple").images[0]
+        >>> remove_tofu(pipe)
+
+    Args:
+        target: A pipeline (all its denoisers), a modular pipeline, or a denoiser, compiled or not.
+        config: A TofuConfig, or a ratio. Without one, options build it: on the denoiser family's default
+            profile, or, where they name a method, on that method's own fold and restore.
+        options: Fields of TofuConfig; with a config they replace its fields.
+
+    Returns:
+        A handle: a context manager with `summary()`, `stats()`, `step()` and `remove()`.
+
+    Raises:
+        TypeError: if the target is no pipeline or model, or a number is not a number.
+        ValueError: if the target has no denoiser of a known family or no site, was changed by tomesd, or
+            the configuration does not hold. The target is then as it was.
+    """
+    check_field_names(options)
+    pipeline, models = _denoisers(target, options.get("family"))
+    if isinstance(config, TofuConfig):
+        family = options.get("family", config.family)
+    else:
+        family = options.get("family")
+        if config is not None:
+            if "ratio" in options:
+                raise ValueError(f"ratio given twice: {config!r} and {options['ratio']!r}")
+            options["ratio"] = config
+            config = None
+    plans = []
+    for model in models:
+        if changed_by_tomesd(model):
+            raise ValueError(
+                f"{type(model).__name__} was changed by tomesd; call tomesd.remove_patch(pipe) first"
+            )
+        kind = find_family(model, family)
+        resolved = (
+            config.replace(**options) if config is not None else default_config(kind.name, options)
+        )
+        plans.append((model, kind, resolved, _Layout(model, kind, resolved)))
+    remove_tofu(target)
+    sessions = []
+    try:
+        for model, kind, resolved, layout in plans:
+            session = Session(
+                resolved, kind, layout.units, layout.projections, PipelineReference(pipeline)
+            )
+            sessions.append((model, session))
+            layout.attach(model, session)
+            scheduler = getattr(pipeline, "scheduler", None)
+            if scheduler is not None:
+                watch(scheduler, session)
+    except BaseException:
+        for model, session in sessions:
+            _remove(model, session)
+        raise
+    return Handle(sessions)
+
+
+def remove_tofu(target: Any) -> None:
+    """Give back the exact original. Does nothing to a target without tofu.
+
+    Args:
+        target: What `apply_tofu` was given, or a (deep) copy of it.
+    """
+    parts = components(target)
+    for model in [
+        unwrap(part)
+        for part in (parts.values() if parts else [target])
+        if isinstance(part, nn.Module)
+    ]:
+        root = state_of(model)
+        if isinstance(root, Root):
+            _remove(model, root.session)
+
+
+class Handle:
+    """What `apply_tofu` returns. As a context manager it removes tofu at the end."""
+
+    def __init__(self, sessions: list[tuple[nn.Module, Session]]) -> None:
+        self._sessions = sessions
+
+    @property
+    def config(self) -> TofuConfig:
+        """The configuration in force (of the first denoiser)."""
+        return self._sessions[0][1].config
+
+    @property
+    def removed(self) -> bool:
+        """Whether tofu was removed, or replaced by another apply_tofu."""
+        return all(session.removed for _, session in self._sessions)
+
+    def summary(self) -> Summary:
+        """Sites, tokens in and kept, share of the denoiser's FLOPs saved, bytes of caches.
+
+        Of the last generation, or of a nominal one if there was none. FLOPs are counted by torch's
+        FlopCounterMode on a weightless copy of the denoiser.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+        """
+        self._check()
+        return summarise(self._sessions)
+
+    def stats(self) -> list[dict[str, Any]]:
+        """For every site of the last generation: `name, scope, calls, tokens_in, tokens_kept`.
+
+        Tokens are those of one image in one condition, summed over the calls.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+        """
+        self._check()
+        return [row for _, session in self._sessions for row in site_stats(session)]
+
+    def step(self, index: int, total: int, *, conditions: int = 1) -> None:
+        """Tell a bare model its denoising step; call it before the step's forward(s).
+
+        Args:
+            index: Of the step, from 0.
+            total: Steps in this generation.
+            conditions: Into how many equal parts the batch falls by guidance (2: unconditional rows,
+                then conditional ones). Guidance in two calls is `conditions=1`, conditional call first.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+            ValueError: if the step is not one of the total.
+        """
+        self._check()
+        if not 0 <= index < total:
+            raise ValueError(f"step {index} is not one of {total} steps; count from 0")
+        if conditions < 1:
+            raise ValueError(f"conditions {conditions} is below 1")
+        for _, session in self._sessions:
+            session.tell(index, total, conditions)
+
+    def remove(self) -> None:
+        """Give back the exact original.
+
+        Raises:
+            RuntimeError: if the handle was already removed.
+        """
+        self._check()
+        for model, session in self._sessions:
+            _remove(model, session)
+
+    def _check(self) -> None:
+        if self.removed:
+            raise RuntimeError(
+                "this handle was removed (by remove, remove_tofu or another apply_tofu); call apply_tofu again"
+            )
+
+    def __enter__(self) -> Handle:
+        self._check()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self.removed:
+            self.remove()
+
+
+def _denoisers(target: Any, family: str | None) -> tuple[Any, list[nn.Module]]:
+    """The pipeline (None for a bare model) and its denoisers, unwrapped."""
+    parts = components(target)
+    if not parts:
+        if not isinstance(target, nn.Module):
+            raise TypeError(
+                f"apply_tofu takes a diffusers pipeline or a denoiser, not {type(target).__name__}"
+            )
+        return None, [unwrap(target)]
+    models = {name: unwrap(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    known = known_classes()
+    found = [
+        model
+        for model in models.values()
+        if any(parent.__name__ in known for parent in type(model).__mro__)
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(target).__name__} has no denoiser of a known class; it has "
+            f"{', '.join(f'{name}: {type(model).__name__}' for name, model in models.items()) or 'no models'}, "
+            f"and known are {', '.join(sorted(known))}"
+        )
+    return target, found
+
+
+def _remove(model: nn.Module, session: Session) -> None:
+    for module in model.modules():
+        if state_of(module) is not None:
+            detach(module)
+    unwatch(session)
+    session.forget()
+    session.removed = True
+
+
+@dataclass
+class _Stretch:
+    """Consecutive blocks of one run that shrink as one unit."""
+
+    run: Run
+    blocks: list[tuple[str, nn.Module]]
+    depths: list[float]
+
+
+class _Layout:
+    """Which modules get which forward. Made before anything is touched, so that a refusal leaves no trace."""
+
+    def __init__(self, model: nn.Module, family: Family, config: TofuConfig) -> None:
+        self.family = family
+        self.config = config
+        self.units: list[Unit] = []
+        self.projections: list[Projection] = []
+        self._blocks: list[tuple[nn.Module, dict[str, Any]]] = []
+        runs = family.runs(model)
+        ordered = [block for run in runs for block in run.blocks]
+        count = len(ordered)
+        self._order = {name: i for i, (name, _) in enumerate(ordered)}
+        self._depth = {name: i / max(1, count - 1) for name, i in self._order.items()}
+        self._count = count
+        acted = False
+        for run in runs:
+            for stretch in self._stretches(run):
+                acted |= self._lay(stretch)
+        if not acted:
+            raise ValueError(
+                f"{type(model).__name__} has no site for tofu: {count} blocks on levels "
+                f"{sorted({run.level for run in runs})}, and levels={config.levels}, "
+                f"first_blocks={config.first_blocks}, last_blocks={config.last_blocks}, "
+                f"scope={config.scope!r} leave none; relax one of them"
+            )
+
+    def attach(self, model: nn.Module, session: Session) -> None:
+        names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        attach(model, root_forward, Root(session, type(model).forward, root_forward, names))
+        for block, plan in self._blocks:
+            on_attention = self.config.scope == "attention"
+            forward = observed_block_forward if on_attention else block_forward
+            site = Site(
+                plan["name"],
+                session,
+                type(block).forward,
+                forward,
+                plan["span"],
+                plan["first"],
+                plan["last"],
+                plan["alone"],
+            )
+            attach(block, forward, site)
+            for attribute, attention in self.family.attentions(block).items():
+                if on_attention:
+                    unit = plan["attentions"][attribute]
+                    state = AttentionSite(
+                        unit.name, attribute, site, unit, type(attention).forward, attention_forward
+                    )
+                    attach(attention, attention_forward, state)
+            for attribute, module, projection in plan["projections"]:
+                original = type(module).forward
+                attach(
+                    module,
+                    projection_forward,
+                    ProjectionSite(attribute, site, projection, original, projection_forward),
+                )
+
+    def _is_whole(self, name: str, level: int) -> bool:
+        config, index = self.config, self._order[name]
+        inside = config.first_blocks <= index < self._count - config.last_blocks
+        return not inside or (config.levels is not None and level not in config.levels)
+
+    def _stretches(self, run: Run) -> list[_Stretch]:
+        """The run cut where blocks stay whole, and into single blocks unless a span is one unit."""
+        stretches: list[_Stretch] = []
+        together = self.config.scope == "span" or self._block_equals_span()
+        previous_whole = True
+        for name, block in run.blocks:
+            whole = self._is_whole(name, run.level)
+            if stretches and together and not whole and not previous_whole:
+                stretches[-1].blocks.append((name, block))
+                stretches[-1].depths.append(self._depth[name])
+            elif not whole:
+                stretches.append(_Stretch(run, [(name, block)], [self._depth[name]]))
+            previous_whole = whole
+        return stretches
+
+    def _block_equals_span(self) -> bool:
+        """Whether blocks one by one and a span of them give the same, up to rounding (DESIGN: Scope).
+
+        True for prune with any restore and for mean with copy, under one plan and one ratio, unless
+        removed tokens need a current state between blocks (context "fresh").
+        """
+        config = self.config
+        if config.scope != "block" or config.context == "fresh" or config.share == "block":
+            return False
+        if not config.depth_schedule.is_constant:
+            return False
+        folds = {config.fold_at(depth) for depth in (0.0, 1.0)}
+        restores = {config.restore_at(depth) for depth in (0.0, 1.0)}
+        return folds == {"prune"} or (folds == {"mean"} and restores == {"copy"})
+
+    def _unit(
+        self, name: str, run: Run, block_name: str, depth: float, width: int, split: bool | None
+    ) -> Unit:
+        config = self.config
+        share = {"block": block_name, "run": run.name, "level": "level"}[config.share]
+        unit = Unit(
+            name,
+            run.level,
+            share,
+            depth,
+            config.fold_at(depth),
+            config.restore_at(depth),
+            width,
+            split=split,
+        )
+        self.units.append(unit)
+        return unit
+
+    def _lay(self, stretch: _Stretch) -> bool:
+        """Plan the forwards of one stretch; returns whether any token can shrink there."""
+        config, run = self.config, stretch.run
+        blocks = stretch.blocks
+        acted = False
+        joint = None
+        if len(blocks) > 1 and config.scope != "attention":
+            depth = sum(stretch.depths) / len(stretch.depths)
+            name = f"{blocks[0][0]}-{blocks[-1][0].rsplit('.', 1)[-1]}"
+            joint = self._unit(name, run, blocks[0][0], depth, self._width(blocks[0][1]), False)
+        for i, ((name, block), depth) in enumerate(zip(blocks, stretch.depths, strict=True)):
+            attentions = self.family.attentions(block)
+            if config.scope == "attention":
+                units = {
+                    attribute: self._unit(
+                        f"{name}.{attribute}",
+                        run,
+                        name,
+                        depth,
+                        int(attention.query_dim),
+                        None,  # type: ignore[arg-type]
+                    )
+                    for attribute, attention in attentions.items()
+                }
+                alone = next(iter(units.values()), None)
+                if alone is None:
+                    continue
+            else:
+                units = {}
+                alone = self._unit(
+                    name, run, name, depth, self._width(block), None if joint is None else True
+                )
+            acted = True
+            self._blocks.append(
+                (
+                    block,
+                    {
+                        "name": name,
+                        "span": joint or alone,
+                        "first": joint is None or i == 0,
+                        "last": joint is None or i == len(blocks) - 1,
+                        "alone": alone,
+                        "attentions": units,
+                        "projections": self._projections(name, run, attentions),
+                    },
+                )
+            )
+        return acted
+
+    def _projections(
+        self, name: str, run: Run, attentions: dict[str, nn.Module]
+    ) -> list[tuple[str, nn.Module, Projection]]:
+        if self.config.context == "none":
+            return []
+        found = []
+        for attribute, attention in attentions.items():
+            if getattr(attention, "fused_projections", False):
+                raise ValueError(
+                    f"{name}.{attribute} has fused QKV projections, which hide the keys and values that context "
+                    f"{self.config.context!r} needs; call unfuse_qkv_projections() or use context='none'"
+                )
+            for key in ("to_k", "to_v"):
+                projection = Projection(
+                    f"{name}.{attribute}.{key}", run.level, int(attention.inner_kv_dim), False
+                )  # type: ignore[arg-type]
+                if self.config.context == "cached":
+                    self.projections.append(projection)
+                found.append((attribute, getattr(attention, key), projection))
+        return found
+
+    def _width(self, block: nn.Module) -> int:
+        attention = next(iter(self.family.attentions(block).values()), None) or block.attn1
+        return int(attention.query_dim)  # type: ignore[union-attr, arg-type]

@@ -1,0 +1,109 @@
+"""Puts a forward of ours at the innermost position of a module, and takes it out again.
+
+The only file that touches private state of diffusers or accelerate. Both wrap a module by keeping its
+forward somewhere and putting their own on the instance. Ours goes where the class's forward is kept, so
+that their hooks stay outside of it, whatever was added or removed before or after, and in which order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+STATE = "_tofu"
+Forward = Callable[..., Any]
+
+
+def attach(module: nn.Module, forward: Forward, state: object) -> None:
+    """Make `forward(module, *args, **kwargs)` the module's innermost forward, with `state` on the instance.
+
+    `forward` must be a module-level function: closures do not survive a deepcopy of the model.
+
+    Raises:
+        RuntimeError: if the module's own forward cannot be found because something replaced it.
+    """
+    original = type(module).forward
+    ours = MethodType(forward, module)
+    module.__dict__[STATE] = state
+    if "forward" not in module.__dict__:
+        module.__dict__["forward"] = ours
+        return
+    if not _swap(module, original, ours):
+        del module.__dict__[STATE]
+        raise RuntimeError(
+            f"the forward of {type(module).__name__} was replaced by "
+            f"{module.__dict__['forward']!r}; remove that change before apply_tofu"
+        )
+
+
+def detach(module: nn.Module) -> None:
+    """Undo `attach`: put the class's forward back wherever ours is, and drop the state."""
+    current = module.__dict__.get("forward")
+    state = module.__dict__.pop(STATE)
+    ours = state.forward
+    if _is(current, ours):
+        del module.__dict__["forward"]
+    _swap(module, ours, MethodType(type(module).forward, module))
+
+
+def state_of(module: nn.Module) -> Any:
+    """The state that `attach` put on the instance, or None."""
+    return module.__dict__.get(STATE)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a `torch.compile` wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def components(target: object) -> dict[str, Any]:
+    """The named parts of a pipeline (modular ones too); empty if the target is none."""
+    parts = getattr(target, "components", None)
+    return dict(parts) if isinstance(parts, dict) else {}
+
+
+def changed_by_tomesd(model: nn.Module) -> bool:
+    """Whether tomesd has patched this model (it swaps the classes of its blocks)."""
+    return hasattr(model, "_tome_info") or any(
+        type(module).__name__ == "ToMeBlock" for module in model.modules()
+    )
+
+
+def checkpoints_blocks(model: nn.Module) -> bool:
+    """Whether gradient checkpointing will rerun blocks of this model one by one."""
+    return torch.is_grad_enabled() and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
+
+
+def _is(candidate: object, function: Forward) -> bool:
+    return getattr(candidate, "__func__", None) is function
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[object, str]]:
+    """Every place (holder, attribute) where a wrapper may keep the forward that it wraps."""
+    registry = module.__dict__.get("_diffusers_hook")
+    references = list(registry._fn_refs) if registry is not None else []
+    for reference in references:
+        yield reference, "forward"
+        yield reference, "original_forward"
+    yield module, "_old_forward"
+    yield module, "forward"
+
+
+def _swap(module: nn.Module, old: Forward, new: MethodType) -> bool:
+    """Replace a method whose function is `old` by `new` in every slot; returns whether any was found."""
+    found = False
+    for holder, name in _slots(module):
+        value = holder.__dict__.get(name)
+        if _is(value, old):
+            holder.__dict__[name] = new
+            found = True
+        elif value is not None and _is(getattr(value, "__wrapped__", None), old):
+            # Wrappers remember what they wrap for inspect.signature; this is no call path.
+            value.__wrapped__ = new
+    return found

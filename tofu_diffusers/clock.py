@@ -1,0 +1,114 @@
+"""Knows the denoising step: counts a scheduler's own calls, on the instance, without touching the device.
+
+`set_timesteps` starts a generation (its timesteps are read to the host once), every `step` advances it.
+That is right for two-call schedulers, image-to-image and classifier-free guidance in two calls, where
+counting the denoiser's calls is not.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .session import Session
+
+CLOCK = "_tofu_clock"
+WATCHED = ("set_timesteps", "step")
+
+
+class Clock:
+    """Tells sessions when a scheduler starts a generation and when it advances."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.sessions: list[Session] = []
+
+    def start(self) -> None:
+        for session in self.sessions:
+            session.begin(noise_levels(self.scheduler))
+
+    def advance(self) -> None:
+        for session in self.sessions:
+            session.advance()
+
+
+class Watched:
+    """One method of one scheduler: calls it, then tells the clock. Survives a deepcopy of the pipeline."""
+
+    def __init__(self, clock: Clock, name: str) -> None:
+        self.clock = clock
+        self.name = name
+        self.inner = clock.scheduler.__dict__.get(name)
+
+    @property
+    def _method(self) -> Any:
+        scheduler = self.clock.scheduler
+        return self.inner or getattr(type(scheduler), self.name).__get__(scheduler)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # Pipelines look up which arguments a scheduler takes.
+        return inspect.signature(self._method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._method(*args, **kwargs)
+        if self.name == "set_timesteps":
+            self.clock.start()
+        else:
+            self.clock.advance()
+        return result
+
+
+def watch(scheduler: Any, session: Session) -> None:
+    """Let a scheduler tell this session its steps."""
+    clock = scheduler.__dict__.get(CLOCK)
+    if clock is None:
+        clock = Clock(scheduler)
+        scheduler.__dict__[CLOCK] = clock
+        for name in WATCHED:
+            if hasattr(scheduler, name):
+                scheduler.__dict__[name] = Watched(clock, name)
+    if session not in clock.sessions:
+        clock.sessions.append(session)
+        session.schedulers.append(scheduler)
+
+
+def unwatch(session: Session) -> None:
+    """Undo every `watch` of this session; the last session out puts a scheduler's methods back."""
+    for scheduler in session.schedulers:
+        clock: Clock = scheduler.__dict__[CLOCK]
+        clock.sessions = [other for other in clock.sessions if other is not session]
+        if not clock.sessions:
+            _restore(scheduler)
+    session.schedulers.clear()
+
+
+def _restore(scheduler: Any) -> None:
+    del scheduler.__dict__[CLOCK]
+    for name in WATCHED:
+        ours = scheduler.__dict__.get(name)
+        if isinstance(ours, Watched):
+            if ours.inner is None:
+                del scheduler.__dict__[name]
+            else:
+                scheduler.__dict__[name] = ours.inner
+
+
+def is_watched(scheduler: Any, session: Session) -> bool:
+    """Whether this scheduler already tells this session its steps."""
+    clock = getattr(scheduler, "__dict__", {}).get(CLOCK)
+    return clock is not None and session in clock.sessions
+
+
+def noise_levels(scheduler: Any) -> list[float]:
+    """Timesteps of the coming generation as fractions of the training range, 1 = pure noise.
+
+    One host read a generation.
+    """
+    timesteps = scheduler.timesteps
+    values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
+    most = float(
+        getattr(scheduler.config, "num_train_timesteps", None) or max(values, default=1.0) or 1.0
+    )
+    return [min(1.0, max(0.0, value / most)) for value in values]

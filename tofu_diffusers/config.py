@@ -1,0 +1,255 @@
+"""What tofu does, as one frozen value: validated at construction, JSON both ways."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import numbers
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .fold import FOLDS
+from .methods import Method, make_method
+from .restore import CACHED, RESTORES
+from .schedule import Schedule
+
+SCOPES = ("attention", "block", "span")
+CONTEXTS = ("none", "fresh", "cached")
+SHARES = ("block", "run", "level")
+FILE_NAME = "tofu_config.json"
+FORMAT = 1
+
+
+def one_of(what: str, value: object, valid: Iterable[str]) -> None:
+    """Raise ValueError naming the valid values (and the closest) unless `value` is one of them."""
+    valid = sorted(valid)
+    if value in valid:
+        return
+    close = difflib.get_close_matches(str(value), valid, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"unknown {what} {value!r}{hint}; choose one of {', '.join(valid)}")
+
+
+@dataclass(frozen=True)
+class TofuConfig:
+    """Configuration of token reduction.
+
+    Args:
+        ratio: Fraction of the image tokens removed where tofu acts, in [0, 1).
+        method: Which tokens go: a name of `tofu_diffusers.METHODS`.
+        method_options: Options of the method, by name.
+        fold: What a kept token becomes: "prune", "mean", "mlerp"; None: the method's own.
+        restore: What a removed token gets back: "copy", "mlerp", "temporal", "taylor", "blend"; None:
+            the method's own.
+        scope: Around what tokens shrink: "attention", "block" or "span" (a run of blocks).
+        context: What attention sees of removed tokens: "none"; "fresh" (keys and values from their
+            current state); "cached" (their last keys and values).
+        schedule: Factor on the ratio over the noise level (position 0: pure noise, 1: clean image). A
+            `Schedule` or what `Schedule.of` takes.
+        depth_schedule: The same over the depth (0: first block, 1: last block).
+        first_steps, last_steps: Denoiser evaluations left whole at the start and the end.
+        first_blocks, last_blocks: Blocks never reduced at the start and the end of the denoiser.
+        share: Who shares a plan within a step: each "block" has its own, a "run" of blocks one, or all
+            blocks of a "level" (a token grid) one.
+        reuse: Denoising steps that a plan is used for.
+        levels: UNet resolution levels to act on (0 = finest); None: all.
+        min_tokens: Leave token grids smaller than this whole.
+        max_age: Staleness bound of the cached restores, in steps; None: unbounded.
+        memory_limit: Most GiB that caches may take; None: no limit.
+        seed: Seed of the methods that draw; the global generator is never touched.
+        family: Family of the denoiser by name; None: found from its class.
+
+    Raises:
+        TypeError: if a number is not a number.
+        ValueError: if a value is unknown, out of range, or does not go with another.
+    """
+
+    ratio: float = 0.5
+    method: str = "tofu"
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    fold: str | None = None
+    restore: str | None = None
+    scope: str = "block"
+    context: str = "none"
+    schedule: Schedule = Schedule()
+    depth_schedule: Schedule = Schedule()
+    first_steps: int = 0
+    last_steps: int = 0
+    first_blocks: int = 0
+    last_blocks: int = 0
+    share: str = "run"
+    reuse: int = 1
+    levels: tuple[int, ...] | None = None
+    min_tokens: int = 0
+    max_age: int | None = None
+    memory_limit: float | None = None
+    seed: int = 0
+    family: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("ratio", self.ratio)
+        if not 0.0 <= self.ratio < 1.0:
+            raise ValueError(
+                f"ratio {self.ratio} is outside [0, 1): it is the fraction of tokens removed, 0.5 halves them"
+            )
+        object.__setattr__(self, "ratio", float(self.ratio))
+        object.__setattr__(self, "schedule", Schedule.of(self.schedule))
+        object.__setattr__(self, "depth_schedule", Schedule.of(self.depth_schedule))
+        object.__setattr__(self, "method_options", dict(self.method_options))
+        if self.fold is not None:
+            one_of("fold", self.fold, FOLDS)
+        if self.restore is not None:
+            one_of("restore", self.restore, RESTORES)
+        one_of("scope", self.scope, SCOPES)
+        one_of("context", self.context, CONTEXTS)
+        one_of("share", self.share, SHARES)
+        for name in ("first_steps", "last_steps", "first_blocks", "last_blocks", "min_tokens"):
+            _check_whole(name, getattr(self, name), 0)
+        _check_whole("reuse", self.reuse, 1)
+        _check_whole("seed", self.seed, 0)
+        if self.max_age is not None:
+            _check_whole("max_age", self.max_age, 1)
+        if self.levels is not None:
+            object.__setattr__(self, "levels", tuple(self.levels))
+            for level in self.levels:
+                _check_whole("levels", level, 0)
+        if self.memory_limit is not None:
+            _check_number("memory_limit", self.memory_limit)
+            if self.memory_limit <= 0:
+                raise ValueError(
+                    f"memory_limit {self.memory_limit} GiB must be above 0; None sets no limit"
+                )
+        limit = self.make_method().max_ratio
+        if self.ratio > limit:
+            raise ValueError(
+                f"ratio {self.ratio:g} exceeds {limit:g}, the most method {self.method!r} can remove with "
+                f"options {dict(self.method_options)}; lower the ratio or change the options"
+            )
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        prunes = {self.fold_at(depth) for depth in (0.0, 1.0)} == {"prune"}
+        cached = {self.restore_at(depth) for depth in (0.0, 1.0)} & CACHED
+        if (self.context != "none" or cached) and not prunes:
+            what = (
+                f"context {self.context!r}"
+                if self.context != "none"
+                else f"restore {min(cached)!r}"
+            )
+            raise ValueError(
+                f"{what} needs fold 'prune' at every site (a folded token has no state of its own to keep), "
+                f"not {self.fold or self.method + chr(39) + 's own'!r}; pass fold='prune'"
+            )
+        if self.scope == "span" and self.context == "fresh":
+            raise ValueError(
+                "scope 'span' cannot have context 'fresh': inside a span removed tokens have no current "
+                "state; use scope 'block', or context 'cached'"
+            )
+        if self.scope == "span" and self.share == "block":
+            raise ValueError(
+                "scope 'span' needs one plan a run; use share 'run' or 'level', or scope 'block'"
+            )
+
+    def make_method(self) -> Method:
+        """The method with its options.
+
+        Raises:
+            ValueError: on an unknown method or option.
+        """
+        options = dict(self.method_options)
+        if self.max_age is not None and self.method == "importance":
+            # The choice must keep the bound that the restores assume.
+            options.setdefault("max_age", self.max_age)
+        return make_method(self.method, **options)
+
+    def fold_at(self, depth: float) -> str:
+        """The fold at a depth in [0, 1]: the field, or else the method's own."""
+        return self.fold or self.make_method().fold(depth)
+
+    def restore_at(self, depth: float) -> str:
+        """The restore at a depth in [0, 1]: the field, or else the method's own."""
+        return self.restore or self.make_method().restore(depth)
+
+    @property
+    def needs_steps(self) -> list[str]:
+        """Why this configuration must know the denoising step; empty if each call can stand alone."""
+        method = self.make_method()
+        reasons = {
+            f"restore {self.restore_at(0.0)!r}": bool(
+                {self.restore_at(0.0), self.restore_at(1.0)} & CACHED
+            ),
+            f"context {self.context!r}": self.context == "cached",
+            f"method {self.method!r} (source {method.source!r})": method.warmup > 0,
+            f"schedule {self.schedule.kind!r}": not self.schedule.is_constant,
+            "first_steps and last_steps": self.first_steps + self.last_steps > 0,
+            f"reuse {self.reuse}": self.reuse > 1,
+        }
+        return [reason for reason, holds in reasons.items() if holds]
+
+    def replace(self, **changes: Any) -> TofuConfig:
+        """A copy with some fields changed, validated again."""
+        check_field_names(changes)
+        return TofuConfig(
+            **{item.name: getattr(self, item.name) for item in fields(self)} | changes
+        )
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object."""
+        return json.dumps({"format": FORMAT} | asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TofuConfig:
+        """The configuration that `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is no such JSON object, or of another format.
+        """
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"a TofuConfig is a JSON object, not a {type(data).__name__}")
+        if data.pop("format", FORMAT) != FORMAT:
+            raise ValueError(
+                f"this version reads TofuConfig format {FORMAT}; update tofu_diffusers"
+            )
+        check_field_names(data)
+        return cls(**data)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `tofu_config.json` into a folder, such as a saved pipeline's; returns the file's path."""
+        path = Path(folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TofuConfig:
+        """Read `tofu_config.json` from a folder.
+
+        Raises:
+            FileNotFoundError: if the folder holds none.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"no {FILE_NAME} in {folder}; write one with TofuConfig.save")
+        return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+def check_field_names(names: Iterable[str]) -> None:
+    """Raise ValueError naming the closest field unless all are fields of TofuConfig."""
+    valid = [item.name for item in fields(TofuConfig)]
+    for name in names:
+        one_of("option", name, valid)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} {value} is below {least}")

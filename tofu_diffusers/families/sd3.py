@@ -1,0 +1,66 @@
+"""SD3Transformer2DModel: Stable Diffusion 3 and 3.5, joint attention over image tokens, then text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import TokenGrid
+from .base import Args, Family, Kwargs, Run, register_family
+
+
+@register_family
+class SD3Family(Family):
+    """One run over all blocks. Position is added at patchify, so nothing but the tokens shrinks."""
+
+    name = "sd3"
+    classes = ("SD3Transformer2DModel",)
+    sample_name = "hidden_states"
+    output_index = 1
+
+    def runs(self, model: Any) -> list[Run]:
+        blocks = model.transformer_blocks
+        return [
+            Run(
+                "transformer_blocks",
+                0,
+                tuple((f"transformer_blocks.{i}", b) for i, b in enumerate(blocks)),
+            )
+        ]
+
+    def attentions(self, block: Any) -> dict[str, nn.Module]:
+        names = ["attn", "attn2"] if getattr(block, "use_dual_attention", False) else ["attn"]
+        return {name: getattr(block, name) for name in names}
+
+    def grids(self, model: Any, sample: Tensor) -> dict[int, TokenGrid]:
+        height, width = sample.shape[-2:]
+        patch = model.config.patch_size
+        return {0: TokenGrid(height // patch, width // patch)}
+
+    def attention_inputs(
+        self, block: Any, x: Tensor, args: Args, kwargs: Kwargs
+    ) -> dict[str, Tensor]:
+        temb = args[2] if len(args) > 2 else kwargs["temb"]
+        normed = block.norm1(x, emb=temb)
+        inputs = {"attn": normed[0]}
+        if getattr(block, "use_dual_attention", False):
+            inputs["attn2"] = normed[5]
+        return inputs
+
+    def splits_runs(self, kwargs: Kwargs) -> str | None:
+        for name in ("block_controlnet_hidden_states", "skip_layers"):
+            if kwargs.get(name) is not None:
+                return name
+        return None
+
+    def example(self, model: Any) -> Kwargs:
+        config = model.config
+        size = config.sample_size
+        return {
+            "hidden_states": torch.empty(2, config.in_channels, size, size, device="meta"),
+            "encoder_hidden_states": torch.empty(2, 333, config.joint_attention_dim, device="meta"),
+            "pooled_projections": torch.empty(2, config.pooled_projection_dim, device="meta"),
+            "timestep": torch.empty(2, device="meta"),
+        }

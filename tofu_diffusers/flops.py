@@ -1,0 +1,70 @@
+"""Counts the denoiser's FLOPs with and without tofu, on a copy without weights.
+
+torch's FlopCounterMode runs over the real forward of a copy on the meta device, with the same forwards
+attached: what it counts is what runs. Nothing is computed and no weight is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from .apply import Handle
+    from .session import Session
+
+
+def count(
+    model: nn.Module, session: Session, settings: Iterable[tuple[str, ...]]
+) -> dict[tuple[str, ...], int]:
+    """FLOPs of one forward of the denoiser for each setting of its units' ratios.
+
+    Args:
+        model: The denoiser; its class and config are used, not its weights.
+        session: Whose configuration and last call's shapes to count with.
+        settings: Ratios of all units, in the session's order.
+    """
+    from .apply import apply_tofu
+
+    inputs = _meta(session.last_call) if session.last_call else session.family.example(model)
+    with torch.device("meta"):
+        twin = type(model).from_config(dict(cast(Any, model).config))  # type: ignore[attr-defined]
+    twin.eval().requires_grad_(False)
+    counts = {}
+    with apply_tofu(twin, session.config.replace(memory_limit=None)) as handle, torch.no_grad():
+        conditions = int(session.conditions)
+        # Two whole steps make the evidence and fill the caches that reduced steps read.
+        for step in range(3):
+            handle.step(step, 4, conditions=conditions)
+            _set(handle, None)
+            twin(**inputs)
+        for setting in settings:
+            handle.step(3, 4, conditions=conditions)
+            _set(handle, setting)
+            with FlopCounterMode(display=False) as counter:
+                twin(**inputs)
+            counts[setting] = int(counter.get_total_flops())
+    return counts
+
+
+def _set(handle: Handle, setting: tuple[str, ...] | None) -> None:
+    """Give the copy's units the ratios of a setting; None: whole."""
+    units = handle._sessions[0][1].units
+    for unit, ratio in zip(units, setting or ["0.0"] * len(units), strict=True):
+        unit.ratio = ratio
+
+
+def _meta(named: dict[str, Any]) -> dict[str, Any]:
+    def shape_only(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        return torch.empty(value.shape, dtype=dtype, device="meta")
+
+    moved: dict[str, Any] = tree_map(shape_only, named)
+    return moved

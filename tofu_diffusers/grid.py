@@ -1,0 +1,45 @@
+"""Where the tokens of one sample stand: the grid of image tokens and the text tokens around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Image tokens in (frame, row, column) order, with text tokens before or after them.
+
+    Rows come first everywhere. An image has one frame.
+
+    Raises:
+        ValueError: a side is below 1, a text length below 0, or either is not an int.
+    """
+
+    height: int
+    width: int
+    frames: int = 1
+    text_before: int = 0
+    text_after: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if "text" in field.name else 1
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(
+                    f"TokenGrid.{field.name} is {value!r}, not an int; give the number of tokens"
+                )
+            if value < least:
+                raise ValueError(
+                    f"TokenGrid.{field.name} is {value}, below {least}; "
+                    f"give the number of tokens ({least} or more)"
+                )
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens: frames * height * width. Text tokens are never reduced nor counted here."""
+        return self.frames * self.height * self.width
+
+    @property
+    def sides(self) -> tuple[int, int, int]:
+        """(frames, height, width), the order in which tokens are numbered."""
+        return self.frames, self.height, self.width

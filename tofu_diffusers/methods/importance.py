@@ -1,0 +1,116 @@
+"""Keep the tokens that matter most, and let none wait too long.
+
+Scores of the previous step: change of the prediction, guidance magnitude (IBTM, ICCV 2025),
+received attention or key norm; times age, as token-wise caches do (ToCa, RAS).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from tofu_diffusers.grid import TokenGrid
+from tofu_diffusers.methods.base import Evidence, Method, Source, register
+from tofu_diffusers.methods.matching import as_window, assign_to_kept
+from tofu_diffusers.plan import Plan
+
+
+@register
+@dataclass(frozen=True)
+class Importance(Method):
+    """The highest importance * age ** age_exponent is kept.
+
+    Options:
+        source: what `Evidence.importance` holds: change, cfg, attention or key_norm.
+        age_exponent: 0 ignores age. None: 2 for change, else 0.
+        max_age: no token waits longer than this many steps; None: no bound. With it at most
+            1 - 1/max_age of the tokens can be removed.
+        window: assign removed tokens only inside tiles: an int, or (frames, rows, columns).
+    """
+
+    name = "importance"
+
+    source: Source = "change"
+    age_exponent: float | None = None
+    max_age: int | None = None
+    window: int | tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.source not in get_args(Source):
+            raise ValueError(
+                f"unknown source {self.source!r}; choose one of {', '.join(get_args(Source))}"
+            )
+        exponent = self.age_exponent
+        number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
+        if exponent is not None and not (number and exponent >= 0):
+            raise ValueError(f"age_exponent is {exponent!r}; give a number, 0 or more")
+        if self.max_age is not None and (type(self.max_age) is not int or self.max_age < 2):
+            raise ValueError(
+                f"max_age is {self.max_age!r}; give an int of 2 or more "
+                "(1 computes every token at every step)"
+            )
+        object.__setattr__(self, "window", as_window(self.window))
+
+    @property
+    def max_ratio(self) -> float:
+        return 1.0 if self.max_age is None else 1 - 1 / self.max_age
+
+    def max_remove(self, grid: TokenGrid) -> int:
+        # K * max_age >= N, or the tokens could not all be computed once in max_age steps.
+        least = 1 if self.max_age is None else -(-grid.tokens // self.max_age)
+        return grid.tokens - least
+
+    def restore(self, depth: float) -> str:
+        return "taylor"
+
+    def choose(self, evidence: Evidence) -> Plan:
+        score, age = evidence.importance, evidence.age
+        exponent = self.age_exponent
+        if exponent is None:
+            exponent = 2.0 if self.source == "change" else 0.0
+        if score is None:
+            raise ValueError(
+                f"importance needs Evidence.importance ({self.source}) and has none; "
+                f"run {self.warmup} whole steps first, or choose another source"
+            )
+        if age is None and (exponent > 0 or self.max_age is not None):
+            raise ValueError(
+                "importance needs Evidence.age for age_exponent and max_age and has none; "
+                "track it, or set age_exponent=0 and max_age=None"
+            )
+        count = evidence.grid.tokens - evidence.remove
+        if exponent > 0 and age is not None:
+            score = score * age**exponent
+        order = score.argsort(dim=1, descending=True, stable=True)
+        if self.max_age is not None and age is not None:
+            due = forced(age, count, self.max_age).to(torch.uint8)
+            # A second stable sort puts what is due first and leaves the rest by score.
+            first = due.gather(1, order).argsort(dim=1, descending=True, stable=True)
+            order = order.gather(1, first)
+        kept = order[:, :count].sort(dim=1).values
+        return assign_to_kept(evidence.metric, evidence.grid, kept, as_window(self.window))
+
+
+def forced(age: Tensor, count: int, max_age: int) -> Tensor:
+    """The tokens that must be computed now, if `count` a step are, for none to pass max_age.
+
+    Earliest deadline first: a token of slack s = max_age - age has to be computed within s more
+    steps, in which s * count can be; so of the n tokens with at most that slack, n - s * count
+    must go now. The oldest F = max over s of that many are forced: the rest then stays feasible
+    for ever, as long as count * max_age >= N.
+
+    Args:
+        age: [B, N] float32, steps since each token was computed.
+
+    Returns:
+        [B, N] bool; ties of age go by position.
+    """
+    oldest, order = age.sort(dim=1, descending=True, stable=True)
+    slack = (max_age - oldest).floor().clamp(min=0)
+    n = torch.arange(1, age.shape[1] + 1, device=age.device)
+    demand = (n - slack * count).amax(dim=1, keepdim=True)
+    rank = torch.zeros_like(order).scatter(1, order, (n - 1).expand_as(order))
+    return rank < demand

@@ -1,0 +1,38 @@
+"""Keep tokens at random, by seed and step: the baseline that every choice must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tofu_diffusers.methods.base import Evidence, Method, register
+from tofu_diffusers.methods.matching import as_window, assign_to_kept
+from tofu_diffusers.noise import uniform
+from tofu_diffusers.plan import Plan
+
+
+@register
+@dataclass(frozen=True)
+class Random(Method):
+    """The same kept set for the whole batch, new at every step.
+
+    Options:
+        window: assign removed tokens only inside tiles: an int, or (frames, rows, columns).
+    """
+
+    name = "random"
+
+    window: int | tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window", as_window(self.window))
+
+    def choose(self, evidence: Evidence) -> Plan:
+        metric, grid = evidence.metric, evidence.grid
+        place = torch.arange(grid.tokens, device=metric.device)
+        draw = uniform(evidence.seed, evidence.step, place)
+        order = draw.argsort(descending=True, stable=True)
+        kept = order[: grid.tokens - evidence.remove].sort().values
+        kept = kept.expand(metric.shape[0], -1)
+        return assign_to_kept(metric, grid, kept, as_window(self.window))

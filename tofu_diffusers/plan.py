@@ -1,0 +1,98 @@
+"""Which tokens are kept and where every token goes: two index tensors of static shape."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Plan(NamedTuple):
+    """A partition of N tokens into K groups, each named by the one token that is kept.
+
+    A named tuple, so a pytree: it crosses `torch.compile` boundaries and can be stored as it is.
+
+    Attributes:
+        kept: [B, K] int64, positions of the kept tokens, ascending.
+        assign: [B, N] int64, for every token the slot in `kept` of its group; a kept token has
+            its own slot.
+    """
+
+    kept: Tensor
+    assign: Tensor
+
+    def sizes(self) -> Tensor:
+        """Tokens in each group, the kept one included.  -> [B, K] int64, rows sum to N"""
+        batch, slots = self.kept.shape
+        row = torch.arange(batch, device=self.kept.device)[:, None] * slots
+        index = (self.assign + row).flatten()
+        # index_add over a flat index: scatter_add has no deterministic form on every torch.
+        counts = self.kept.new_zeros(batch * slots).index_add(0, index, torch.ones_like(index))
+        return counts.view(batch, slots)
+
+    def is_kept(self) -> Tensor:
+        """Whether each token is kept.  -> [B, N] bool"""
+        position = torch.arange(self.assign.shape[1], device=self.assign.device)
+        return self.kept.gather(1, self.assign) == position
+
+    def removed(self) -> Tensor:
+        """Positions of the removed tokens, ascending.  -> [B, N - K] int64"""
+        # A stable sort puts the removed ones first in order: nonzero() would have a dynamic shape.
+        order = self.is_kept().to(torch.uint8).argsort(dim=1, stable=True)
+        return order[:, : self.assign.shape[1] - self.kept.shape[1]]
+
+    def repeat(self, times: int) -> Plan:
+        """The same plan for `times` copies of the batch, tiled as `Tensor.repeat` tiles rows."""
+        return Plan(self.kept.repeat(times, 1), self.assign.repeat(times, 1))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The kept tokens of x.  [B, N, C] -> [B, K, C]"""
+        return x.gather(1, self.kept[..., None].expand(-1, -1, x.shape[-1]))
+
+    def spread(self, y: Tensor) -> Tensor:
+        """To every token, the row of its group.  [B, K, C] -> [B, N, C]"""
+        return y.gather(1, self.assign[..., None].expand(-1, -1, y.shape[-1]))
+
+    def check(self) -> None:
+        """Read every index and raise ValueError on a broken invariant. Waits for the device."""
+        kept, assign = self.kept, self.assign
+        if kept.dtype != torch.int64 or assign.dtype != torch.int64:
+            raise ValueError(f"plan indices are {kept.dtype} and {assign.dtype}; use torch.int64")
+        if kept.ndim != 2 or assign.ndim != 2 or kept.shape[0] != assign.shape[0]:
+            raise ValueError(
+                f"kept is {tuple(kept.shape)} and assign {tuple(assign.shape)}; "
+                "they must be [B, K] and [B, N] of one batch"
+            )
+        slots, tokens = kept.shape[1], assign.shape[1]
+        if not 1 <= slots <= tokens:
+            raise ValueError(f"plan keeps {slots} of {tokens} tokens; keep 1 to {tokens}")
+        if bool((kept.diff(dim=1) <= 0).any()):
+            raise ValueError("kept positions must ascend without repeats; sort them")
+        if bool((kept < 0).any()) or bool((kept >= tokens).any()):
+            raise ValueError(f"kept holds a position outside 0..{tokens - 1}")
+        if bool((assign < 0).any()) or bool((assign >= slots).any()):
+            raise ValueError(f"assign holds a slot outside 0..{slots - 1}")
+        own = torch.arange(slots, device=kept.device).expand_as(kept)
+        if not torch.equal(assign.gather(1, kept), own):
+            raise ValueError("a kept token is assigned to another slot than its own")
+
+
+def make_plan(kept: Tensor, match: Tensor) -> Plan:
+    """Build a plan from kept positions and, for every token, the position of its match.
+
+    Args:
+        kept: [B, K] int64, ascending positions.
+        match: [B, N] int64, for every removed token the position of a kept one. What it says of
+            kept tokens is ignored: they match themselves.
+    """
+    slots = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    slot_of = torch.zeros_like(match).scatter(1, kept, slots)
+    return Plan(kept, slot_of.gather(1, match.scatter(1, kept, kept)))
+
+
+def complement(positions: Tensor, tokens: int) -> Tensor:
+    """The positions not listed, ascending.  [B, M] int64, distinct -> [B, tokens - M] int64"""
+    listed = torch.zeros(positions.shape[0], tokens, dtype=torch.uint8, device=positions.device)
+    listed = listed.scatter(1, positions, torch.ones_like(positions, dtype=torch.uint8))
+    return listed.argsort(dim=1, stable=True)[:, : tokens - positions.shape[1]]

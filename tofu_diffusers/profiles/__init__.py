@@ -1,0 +1,29 @@
+"""Measured defaults, one JSON file a family: what `apply_tofu(pipe, ratio=...)` does when told no more.
+
+A profile's `status` is "measured" when `result` names the committed result it was chosen from, else
+"provisional".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from ..config import TofuConfig
+
+
+@cache
+def profile(family: str) -> Mapping[str, Any]:
+    """A family's profile: `status`, `result`, `weights` and `config` (fields of TofuConfig)."""
+    text = (files(__package__) / f"{family}.json").read_text(encoding="utf-8")
+    data: dict[str, Any] = json.loads(text)
+    return data
+
+
+def default_config(family: str, options: Mapping[str, Any]) -> TofuConfig:
+    """The configuration for these options: the family's profile, or a named method's own defaults."""
+    base = {} if "method" in options else dict(profile(family)["config"])
+    return TofuConfig(**(base | dict(options)))

@@ -1,0 +1,434 @@
+"""The mutable state of one generation: step, condition, plans, caches. Nothing else mutates.
+
+Two kinds of code touch it. `begin`, `advance` and `tell` run between denoiser calls, in plain Python, and
+hold every number that changes with the step. `enter`, `plan`, `record` and `leave` run inside the
+denoiser's forward and may be traced: they read the step only as a tensor, never its Python number, so a
+compiled model is not recompiled from step to step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attach import checkpoints_blocks
+from .clock import is_watched, noise_levels, watch
+from .config import TofuConfig
+from .families.base import Family
+from .grid import TokenGrid
+from .methods import Evidence, Method
+from .plan import Plan
+from .restore import CACHED, UpdateCache
+from .schedule import quantise
+from .tracker import Tracker
+
+GIB = 2**30
+CALLS_LIMIT = 8
+
+
+@dataclass(eq=False)
+class Unit:
+    """What shrinks and returns once: an attention, a block, or a span of blocks.
+
+    Args:
+        name: Of the module, or of the span's first block and last index.
+        level: Of the token grid.
+        share: Key under which its plan is shared.
+        depth: Position in the denoiser, in [0, 1].
+        fold, restore: Names, resolved for this depth.
+        width: Channels of its tokens.
+        whole: Never reduced (first and last blocks, levels left out).
+        split: True: used only where runs are run block by block; False: only where they are not; None: always.
+        ratio: This step's ratio. A string because Dynamo makes a changing number symbolic, but guards on
+            a string: one graph per distinct ratio, with static shapes.
+    """
+
+    name: str
+    level: int
+    share: str
+    depth: float
+    fold: str
+    restore: str
+    width: int
+    whole: bool = False
+    split: bool | None = None
+    ratio: str = "0.0"
+
+
+@dataclass(eq=False)
+class Projection:
+    """A key or value projection whose rows the session remembers (context "cached")."""
+
+    name: str
+    level: int
+    width: int
+    whole: bool
+
+
+class PipelineReference:
+    """The pipeline that a session serves, without keeping it alive or copying it along with a model."""
+
+    def __init__(self, pipeline: Any = None) -> None:
+        self.get = weakref.ref(pipeline) if pipeline is not None else _nothing
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineReference:
+        # Inside a deepcopy of the pipeline the copy is already known; a copied model alone belongs to none.
+        return PipelineReference(memo.get(id(self.get())))
+
+    def __reduce__(self) -> tuple[type[PipelineReference], tuple[()]]:
+        return PipelineReference, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass
+class StepRecord:
+    """What one denoising step ran with: calls of the denoiser and every unit's ratio."""
+
+    calls: int
+    ratios: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Session:
+    """State of the generation that a denoiser is in.
+
+    Args:
+        config: What to do.
+        family: Of the denoiser.
+        units: All units, in the order of execution; the forwards refer to the same objects.
+        projections: Key and value projections to remember (context "cached" only).
+        pipeline: Whose scheduler and guidance tell the step and the conditions.
+    """
+
+    config: TofuConfig
+    family: Family
+    units: list[Unit]
+    projections: list[Projection]
+    pipeline: PipelineReference
+    method: Method = field(init=False)
+    removed: bool = False
+
+    # Between calls.
+    index: int = 0
+    noise: list[float] = field(default_factory=list)
+    told: bool = False
+    conditions: str = "1"
+    history: list[StepRecord] = field(default_factory=list)
+    schedulers: list[Any] = field(default_factory=list)
+
+    # Within calls.
+    calls: int = 0
+    condition: str = "0"
+    images: int = 1
+    groups: int = 1
+    split: bool = False
+    step: Tensor | None = None
+    grids: dict[int, TokenGrid] = field(default_factory=dict)
+    shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
+    updates: dict[str, UpdateCache] = field(default_factory=dict)
+    contexts: dict[str, Tensor] = field(default_factory=dict)
+    tracker: Tracker | None = None
+    opened: tuple[Tensor, Tensor, Plan | None] | None = None
+    last_call: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.method = self.config.make_method()
+        self._set_ratios()
+
+    # ---- between calls -------------------------------------------------------------------------
+
+    def begin(self, noise: list[float], conditions: int | None = None) -> None:
+        """Start a generation whose steps have these noise levels (1 = pure noise)."""
+        if conditions is None:
+            guided = bool(getattr(self.pipeline.get(), "do_classifier_free_guidance", False))
+            conditions = 2 if guided else 1
+        self.conditions = str(conditions)
+        self.noise = noise
+        self.history = []
+        self.calls = 0
+        self.forget()
+        self._go_to(0)
+
+    def advance(self) -> None:
+        """One step is done. Calls the denoiser did not get (a scheduler's own warm-up) do not count."""
+        if self.told and self.calls:
+            self._note_step()
+            self._go_to(self.index + 1)
+
+    def tell(self, index: int, total: int, conditions: int) -> None:
+        """A bare model's step, from its user."""
+        if index == 0 or not self.told or total != len(self.noise):
+            self.begin([1.0 - i / total for i in range(total)], conditions)
+        elif self.calls:
+            self._note_step()
+        self._go_to(index)
+
+    def steps(self) -> list[StepRecord]:
+        """The steps of the last generation, the running one included."""
+        return self.history + ([self._record()] if self.calls else [])
+
+    def forget(self) -> None:
+        """Drop everything that belongs to one generation."""
+        for store in (self.plans, self.updates, self.contexts, self.shapes):
+            store.clear()
+        self.tracker = None
+        self.opened = None
+
+    def cache_bytes(self) -> int:
+        """Bytes held in cached updates and cached keys and values."""
+        return sum(cache.nbytes for cache in self.updates.values()) + sum(
+            cache.numel() * cache.element_size() for cache in self.contexts.values()
+        )
+
+    def _go_to(self, index: int) -> None:
+        self.index = index
+        self.told = index < len(self.noise)
+        self.calls = 0
+        if index % self.config.reuse == 0:
+            self.plans.clear()
+        if self.step is None:
+            self.step = torch.full((), float(index))
+        else:
+            self.step.fill_(float(index))
+        self._set_ratios()
+
+    def _set_ratios(self) -> None:
+        config = self.config
+        first = max(config.first_steps, self.method.warmup, int(config.context == "cached"))
+        total = len(self.noise)
+        whole = bool(total) and (self.index < first or self.index >= total - config.last_steps)
+        noise = self.noise[min(self.index, total - 1)] if total else 1.0
+        for unit in self.units:
+            factor = config.schedule.factor(1.0 - noise) * config.depth_schedule.factor(unit.depth)
+            ratio = config.ratio * (factor if factor == 1.0 else quantise(factor))
+            unit.ratio = str(0.0 if whole or unit.whole else ratio)
+
+    def _record(self) -> StepRecord:
+        return StepRecord(self.calls, tuple(unit.ratio for unit in self.units))
+
+    def _note_step(self) -> None:
+        self.history.append(self._record())
+
+    # ---- within a call -------------------------------------------------------------------------
+
+    def enter(self, model: Any, named: dict[str, Any]) -> None:
+        """Before any module of the denoiser runs: read the grid, check limits, make room.
+
+        Raises:
+            RuntimeError: if the configuration needs the step and nobody told it.
+            ValueError: if the ratio cannot be reached on this grid, or the call does not fit the scope.
+            MemoryError: if the caches would exceed `memory_limit`.
+        """
+        if not torch.compiler.is_compiling():
+            self._find_scheduler()
+            self.last_call = named
+        sample: Tensor = named[self.family.sample_name]
+        self.family.check_call(self.config.scope, named)
+        self._look_for_splits(model, named)
+        if not self.told:
+            self._stand_alone()
+        elif self.calls >= CALLS_LIMIT:
+            raise RuntimeError(
+                f"the denoiser was called {self.calls} times without a scheduler step; "
+                "in a loop of your own, call handle.step(i, n) before each step"
+            )
+        self.condition = str(self.calls)
+        self.calls += 1
+        batch = sample.shape[0]
+        if self.condition == "0":
+            conditions = int(self.conditions)
+            self.images = batch // conditions if batch % conditions == 0 else batch
+        self.groups = batch // self.images if batch % self.images == 0 else 1
+        self.grids = self.family.grids(model, sample)
+        self._check_reach()
+        self.opened = None
+        shape = (*sample.shape, str(sample.device))
+        if self.shapes.get(self.condition) != shape:
+            self._make_room(sample)
+            self.shapes[self.condition] = shape
+        if self.step is not None and self.step.device != sample.device:
+            self.step = self.step.to(sample.device)
+
+    def removal(self, unit: Unit) -> int:
+        """How many of the unit's tokens go in this call."""
+        tokens = self.grids[unit.level].tokens
+        return 0 if tokens < self.config.min_tokens else int(tokens * float(unit.ratio))
+
+    def plan(self, unit: Unit, metric: Tensor, importance: Callable[[int], Tensor]) -> Plan | None:
+        """The unit's plan for this call's rows, made from `metric` [B, N, C] or shared; None: whole.
+
+        Rows of one image share the plan of its conditional row. `importance` is called with the number of
+        images where the method reads importance from the block itself.
+
+        Raises:
+            RuntimeError: if the metric's tokens are not the grid's.
+        """
+        grid = self.grids[unit.level]
+        if metric.shape[1] != grid.tokens:
+            raise RuntimeError(
+                f"{unit.name} got {metric.shape[1]} tokens where its grid {grid} has {grid.tokens}; "
+                "this denoiser does not belong to its family"
+            )
+        remove = self.removal(unit)
+        if remove == 0:
+            return None
+        key = f"{unit.level}/{unit.share}/{remove}"
+        tiled = f"{key}/{self.groups}"
+        if tiled not in self.plans:
+            if key not in self.plans:
+                self.plans[key] = self._make_plan(unit, metric, remove, importance)
+            self.plans[tiled] = (
+                self.plans[key].repeat(self.groups) if self.groups > 1 else self.plans[key]
+            )
+        return self.plans[tiled]
+
+    def update_cache(self, unit: Unit) -> UpdateCache | None:
+        """The unit's cached updates under this condition, if its restore has any."""
+        return self.updates.get(f"{unit.name}@{self.condition}")
+
+    def context_cache(self, projection: Projection) -> Tensor | None:
+        """The projection's remembered rows [B, N, C] under this condition."""
+        return self.contexts.get(f"{projection.name}@{self.condition}")
+
+    def leave(self, prediction: Tensor) -> None:
+        """After the denoiser: note which tokens were computed and how their predictions changed."""
+        if self.tracker is None or self.step is None:
+            return
+        with torch.no_grad():
+            if self.condition == "0":
+                kept = {}
+                for level in self.grids:
+                    plans = [
+                        plan
+                        for key, plan in self.plans.items()
+                        if key.startswith(f"{level}/") and key.count("/") == 2
+                    ]
+                    kept[level] = [plan.kept for plan in plans]
+                self.tracker.note(prediction, kept, self.step, self.groups)
+            elif self.condition == "1":
+                self.tracker.note_second(prediction)
+
+    def _make_plan(
+        self, unit: Unit, metric: Tensor, remove: int, importance: Callable[[int], Tensor]
+    ) -> Plan:
+        with torch.no_grad():
+            rows = metric[-self.images :]
+            age = weights = None
+            if self.tracker is not None and self.step is not None:
+                age = self.tracker.age(unit.level, self.step)
+                weights = self.tracker.importance(unit.level)
+            if self.method.source in ("attention", "key_norm"):
+                weights = importance(self.images)
+            evidence = Evidence(
+                metric=rows,
+                grid=self.grids[unit.level],
+                remove=remove,
+                depth=unit.depth,
+                step=self.step if self.told else None,
+                age=age,
+                importance=weights,
+                seed=self.config.seed,
+            )
+            return self.method.plan(evidence)
+
+    def _stand_alone(self) -> None:
+        reasons = self.config.needs_steps
+        if reasons:
+            raise RuntimeError(
+                f"{', '.join(reasons)} must know the denoising step, and nobody told it: call "
+                "handle.step(i, n) before each step of a bare model, or apply tofu to the whole pipeline"
+            )
+        self.plans.clear()
+        self.calls = 0
+
+    def _look_for_splits(self, model: Any, named: dict[str, Any]) -> None:
+        reason = self.family.splits_runs(named)
+        if reason is None and checkpoints_blocks(model):
+            reason = "gradient checkpointing"
+        if reason is not None and self.config.scope == "span":
+            raise ValueError(
+                f"scope 'span' cannot run with {reason}, which acts between the blocks of a span; use scope='block'"
+            )
+        self.split = reason is not None
+
+    def _find_scheduler(self) -> None:
+        """Follow a scheduler that was swapped after apply_tofu, and skip the steps image-to-image skips."""
+        pipeline = self.pipeline.get()
+        scheduler = getattr(pipeline, "scheduler", None)
+        if scheduler is None:
+            return
+        if not is_watched(scheduler, self):
+            watch(scheduler, self)
+            self.begin(noise_levels(scheduler))
+        planned = getattr(pipeline, "num_timesteps", None)
+        if (
+            self.told
+            and self.index == 0
+            and self.calls == 0
+            and planned
+            and planned < len(self.noise)
+        ):
+            self.noise = self.noise[-planned:]
+            self._set_ratios()
+
+    def _check_reach(self) -> None:
+        for level, ratio in sorted({(unit.level, unit.ratio) for unit in self.units}):
+            grid = self.grids[level]
+            remove = 0 if grid.tokens < self.config.min_tokens else int(grid.tokens * float(ratio))
+            most = self.method.max_remove(grid) if remove else 0
+            if remove > most:
+                raise ValueError(
+                    f"ratio {float(ratio):g} would remove {remove} of {grid.tokens} tokens on the "
+                    f"{grid.height}x{grid.width} grid of level {level}, but method {self.config.method!r} can "
+                    f"remove at most {most} there (ratio {most / grid.tokens:.3f}); lower the ratio, change the "
+                    "method's options, or leave small grids whole with min_tokens"
+                )
+
+    def _make_room(self, sample: Tensor) -> None:
+        """Allocate what this condition needs, unless that passes the limit."""
+        config, batch = self.config, sample.shape[0]
+        units = [
+            unit
+            for unit in self.units
+            if unit.restore in CACHED and not unit.whole and self._in_use(unit)
+        ]
+        projections = [projection for projection in self.projections if not projection.whole]
+        if config.memory_limit is not None:
+            needed = self.cache_bytes()
+            for unit in units:
+                tokens = self.grids[unit.level].tokens
+                needed += UpdateCache.nbytes_for(
+                    unit.restore, batch, tokens, unit.width, sample.dtype
+                )
+            for projection in projections:
+                tokens = self.grids[projection.level].tokens
+                needed += batch * tokens * projection.width * sample.element_size()
+            if needed > config.memory_limit * GIB:
+                raise MemoryError(
+                    f"caches need {needed / GIB:.3g} GiB, above memory_limit {config.memory_limit:g} GiB; raise "
+                    "it, use context 'fresh' or 'none', restore 'copy', or a smaller batch"
+                )
+        for unit in units:
+            tokens = self.grids[unit.level].tokens
+            self.updates[f"{unit.name}@{self.condition}"] = UpdateCache.empty(
+                unit.restore, batch, tokens, unit.width, sample.dtype, sample.device
+            )
+        for projection in projections:
+            tokens = self.grids[projection.level].tokens
+            self.contexts[f"{projection.name}@{self.condition}"] = sample.new_zeros(
+                batch, tokens, projection.width
+            )
+        if self.tracker is None and self.told and self.method.source is not None:
+            self.tracker = Tracker(self.method.source, self.images, self.grids, sample)
+
+    def _in_use(self, unit: Unit) -> bool:
+        return unit.split is None or unit.split == self.split

@@ -1,0 +1,135 @@
+"""What the last steps tell about each token: when it was computed, and how its prediction changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .grid import TokenGrid
+
+
+class Tracker:
+    """Ages and importance of the tokens of one batch of images, changed in place.
+
+    Predictions are compared at the resolution of the latents and pooled to each level's grid.
+
+    Args:
+        source: "change" (norm of the difference of a token's last two computed predictions, per step of
+            age) or "cfg" (norm of the difference of conditional and unconditional prediction of the last
+            step, as IBTM, ICCV 2025); another source keeps ages only.
+        images: Rows that stand for one image each.
+        grids: The token grid of every level.
+        sample: The latents [B, C, (F,) H, W].
+    """
+
+    def __init__(
+        self, source: str | None, images: int, grids: Mapping[int, TokenGrid], sample: Tensor
+    ) -> None:
+        self.source = source
+        self.grids = dict(grids)
+        self.finest = max(grids, key=lambda level: grids[level].tokens)
+        self.last = {
+            level: torch.zeros(images, grid.tokens, device=sample.device)
+            for level, grid in grids.items()
+        }
+        self.prediction = _volume(sample.new_zeros(images, *sample.shape[1:]))
+        self.first: Tensor | None = None
+        finest = grids[self.finest].tokens
+        self.score = torch.zeros(images, finest, device=sample.device)
+
+    def age(self, level: int, step: Tensor) -> Tensor:
+        """Steps since each token of the level was computed.  -> [I, N] float32"""
+        return step - self.last[level]
+
+    def importance(self, level: int) -> Tensor:
+        """The score pooled to the level's grid.  -> [I, N] float32"""
+        finest = self.grids[self.finest]
+        volume = self.score.view(-1, 1, finest.frames, finest.height, finest.width)
+        return _pool(volume, self.grids[level])
+
+    def note(
+        self, output: Tensor, kept: Mapping[int, Sequence[Tensor]], step: Tensor, groups: int
+    ) -> None:
+        """The step's first call is done.
+
+        Args:
+            output: The denoiser's prediction, rows by condition, the conditional ones last.
+            kept: By level, the kept positions [I, K] of every plan used; none: the level ran whole.
+            step: 0-d float32.
+            groups: Conditions in the batch.
+        """
+        images = output.shape[0] // groups
+        prediction = _volume(output[-images:])
+        if self.source == "change":
+            self._note_change(prediction, kept[self.finest], step)
+        elif self.source == "cfg":
+            self.first = prediction
+            if groups > 1:
+                self._note_guidance(prediction, _volume(output[:images]))
+        for level, positions in kept.items():
+            last = self.last[level]
+            if not positions:
+                last.copy_(step.expand_as(last))
+            for rows in positions:
+                last.scatter_(1, rows, step.expand(rows.shape))
+
+    def note_second(self, output: Tensor) -> None:
+        """The step's second call is done: with guidance in two calls, the other condition."""
+        if (
+            self.source == "cfg"
+            and self.first is not None
+            and output.shape[0] == self.first.shape[0]
+        ):
+            self._note_guidance(self.first, _volume(output))
+
+    def _note_change(self, prediction: Tensor, kept: Sequence[Tensor], step: Tensor) -> None:
+        grid = self.grids[self.finest]
+        computed = torch.zeros_like(self.score) if kept else torch.ones_like(self.score)
+        for rows in kept:
+            computed = computed.scatter(1, rows, 1.0)
+        computed = computed.bool()
+        squares = (prediction.float() - self.prediction.float()).square().sum(1, keepdim=True)
+        change = _pool(squares, grid).sqrt() / self.age(self.finest, step).clamp(min=1.0)
+        self.score.copy_(torch.where(computed, change, self.score))
+        # Each token is compared with what it was when it was last computed, not with its stale self.
+        volume = computed.float().view(-1, 1, grid.frames, grid.height, grid.width)
+        mask = F.interpolate(volume, size=prediction.shape[2:], mode="nearest").bool()
+        self.prediction.copy_(torch.where(mask, prediction, self.prediction))
+
+    def _note_guidance(self, conditional: Tensor, unconditional: Tensor) -> None:
+        squares = (conditional.float() - unconditional.float()).square().sum(1, keepdim=True)
+        self.score.copy_(_pool(squares, self.grids[self.finest]).sqrt())
+
+
+def received_attention(queries: Tensor, keys: Tensor, heads: int, chunk: int = 2**24) -> Tensor:
+    """Mean attention that each token receives, over heads and queries.  [I, N, H*D] x 2 -> [I, N] float32
+
+    In chunks of queries: the N x N map is never whole.
+    """
+    images, tokens, width = keys.shape
+    q = queries.view(images, tokens, heads, -1).transpose(1, 2).float() * (width // heads) ** -0.5
+    k = keys.view(images, tokens, heads, -1).transpose(1, 2).float().transpose(2, 3)
+    rows = max(1, chunk // (images * heads * tokens))
+    received = torch.zeros(images, tokens, device=keys.device)
+    for start in range(0, tokens, rows):
+        received = received + (q[:, :, start : start + rows] @ k).softmax(-1).sum((1, 2))
+    return received / (heads * tokens)
+
+
+def key_norm(keys: Tensor) -> Tensor:
+    """Euclidean norm of each token's key over all heads.  [I, N, C] -> [I, N] float32"""
+    return keys.float().norm(dim=-1)
+
+
+def _volume(x: Tensor) -> Tensor:
+    """[B, C, H, W] as one frame; video stays.  -> [B, C, F, H, W]"""
+    return x.unsqueeze(2) if x.ndim == 4 else x
+
+
+def _pool(volume: Tensor, grid: TokenGrid) -> Tensor:
+    """Average onto a grid.  [B, 1, F, H, W] -> [B, N]"""
+    pooled: Tensor = F.adaptive_avg_pool3d(volume, (grid.frames, grid.height, grid.width))
+    return pooled.flatten(1)

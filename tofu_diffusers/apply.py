@@ -242,6 +242,20 @@ class _Stretch:
     depths: list[float]
 
 
+@dataclass
+class _Laid:
+    """One block and the units it takes part in; fields as of Site."""
+
+    name: str
+    block: nn.Module
+    span: Unit
+    first: bool
+    last: bool
+    alone: Unit
+    attentions: dict[str, Unit]
+    projections: dict[str, dict[str, Projection]]
+
+
 class _Layout:
     """Which modules get which forward. Made before anything is touched, so that a refusal leaves no trace."""
 
@@ -250,7 +264,7 @@ class _Layout:
         self.config = config
         self.units: list[Unit] = []
         self.projections: list[Projection] = []
-        self._blocks: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._blocks: list[_Laid] = []
         runs = family.runs(model)
         ordered = [block for run in runs for block in run.blocks]
         count = len(ordered)
@@ -271,35 +285,42 @@ class _Layout:
 
     def attach(self, model: nn.Module, session: Session) -> None:
         names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        attach(model, root_forward, Root(session, type(model).forward, root_forward, names))
-        for block, plan in self._blocks:
-            on_attention = self.config.scope == "attention"
-            forward = observed_block_forward if on_attention else block_forward
+        root = Root(session, type(model).forward, root_forward, names)
+        attach(model, root_forward, root)
+        on_attention = self.config.scope == "attention"
+        forward = observed_block_forward if on_attention else block_forward
+        for laid in self._blocks:
             site = Site(
-                plan["name"],
+                laid.name,
                 session,
-                type(block).forward,
+                type(laid.block).forward,
                 forward,
-                plan["span"],
-                plan["first"],
-                plan["last"],
-                plan["alone"],
+                laid.span,
+                laid.first,
+                laid.last,
+                laid.alone,
             )
-            attach(block, forward, site)
-            for attribute, attention in self.family.attentions(block).items():
+            attach(laid.block, forward, site)
+            for attribute, attention in self.family.attentions(laid.block).items():
                 if on_attention:
-                    unit = plan["attentions"][attribute]
+                    unit = laid.attentions[attribute]
+                    original = type(attention).forward
                     state = AttentionSite(
-                        unit.name, attribute, site, unit, type(attention).forward, attention_forward
+                        unit.name, attribute, site, unit, original, attention_forward
                     )
                     attach(attention, attention_forward, state)
-            for attribute, module, projection in plan["projections"]:
-                original = type(module).forward
-                attach(
-                    module,
-                    projection_forward,
-                    ProjectionSite(attribute, site, projection, original, projection_forward),
-                )
+                for key, projection in laid.projections.get(attribute, {}).items():
+                    module = getattr(attention, key)
+                    rows = ProjectionSite(
+                        attribute,
+                        site,
+                        projection,
+                        module,
+                        type(module).forward,
+                        projection_forward,
+                    )
+                    attach(module, projection_forward, rows)
+                    root.projections.append((attention, key, rows))
 
     def _is_whole(self, name: str, level: int) -> bool:
         config, index = self.config, self._order[name]
@@ -373,14 +394,14 @@ class _Layout:
                         run,
                         name,
                         depth,
-                        int(attention.query_dim),
-                        None,  # type: ignore[arg-type]
+                        _whole_number(attention, "query_dim"),
+                        None,
                     )
                     for attribute, attention in attentions.items()
                 }
-                alone = next(iter(units.values()), None)
-                if alone is None:
+                if not units:
                     continue
+                alone = next(iter(units.values()))
             else:
                 units = {}
                 alone = self._unit(
@@ -388,42 +409,46 @@ class _Layout:
                 )
             acted = True
             self._blocks.append(
-                (
+                _Laid(
+                    name,
                     block,
-                    {
-                        "name": name,
-                        "span": joint or alone,
-                        "first": joint is None or i == 0,
-                        "last": joint is None or i == len(blocks) - 1,
-                        "alone": alone,
-                        "attentions": units,
-                        "projections": self._projections(name, run, attentions),
-                    },
+                    joint or alone,
+                    joint is None or i == 0,
+                    joint is None or i == len(blocks) - 1,
+                    alone,
+                    units,
+                    self._projections(name, run, attentions),
                 )
             )
         return acted
 
     def _projections(
         self, name: str, run: Run, attentions: dict[str, nn.Module]
-    ) -> list[tuple[str, nn.Module, Projection]]:
-        if self.config.context == "none":
-            return []
-        found = []
-        for attribute, attention in attentions.items():
+    ) -> dict[str, dict[str, Projection]]:
+        context = self.config.context
+        found: dict[str, dict[str, Projection]] = {}
+        for attribute, attention in attentions.items() if context != "none" else ():
             if getattr(attention, "fused_projections", False):
                 raise ValueError(
-                    f"{name}.{attribute} has fused QKV projections, which hide the keys and values that context "
-                    f"{self.config.context!r} needs; call unfuse_qkv_projections() or use context='none'"
+                    f"{name}.{attribute} has fused QKV projections, which hide the keys and values "
+                    f"that context {context!r} needs; call unfuse_qkv_projections() or use "
+                    "context='none'"
                 )
-            for key in ("to_k", "to_v"):
-                projection = Projection(
-                    f"{name}.{attribute}.{key}", run.level, int(attention.inner_kv_dim), False
-                )  # type: ignore[arg-type]
-                if self.config.context == "cached":
-                    self.projections.append(projection)
-                found.append((attribute, getattr(attention, key), projection))
+            width = _whole_number(attention, "inner_kv_dim")
+            found[attribute] = {
+                key: Projection(f"{name}.{attribute}.{key}", run.level, width)
+                for key in ("to_k", "to_v")
+            }
+            if context == "cached":
+                self.projections += found[attribute].values()
         return found
 
     def _width(self, block: nn.Module) -> int:
-        attention = next(iter(self.family.attentions(block).values()), None) or block.attn1
-        return int(attention.query_dim)  # type: ignore[union-attr, arg-type]
+        attentions = self.family.attentions(block)
+        attention: Any = next(iter(attentions.values())) if attentions else block.attn1
+        return _whole_number(attention, "query_dim")
+
+
+def _whole_number(module: nn.Module, name: str) -> int:
+    value: Any = getattr(module, name)
+    return int(value)

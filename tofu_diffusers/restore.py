@@ -87,7 +87,6 @@ class UpdateCache:
             step: 0-d float32 tensor.
             kept: [B, K] int64, whose updates these are; None: every token's.
         """
-        batch, tokens, channels = self.value.shape
         if kept is None:  # the same as keeping every token, without the gathers
             if update.shape != self.value.shape:
                 raise ValueError(
@@ -96,7 +95,7 @@ class UpdateCache:
                 )
             old, since = self.value, self.last
         else:
-            rows = kept[..., None].expand(-1, -1, channels)
+            rows = kept[..., None].expand(-1, -1, self.value.shape[2])
             old, since = self.value.gather(1, rows), self.last.gather(1, kept)
         now = step.to(torch.float32).expand_as(since)
         if self.slope is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS = ("constant", "linear", "cosine", "explicit")
-QUANTA = 8
+QUANTA = 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Schedule:
         return self.start + (self.end - self.start) * position
 
     @classmethod
-    def of(cls, value: Schedule | str | Mapping[str, Any] | Sequence[Any]) -> Schedule:
+    def of(cls, value: Any) -> Schedule:
         """A schedule from itself, a kind's name, its JSON form, or a list of (position, factor) pairs.
 
         By name, "linear" and "cosine" run from 1 at position 0 down to 0 at position 1.
@@ -86,7 +86,8 @@ class Schedule:
         if isinstance(value, Mapping):
             return cls(**value)
         if isinstance(value, Sequence):
-            return cls("explicit", points=tuple((left, right) for left, right in value))
+            points: list[tuple[float, float]] = [(point[0], point[1]) for point in value]
+            return cls("explicit", points=tuple(points))
         raise TypeError(
             f"a schedule is a Schedule, a name ({', '.join(KINDS)}), a mapping or a list of pairs, "
             f"not {type(value).__name__}"

@@ -42,7 +42,6 @@ class Unit:
         depth: Position in the denoiser, in [0, 1].
         fold, restore: Names, resolved for this depth.
         width: Channels of its tokens.
-        whole: Never reduced (first and last blocks, levels left out).
         split: True: used only where runs are run block by block; False: only where they are not; None: always.
         ratio: This step's ratio. A string because Dynamo makes a changing number symbolic, but guards on
             a string: one graph per distinct ratio, with static shapes.
@@ -55,7 +54,6 @@ class Unit:
     fold: str
     restore: str
     width: int
-    whole: bool = False
     split: bool | None = None
     ratio: str = "0.0"
 
@@ -67,7 +65,6 @@ class Projection:
     name: str
     level: int
     width: int
-    whole: bool
 
 
 class PipelineReference:
@@ -210,7 +207,7 @@ class Session:
         for unit in self.units:
             factor = config.schedule.factor(1.0 - noise) * config.depth_schedule.factor(unit.depth)
             ratio = config.ratio * (factor if factor == 1.0 else quantise(factor))
-            unit.ratio = str(0.0 if whole or unit.whole else ratio)
+            unit.ratio = str(0.0 if whole else ratio)
 
     def _record(self) -> StepRecord:
         return StepRecord(self.calls, tuple(unit.ratio for unit in self.units))
@@ -396,12 +393,7 @@ class Session:
     def _make_room(self, sample: Tensor) -> None:
         """Allocate what this condition needs, unless that passes the limit."""
         config, batch = self.config, sample.shape[0]
-        units = [
-            unit
-            for unit in self.units
-            if unit.restore in CACHED and not unit.whole and self._in_use(unit)
-        ]
-        projections = [projection for projection in self.projections if not projection.whole]
+        units = [unit for unit in self.units if unit.restore in CACHED and self._in_use(unit)]
         if config.memory_limit is not None:
             needed = self.cache_bytes()
             for unit in units:
@@ -409,7 +401,7 @@ class Session:
                 needed += UpdateCache.nbytes_for(
                     unit.restore, batch, tokens, unit.width, sample.dtype
                 )
-            for projection in projections:
+            for projection in self.projections:
                 tokens = self.grids[projection.level].tokens
                 needed += batch * tokens * projection.width * sample.element_size()
             if needed > config.memory_limit * GIB:
@@ -422,7 +414,7 @@ class Session:
             self.updates[f"{unit.name}@{self.condition}"] = UpdateCache.empty(
                 unit.restore, batch, tokens, unit.width, sample.dtype, sample.device
             )
-        for projection in projections:
+        for projection in self.projections:
             tokens = self.grids[projection.level].tokens
             self.contexts[f"{projection.name}@{self.condition}"] = sample.new_zeros(
                 batch, tokens, projection.width

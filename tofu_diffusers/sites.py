@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attach import attach, detach, state_of
 from .families.base import Family
 from .fold import reduce
 from .plan import Plan
@@ -25,12 +26,18 @@ from .tracker import key_norm, received_attention
 
 @dataclass(eq=False)
 class Root:
-    """State on the denoiser itself. `names` are its forward's parameters, in order."""
+    """State on the denoiser itself.
+
+    Args:
+        names: Its forward's parameters, in order.
+        projections: (attention, attribute, state) of every key and value projection.
+    """
 
     session: Session
     original: Callable[..., Any]
     forward: Callable[..., Any]
     names: tuple[str, ...]
+    projections: list[tuple[nn.Module, str, ProjectionSite]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -76,6 +83,7 @@ class ProjectionSite:
     attribute: str
     site: Site
     projection: Projection
+    module: nn.Module
     original: Callable[..., Any]
     forward: Callable[..., Any]
 
@@ -84,6 +92,8 @@ def root_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The denoiser's forward, with the session told where it begins and ends."""
     root: Root = module.__dict__["_tofu"]
     session = root.session
+    if not torch.compiler.is_compiling():
+        follow_projections(root)
     session.enter(module, dict(zip(root.names, args, strict=False)) | kwargs)
     out = root.original(module, *args, **kwargs)
     session.leave(out[0])
@@ -192,6 +202,30 @@ def projection_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) 
     kept = site.plan.kept[..., None].expand(-1, -1, rows.shape[-1])
     cache.scatter_(1, kept, rows.detach().to(cache.dtype))
     return cache.to(rows.dtype)
+
+
+def follow_projections(root: Root) -> None:
+    """Move to projections that were wrapped or unwrapped since (LoRA puts its own module there).
+
+    Raises:
+        ValueError: if keys and values are no longer projected by modules of their own (fused QKV).
+    """
+    for attention, attribute, state in root.projections:
+        if getattr(attention, "fused_projections", False):
+            raise ValueError(
+                f"{state.projection.name} is now part of a fused QKV projection, which hides the keys and "
+                f"values that context {state.site.session.config.context!r} needs; call "
+                "unfuse_qkv_projections() or use context='none'"
+            )
+        current = getattr(attention, attribute)
+        if state_of(current) is state:
+            continue
+        for module in (state.module, current):
+            if state_of(module) is state:
+                detach(module)
+        state.module = current
+        state.original = type(current).forward
+        attach(current, projection_forward, state)
 
 
 def record_whole(session: Session, unit: Unit, y: Tensor, x: Tensor | None) -> None:

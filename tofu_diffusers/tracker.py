@@ -30,7 +30,8 @@ class Tracker:
     ) -> None:
         self.source = source
         self.grids = dict(grids)
-        self.finest = max(grids, key=lambda level: grids[level].tokens)
+        # Levels are numbered from the finest.
+        self.finest = min(grids)
         self.last = {
             level: torch.zeros(images, grid.tokens, device=sample.device)
             for level, grid in grids.items()
@@ -131,5 +132,5 @@ def _volume(x: Tensor) -> Tensor:
 
 def _pool(volume: Tensor, grid: TokenGrid) -> Tensor:
     """Average onto a grid.  [B, 1, F, H, W] -> [B, N]"""
-    pooled: Tensor = F.adaptive_avg_pool3d(volume, (grid.frames, grid.height, grid.width))
+    pooled: Tensor = F.adaptive_avg_pool3d(volume, [grid.frames, grid.height, grid.width])
     return pooled.flatten(1)

@@ -86,10 +86,9 @@ class Importance(Method):
             score = score * age**exponent
         order = score.argsort(dim=1, descending=True, stable=True)
         if self.max_age is not None and age is not None:
-            due = forced(age, count, self.max_age).to(torch.uint8)
+            due = forced(age.gather(1, order), count, self.max_age).to(torch.uint8)
             # A second stable sort puts what is due first and leaves the rest by score.
-            first = due.gather(1, order).argsort(dim=1, descending=True, stable=True)
-            order = order.gather(1, first)
+            order = order.gather(1, due.argsort(dim=1, descending=True, stable=True))
         kept = order[:, :count].sort(dim=1).values
         return assign_to_kept(evidence.metric, evidence.grid, kept, as_window(self.window))
 
@@ -103,14 +102,14 @@ def forced(age: Tensor, count: int, max_age: int) -> Tensor:
     for ever, as long as count * max_age >= N.
 
     Args:
-        age: [B, N] float32, steps since each token was computed.
+        age: [B, N] float32, steps since each token was computed, in order of preference.
 
     Returns:
-        [B, N] bool; ties of age go by position.
+        [B, N] bool, at most `count` a row; of equal ages the earlier in the list.
     """
     oldest, order = age.sort(dim=1, descending=True, stable=True)
     slack = (max_age - oldest).floor().clamp(min=0)
     n = torch.arange(1, age.shape[1] + 1, device=age.device)
-    demand = (n - slack * count).amax(dim=1, keepdim=True)
+    demand = (n - slack * count).amax(dim=1, keepdim=True).clamp(max=count)
     rank = torch.zeros_like(order).scatter(1, order, (n - 1).expand_as(order))
     return rank < demand

@@ -1,0 +1,137 @@
+"""The rooms of the project: imports point one way, and each secret is kept in one place."""
+
+import ast
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tofu_diffusers
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "tofu_diffusers"
+
+# A layer may use those before it, directly or through any file, and none after it.
+LAYERS = (
+    {"grid", "plan"},
+    {"kernels"},
+    {"methods"},
+    {"families", "session", "attach"},
+    {"apply"},
+)
+PRIVATE_STATE = ("_diffusers_hook", "_old_forward", "_hf_hook")
+REGISTRY_HOST = re.compile(
+    r"\b(pypi|pythonhosted|npmjs|yarnpkg|unpkg|jsdelivr|debian|crates)\.(org|com|net|io)\b"
+)
+
+
+def sources(*rooms: str) -> list[Path]:
+    return sorted(path for room in rooms for path in (ROOT / room).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """What a file imports when it runs, as dotted names; for `from a import b` both a and a.b."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            waiting.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def package_graph() -> dict[str, set[str]]:
+    """Each module of the package with those it imports.
+
+    Left out is the root, which every import runs and which therefore must import and do no more.
+    """
+    names = {module_name(path): path for path in sources("tofu_diffusers")}
+    names.pop("tofu_diffusers")
+    return {name: {*imports(path)} & {*names} - {name} for name, path in names.items()}
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for name in graph[waiting.pop()] - seen:
+            seen.add(name)
+            waiting.append(name)
+    return seen
+
+
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+def test_no_module_imports_itself_by_a_detour():
+    graph = package_graph()
+    assert [name for name in graph if name in reachable(graph, name)] == []
+
+
+def test_imports_point_one_way():
+    graph = package_graph()
+    present = {room(name) for name in graph}
+    assert present >= set().union(*LAYERS)
+    for depth, layer in enumerate(LAYERS):
+        above = set().union(*LAYERS[depth + 1 :])
+        for name in graph:
+            if room(name) in layer:
+                wrong = sorted(used for used in reachable(graph, name) if room(used) in above)
+                assert not wrong, f"{name} uses {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize("path", sources("eval", "pipelines"), ids=module_name)
+def test_checkout_rooms_use_public_names_only(path):
+    public = {"tofu_diffusers", *(f"tofu_diffusers.{name}" for name in tofu_diffusers.__all__)}
+    used = {name for name in imports(path) if name.split(".")[0] == "tofu_diffusers"}
+    assert used <= public, f"not public: {', '.join(sorted(used - public))}"
+
+
+def test_one_file_touches_private_state_of_the_hosts():
+    touching = {
+        path.relative_to(ROOT).as_posix()
+        for path in sources("tofu_diffusers", "eval", "pipelines")
+        if any(name in path.read_text(encoding="utf-8") for name in PRIVATE_STATE)
+    }
+    assert touching == {"tofu_diffusers/attach.py"}
+
+
+def test_the_package_is_typed_and_exports_what_it_says():
+    assert (PACKAGE / "py.typed").is_file()
+    missing = [name for name in tofu_diffusers.__all__ if not hasattr(tofu_diffusers, name)]
+    assert missing == []
+
+
+def test_no_file_names_the_host_of_a_package_registry():
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout, so the project's files cannot be told from others")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    naming = []
+    for name in filter(None, listing.split("\0")):
+        path = ROOT / name
+        if path.is_file():
+            content = path.read_bytes()
+            binary = b"\0" in content[:8192]
+            if not binary and REGISTRY_HOST.search(content.decode("utf-8", "replace")):
+                naming.append(name)
+    assert naming == []

@@ -130,3 +130,11 @@ def test_mlerp_and_mean_equal_their_formulas(dtype: torch.dtype, tol: float) -> 
         torch.testing.assert_close(got[0].double(), want, rtol=tol, atol=tol)
         means = torch.tensor(np.stack([exact[group].mean(axis=0) for group in groups]))
         torch.testing.assert_close(reduce(x, plan, "mean")[0].double(), means, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("fold", ["mean", "mlerp"])
+def test_large_groups_are_averaged_in_float32(fold: str) -> None:
+    """4,096 equal tokens of which one share is too small to be a float16 number."""
+    plan = Plan(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 4096, dtype=torch.int64))
+    x = torch.tensor([1e-4, -3e-4], dtype=torch.float16).expand(1, 4096, 2)
+    torch.testing.assert_close(reduce(x, plan, fold), x[:, :1], rtol=1e-3, atol=0)

@@ -100,6 +100,14 @@ def test_a_copy_until_there_is_a_value(how: str) -> None:
         assert torch.equal(cache.last >= 0, known)
 
 
+def test_blend_is_a_copy_where_the_past_of_the_match_is_unknown() -> None:
+    cache, plan = empty("blend"), make_plan(torch.tensor([[0]] * B), torch.zeros(B, N).long())
+    cache.record(normal(0, B, N - 1, C), at(0), torch.arange(1, N).expand(B, -1))
+    update = normal(1, B, 1, C)
+    full = restore(update, plan, "blend", cache=cache, step=at(1))
+    assert torch.equal(full, update.expand(B, N, C))
+
+
 def test_taylor_of_one_value_is_temporal() -> None:
     taylor, temporal, plan = empty("taylor"), empty("temporal"), plan_at(0)
     for cache in (taylor, temporal):

@@ -8,6 +8,7 @@ compiled model is not recompiled from step to step.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from .tracker import Tracker
 
 GIB = 2**30
 CALLS_LIMIT = 8
+FEW_STEPS = 8
 
 
 @dataclass(eq=False)
@@ -154,6 +156,13 @@ class Session:
         self.calls = 0
         self.forget()
         self._go_to(0)
+        whole = self.whole_steps()
+        if 0 < len(noise) <= FEW_STEPS and whole and self.config.ratio > 0:
+            warnings.warn(
+                f"{len(noise)} steps, of which {whole} run whole: little is left to save; "
+                "with so few steps choose a method and restore without memory (method='tome')",
+                stacklevel=2,
+            )
 
     def advance(self) -> None:
         """One step is done. Calls the denoiser did not get (a scheduler's own warm-up) do not count."""
@@ -168,6 +177,12 @@ class Session:
         elif self.calls:
             self._note_step()
         self._go_to(index)
+
+    def whole_steps(self) -> int:
+        """How many steps at the start run whole: as asked, and until there is evidence and context."""
+        return max(
+            self.config.first_steps, self.method.warmup, int(self.config.context == "cached")
+        )
 
     def steps(self) -> list[StepRecord]:
         """The steps of the last generation, the running one included."""
@@ -200,9 +215,9 @@ class Session:
 
     def _set_ratios(self) -> None:
         config = self.config
-        first = max(config.first_steps, self.method.warmup, int(config.context == "cached"))
         total = len(self.noise)
-        whole = bool(total) and (self.index < first or self.index >= total - config.last_steps)
+        first, last = self.whole_steps(), total - config.last_steps
+        whole = bool(total) and (self.index < first or self.index >= last)
         noise = self.noise[min(self.index, total - 1)] if total else 1.0
         for unit in self.units:
             factor = config.schedule.factor(1.0 - noise) * config.depth_schedule.factor(unit.depth)
@@ -323,6 +338,11 @@ class Session:
             if self.tracker is not None and self.step is not None:
                 age = self.tracker.age(unit.level, self.step)
                 weights = self.tracker.importance(unit.level)
+                if self.method.source == "cfg" and not self.tracker.guided:
+                    raise ValueError(
+                        "importance source 'cfg' needs classifier-free guidance, and this generation "
+                        "has none; raise guidance_scale above 1 or use source 'change'"
+                    )
             if self.method.source in ("attention", "key_norm"):
                 weights = importance(self.images)
             evidence = Evidence(

@@ -38,6 +38,7 @@ class Tracker:
         }
         self.prediction = _volume(sample.new_zeros(images, *sample.shape[1:]))
         self.first: Tensor | None = None
+        self.guided = False
         finest = grids[self.finest].tokens
         self.score = torch.zeros(images, finest, device=sample.device)
 
@@ -101,6 +102,7 @@ class Tracker:
         self.prediction.copy_(torch.where(mask, prediction, self.prediction))
 
     def _note_guidance(self, conditional: Tensor, unconditional: Tensor) -> None:
+        self.guided = True
         squares = (conditional.float() - unconditional.float()).square().sum(1, keepdim=True)
         self.score.copy_(_pool(squares, self.grids[self.finest]).sqrt())
 
@@ -122,7 +124,8 @@ def received_attention(queries: Tensor, keys: Tensor, heads: int, chunk: int = 2
 
 def key_norm(keys: Tensor) -> Tensor:
     """Euclidean norm of each token's key over all heads.  [I, N, C] -> [I, N] float32"""
-    return keys.float().norm(dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(keys.float(), dim=-1)
+    return norms
 
 
 def _volume(x: Tensor) -> Tensor:
@@ -132,5 +135,5 @@ def _volume(x: Tensor) -> Tensor:
 
 def _pool(volume: Tensor, grid: TokenGrid) -> Tensor:
     """Average onto a grid.  [B, 1, F, H, W] -> [B, N]"""
-    pooled: Tensor = F.adaptive_avg_pool3d(volume, [grid.frames, grid.height, grid.width])
+    pooled: Tensor = F.adaptive_avg_pool3d(volume, (grid.frames, grid.height, grid.width))
     return pooled.flatten(1)

@@ -1,0 +1,180 @@
+"""Contexts: what attention sees of removed tokens, against direct evaluations."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
+
+from tests import tiny
+from tofu_diffusers import apply_tofu, remove_tofu
+
+UNET_SITE = "down_blocks.0.attentions.0.transformer_blocks.0"
+CACHED_RESTORES = ("temporal", "taylor", "blend")
+
+
+def unet_inputs(batch=2, height=10, width=14, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "sample": torch.randn(batch, 4, height, width, generator=draw),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(batch, 7, 32, generator=draw),
+    }
+
+
+def sd3_inputs(batch=2, height=12, width=20, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, 4, height, width, generator=draw),
+        "encoder_hidden_states": torch.randn(batch, 5, 64, generator=draw),
+        "pooled_projections": torch.randn(batch, 64, generator=draw),
+        "timestep": torch.full((batch,), 500.0),
+    }
+
+
+def models():
+    yield tiny.tiny_sd().unet, unet_inputs()
+    yield tiny.tiny_sd3().transformer, sd3_inputs()
+    yield tiny.tiny_sd3(dual=True).transformer, sd3_inputs()
+
+
+@pytest.mark.parametrize("context", ["fresh", "cached"])
+@pytest.mark.parametrize("scope", ["attention", "block"])
+@torch.no_grad()
+def test_with_every_token_kept_the_output_is_the_original(context, scope):
+    for model, inputs in models():
+        expected = model(**inputs)[0]
+        # One token of 280 and fewer would go: ratio 0.001 removes int(0.28) = 0.
+        handle = apply_tofu(model, ratio=0.001, method="random", scope=scope, context=context)
+        for step in range(3):
+            handle.step(step, 3)
+            assert torch.equal(model(**inputs)[0], expected)
+
+
+@torch.no_grad()
+def test_fresh_is_kept_queries_against_all_keys_and_values():
+    """On a plain block: restored by copy, compared with an evaluation written out by hand."""
+    unet = tiny.tiny_sd().unet
+    block = unet.get_submodule(UNET_SITE)
+    plain = copy.deepcopy(block)
+    inputs = unet_inputs()
+    seen = {}
+    block.register_forward_hook(
+        lambda module, args, kwargs, out: seen.update(x=args[0], text=kwargs["encoder_hidden_states"], out=out),
+        with_kwargs=True,
+    )
+    handle = apply_tofu(unet, ratio=0.5, method="random", scope="block", context="fresh")
+    unet(**inputs)
+    session = handle._sessions[0][1]
+    plan = next(plan for key, plan in session.plans.items() if plan.assign.shape[1] == 140)
+    x, text = seen["x"], seen["text"]
+    kept = plan.rows(x)
+    normed = plain.norm1(x)
+    attention = plain.attn1
+    heads = lambda rows: rows.unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # noqa: E731
+    query = heads(attention.to_q(plain.norm1(kept)))
+    key, value = heads(attention.to_k(normed)), heads(attention.to_v(normed))
+    scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
+    mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    hidden = kept + attention.to_out[0](mixed)
+    hidden = hidden + plain.attn2(plain.norm2(hidden), encoder_hidden_states=text)
+    hidden = hidden + plain.ff(plain.norm3(hidden))
+    expected = x + plan.spread(hidden - kept)
+    torch.testing.assert_close(seen["out"], expected, rtol=1e-4, atol=1e-5)
+    # Without the context the same plan gives something else: the test can tell.
+    assert not torch.allclose(plain(kept, encoder_hidden_states=text), hidden, atol=1e-3)
+
+
+@pytest.mark.parametrize("scope", ["attention", "block"])
+@torch.no_grad()
+def test_cached_equals_fresh_on_unchanged_inputs_after_a_whole_step(scope):
+    for model, inputs in models():
+        outputs = {}
+        for context in ("fresh", "cached"):
+            # Temporal restore of unchanged inputs gives every block its own unchanged input.
+            handle = apply_tofu(
+                model,
+                ratio=0.5,
+                method="random",
+                restore="temporal",
+                scope=scope,
+                context=context,
+                first_steps=1,
+            )
+            for step in range(2):
+                handle.step(step, 4)
+                outputs[context] = model(**inputs)[0]
+            assert any(row["tokens_kept"] < row["tokens_in"] for row in handle.stats())
+        torch.testing.assert_close(outputs["cached"], outputs["fresh"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("restore", CACHED_RESTORES)
+@pytest.mark.parametrize("context", ["fresh", "cached"])
+@torch.no_grad()
+def test_nothing_changes_while_the_input_does_not(restore, context):
+    """Own last update and own keys and values: a static input is reproduced with half the tokens."""
+    for model, inputs in models():
+        expected = model(**inputs)[0]
+        handle = apply_tofu(
+            model, ratio=0.5, method="random", restore=restore, context=context, first_steps=2
+        )
+        for step in range(4):
+            handle.step(step, 4)
+            out = model(**inputs)[0]
+        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+        remove_tofu(model)
+        assert torch.equal(model(**inputs)[0], expected)
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor(), SlicedAttnProcessor(1)])
+@pytest.mark.parametrize("context", ["none", "fresh", "cached"])
+def test_any_attention_backend_gives_the_same(processor, context):
+    """Also with classic and sliced attention, set before or after applying."""
+    options = {"ratio": 0.5, "method": "random", "restore": "temporal", "context": context}
+    pipe = tiny.tiny_sd()
+    with apply_tofu(pipe, **options):
+        fused = tiny.generate(pipe, steps=4)
+        pipe.unet.set_attn_processor(processor)
+        torch.testing.assert_close(tiny.generate(pipe, steps=4), fused, rtol=1e-3, atol=1e-3)
+    with apply_tofu(pipe, **options):
+        torch.testing.assert_close(tiny.generate(pipe, steps=4), fused, rtol=1e-3, atol=1e-3)
+
+
+def test_fused_projections_are_refused_with_a_context_and_run_without():
+    pipe = tiny.tiny_sd()
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="call unfuse_qkv_projections"):
+        apply_tofu(pipe, ratio=0.5, context="cached")
+    with apply_tofu(pipe, ratio=0.5, method="tome"):
+        tiny.generate(pipe)
+    pipe = tiny.tiny_sd()
+    with apply_tofu(pipe, ratio=0.5, context="fresh"):
+        pipe.unet.fuse_qkv_projections()
+        with pytest.raises(ValueError, match="call unfuse_qkv_projections"):
+            tiny.generate(pipe)
+
+
+def test_cache_memory_is_counted_and_limited():
+    pipe = tiny.tiny_sd()
+    with apply_tofu(pipe, ratio=0.5, context="cached") as handle:
+        tiny.generate(pipe, steps=4)
+        session = handle._sessions[0][1]
+        tensors = [
+            tensor
+            for cache in session.updates.values()
+            for tensor in (cache.value, cache.slope, cache.last)
+        ]
+        tensors += list(session.contexts.values())
+        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert held == handle.summary().cache_bytes > 0
+    gib = held / 2**30
+    with apply_tofu(pipe, ratio=0.5, context="cached", memory_limit=gib * 1.01):
+        tiny.generate(pipe, steps=4)
+    ran = []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: ran.append(module))
+    with (
+        apply_tofu(pipe, ratio=0.5, context="cached", memory_limit=gib * 0.99),
+        pytest.raises(MemoryError, match=r"caches need 0.00\d+ GiB, above memory_limit 0.00\d+ GiB"),
+    ):
+        tiny.generate(pipe, steps=4)
+    assert not ran

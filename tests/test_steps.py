@@ -1,0 +1,247 @@
+"""Steps, conditions and images: schedulers of all kinds, bare models, guidance in one and two calls."""
+
+import warnings
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    UniPCMultistepScheduler,
+)
+
+from tests import tiny
+from tests.test_context import sd3_inputs, unet_inputs
+from tofu_diffusers import apply_tofu, remove_tofu
+
+SCHEDULERS = [
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_schedulers_set_before_or_after_applying(scheduler, when):
+    """Every evaluation of the denoiser is a step, in order, also when the scheduler calls it twice."""
+    pipe = tiny.tiny_sd()
+    if when == "before":
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    handle = apply_tofu(pipe, ratio=0.5)
+    if when == "after":
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(len(calls)))
+    first = tiny.generate(pipe, ["a cat", "a dog"], steps=5)
+    evaluations = len(calls)
+    session = handle._sessions[0][1]
+    assert sum(step.calls for step in session.steps()) == evaluations
+    reduced = [step.ratios[0] != "0.0" for step in session.steps()]
+    assert reduced == [False, False] + [True] * (evaluations - 2)
+    assert torch.equal(tiny.generate(pipe, ["a cat", "a dog"], steps=5), first)
+    used = pipe.scheduler
+    remove_tofu(pipe)
+    assert not [name for name in used.__dict__ if name in ("step", "set_timesteps", "_tofu_clock")]
+
+
+def test_image_to_image_starts_at_its_own_noise_level():
+    """Strength 0.5 of 8 steps runs the last four; the schedule sees their noise levels."""
+    pipe = tiny.tiny_sd()
+    pipe = StableDiffusionImg2ImgPipeline(
+        **{**pipe.components, "feature_extractor": None}, requires_safety_checker=False
+    )
+    # Nothing above noise level 0.35, everything below 0.34.
+    handle = apply_tofu(pipe, ratio=0.5, method="tome", schedule=[(0.65, 0.0), (0.66, 1.0)])
+    image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    tiny.generate(pipe, steps=8, image=image, strength=0.5)
+    session = handle._sessions[0][1]
+    assert len(session.noise) == 4 and session.noise[0] < 0.55
+    assert [step.ratios[0] for step in session.steps()] == ["0.0", "0.5", "0.5", "0.5"]
+
+
+def test_first_and_last_steps_stay_whole():
+    pipe = tiny.tiny_sd()
+    handle = apply_tofu(pipe, ratio=0.5, method="tome", first_steps=1, last_steps=2)
+    tiny.generate(pipe, steps=6)
+    ratios = [step.ratios[0] for step in handle._sessions[0][1].steps()]
+    assert ratios == ["0.0", "0.5", "0.5", "0.5", "0.0", "0.0"]
+
+
+def test_few_steps_are_warned_of():
+    pipe = tiny.tiny_sd()
+    with apply_tofu(pipe, ratio=0.5), pytest.warns(UserWarning, match="4 steps, of which 2 run whole"):
+        tiny.generate(pipe, steps=4)
+    with apply_tofu(pipe, ratio=0.5, method="tome"), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tiny.generate(pipe, steps=4)
+
+
+# ---- bare models --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_bare_model_stands_alone_or_is_told():
+    unet, inputs = tiny.tiny_sd().unet, unet_inputs()
+    expected = unet(**inputs)[0]
+    apply_tofu(unet, ratio=0.5, method="tome")
+    assert torch.equal(unet(**inputs)[0], unet(**inputs)[0])
+    for options in (
+        {"restore": "temporal"},
+        {"context": "cached"},
+        {"method": "importance"},
+        {"schedule": "linear"},
+        {"first_steps": 1},
+        {"reuse": 2},
+    ):
+        handle = apply_tofu(unet, **({"ratio": 0.5, "method": "random"} | options))
+        with pytest.raises(RuntimeError, match="must know the denoising step.*handle.step"):
+            unet(**inputs)
+        for step in range(4):
+            handle.step(step, 4)
+            unet(**inputs)
+    with pytest.raises(ValueError, match="step 4 is not one of 4 steps"):
+        handle.step(4, 4)
+    remove_tofu(unet)
+    assert torch.equal(unet(**inputs)[0], expected)
+
+
+@torch.no_grad()
+def test_a_bare_model_told_its_steps_is_the_pipeline():
+    pipe = tiny.tiny_sd()
+    rows = []
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append((args, kwargs)), with_kwargs=True
+    )
+    with apply_tofu(pipe, ratio=0.5):
+        outputs = []
+        hook = pipe.unet.register_forward_hook(lambda module, args, out: outputs.append(out[0]))
+        tiny.generate(pipe, ["a cat", "a dog"], steps=5)
+        hook.remove()
+    calls = list(rows)
+    handle = apply_tofu(pipe.unet, ratio=0.5)
+    for step, (args, kwargs) in enumerate(calls):
+        handle.step(step, 5, conditions=2)
+        assert torch.equal(pipe.unet(*args, **kwargs)[0], outputs[step])
+
+
+@torch.no_grad()
+def test_guidance_in_two_calls_uses_the_conditional_plan():
+    """Conditional call first: the same plans and the same caches as in one batch of both."""
+    for model, inputs in (
+        (tiny.tiny_sd().unet, unet_inputs(batch=4)),
+        (tiny.tiny_sd3().transformer, sd3_inputs(batch=4)),
+    ):
+        steps = 5
+
+        def at(rows, step, inputs=inputs):
+            cut = {}
+            for name, value in inputs.items():
+                cut[name] = value[rows] if value.ndim else value
+            first = next(iter(cut))
+            # A trajectory: the latents drift, differently in every row and place.
+            draw = torch.Generator().manual_seed(7)
+            drift = torch.randn(inputs[first].shape, generator=draw)[rows]
+            cut[first] = cut[first] + 0.2 * step * drift
+            return cut
+
+        for options in ({}, {"context": "cached"}, {"method": "tome"}):
+            handle = apply_tofu(model, ratio=0.5, **options)
+            together, apart = [], []
+            for step in range(steps):
+                handle.step(step, steps, conditions=2)
+                together.append(model(**at(slice(0, 4), step))[0])
+            for step in range(steps):
+                handle.step(step, steps)
+                conditional = model(**at(slice(2, 4), step))[0]
+                unconditional = model(**at(slice(0, 2), step))[0]
+                apart.append(torch.cat([unconditional, conditional]))
+            for left, right in zip(together, apart, strict=True):
+                torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_unconditional_rows_follow_the_conditional_ones():
+    unet, inputs = tiny.tiny_sd().unet, unet_inputs(batch=4)
+    handle = apply_tofu(unet, ratio=0.5, method="tome")
+    handle.step(0, 4, conditions=2)
+    unet(**inputs)
+    plans = [p for p in handle._sessions[0][1].plans.values() if p.kept.shape[0] == 4]
+    assert plans
+    for plan in plans:
+        assert torch.equal(plan.kept[:2], plan.kept[2:])
+        assert torch.equal(plan.assign[:2], plan.assign[2:])
+        assert not torch.equal(plan.assign[0], plan.assign[1])
+
+
+@torch.no_grad()
+def test_no_token_waits_longer_than_max_age():
+    pipe = tiny.tiny_sd()
+    handle = apply_tofu(pipe, ratio=0.7, max_age=4, levels=(0,))
+    session = handle._sessions[0][1]
+    waited = []
+
+    def look(module, args):
+        if session.tracker is not None:
+            waited.append((session.index, session.tracker.last[0].clone()))
+
+    pipe.unet.conv_out.register_forward_pre_hook(look)
+    tiny.generate(pipe, ["a cat", "a dog"], steps=16)
+    # Seen before the step is noted: the oldest token was last computed at most max_age steps ago.
+    ages = [float((index - last).max()) for index, last in waited[3:]]
+    assert max(ages) <= 4
+    assert max(ages) > 1
+
+
+def test_plan_reuse_over_steps():
+    pipe = tiny.tiny_sd()
+    made = []
+    for reuse in (1, 3):
+        with apply_tofu(pipe, ratio=0.5, method="tome", reuse=reuse) as handle:
+            session = handle._sessions[0][1]
+            original = type(session)._make_plan
+            count = []
+            session._make_plan = lambda *args, **kw: count.append(1) or original(session, *args, **kw)  # noqa: B023
+            tiny.generate(pipe, steps=6)
+            made.append(len(count))
+    assert made[0] == 3 * made[1]
+
+
+def test_a_loop_without_scheduler_steps_is_refused():
+    pipe = tiny.tiny_sd()
+    inputs = unet_inputs()
+    with apply_tofu(pipe, ratio=0.5), torch.no_grad():
+        pipe.scheduler.set_timesteps(20)
+        with pytest.raises(RuntimeError, match="8 times without a scheduler step"):
+            for _ in range(20):
+                pipe.unet(**inputs)
+
+
+def test_importance_from_every_source():
+    pipe = tiny.tiny_sd()
+    for source in ("change", "cfg", "attention", "key_norm"):
+        outputs = []
+        for context in ("none", "cached"):
+            with apply_tofu(
+                pipe, ratio=0.5, method="importance", method_options={"source": source}, context=context
+            ):
+                outputs.append(tiny.generate(pipe, ["a cat", "a dog"], steps=5))
+        assert torch.isfinite(torch.cat(outputs)).all()
+
+
+def test_guidance_importance_needs_guidance():
+    pipe = tiny.tiny_sd()
+    with (
+        apply_tofu(pipe, ratio=0.5, method="importance", method_options={"source": "cfg"}),
+        pytest.raises(ValueError, match="source 'cfg' needs classifier-free guidance"),
+    ):
+        tiny.generate(pipe, steps=5, guidance_scale=1.0)

@@ -1,0 +1,147 @@
+"""handle.summary() and handle.stats(): tokens and FLOPs are those of the real forward."""
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests import tiny
+from tofu_diffusers import apply_tofu
+
+SETTINGS = {
+    "tome": {"method": "tome"},
+    "attention": {"method": "tofu", "scope": "attention"},
+    "default": {},
+    "cached": {"context": "cached"},
+    "scheduled": {"method": "random", "schedule": "linear"},
+}
+
+
+def generation_flops(pipe, steps):
+    """FLOPs of the denoiser alone over a generation, counted on the real forward."""
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    counts = []
+    counter = None
+
+    def begin(module, args, kwargs):
+        nonlocal counter
+        counter = FlopCounterMode(display=False)
+        counter.__enter__()
+
+    def end(module, args, out):
+        counter.__exit__(None, None, None)
+        counts.append(counter.get_total_flops())
+
+    hooks = [
+        model.register_forward_pre_hook(begin, with_kwargs=True),
+        model.register_forward_hook(end),
+    ]
+    # FlopCounterMode does not know the CPU's fused attention; the plain form is the same product.
+    with sdpa_kernel(SDPBackend.MATH):
+        tiny.generate(pipe, ["a cat", "a dog"], steps=steps, height=136, width=200)
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("make", [tiny.tiny_sd, tiny.tiny_sdxl])
+def test_flops_saved_are_those_of_the_real_forward(make, setting):
+    pipe = make()
+    whole = generation_flops(pipe, 5)
+    with apply_tofu(pipe, ratio=0.5, **SETTINGS[setting]) as handle:
+        run = generation_flops(pipe, 5)
+        summary = handle.summary()
+    assert summary.flops_whole == pytest.approx(whole, rel=0.02)
+    assert summary.flops_run == pytest.approx(run, rel=0.02)
+    assert summary.flops_saved == pytest.approx(1 - run / whole, abs=0.02)
+    assert summary.flops_saved > 0.005
+
+
+def test_the_table_says_what_happened():
+    pipe = tiny.tiny_sd3()
+    with apply_tofu(pipe, ratio=0.5, method="tofu", scope="span") as handle:
+        nominal = handle.summary()
+        assert nominal.nominal and "no generation yet" in str(nominal)
+        tiny.generate(pipe, steps=3)
+        summary = handle.summary()
+        assert not summary.nominal
+        (row,) = summary.rows
+        assert (row.name, row.calls, row.tokens_in, row.tokens_kept) == (
+            "transformer_blocks.0-3",
+            3,
+            256,
+            128,
+        )
+        text = str(summary)
+        assert "transformer_blocks.0-3" in text and "% saved" in text and "256" in text
+        assert handle.stats() == [
+            {
+                "name": "transformer_blocks.0-3",
+                "scope": "span",
+                "calls": 3,
+                "tokens_in": 768,
+                "tokens_kept": 384,
+            }
+        ]
+
+
+def test_asking_does_not_change_what_is_generated():
+    pipe = tiny.tiny_sd()
+    with apply_tofu(pipe, ratio=0.5):
+        expected = tiny.generate(pipe, steps=4)
+    with apply_tofu(pipe, ratio=0.5) as handle:
+        handle.summary()
+        assert torch.equal(tiny.generate(pipe, steps=4), expected)
+        handle.summary()
+        assert torch.equal(tiny.generate(pipe, steps=4), expected)
+
+
+SD15 = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "attention_head_dim": 8,
+}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SD3 = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 192,
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "tera", "least"),
+    [
+        # Whole-block ceilings at ratio 0.5: SD 1.5 1.35x, SDXL 1.66x; SD3 nearly all of it.
+        (UNet2DConditionModel, SD15, 0.80, 1.30),
+        (UNet2DConditionModel, SDXL, 6.76, 1.55),
+        (SD3Transformer2DModel, SD3, None, 1.75),
+    ],
+    ids=["sd15", "sdxl", "sd3"],
+)
+def test_full_size_models_are_counted_without_weights(cls, config, tera, least):
+    with torch.device("meta"):
+        model = cls.from_config(config)
+    with apply_tofu(model, ratio=0.5, method="tome", fold="prune", share="level") as handle:
+        summary = handle.summary()
+    if tera is not None:
+        # The example has a batch of two.
+        assert summary.flops_whole / 2e12 == pytest.approx(tera, rel=0.02)
+    assert summary.flops_whole / summary.flops_run > least

@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	$(RUN) -m pipelines.emoji
 
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest
+	$(RUN) -m pytest
 
 check: $(VENV)/.dev
 	$(RUN) -m ruff check .

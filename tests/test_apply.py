@@ -272,7 +272,7 @@ def test_a_pipeline_changed_by_tomesd_is_refused():
     pipe = tiny.tiny_sd()
     tomesd.apply_patch(pipe, ratio=0.5)
     before = fingerprint(pipe)[0]
-    with pytest.raises(ValueError, match="call tomesd.remove_patch"):
+    with pytest.raises(ValueError, match=r"call tomesd.remove_patch"):
         apply_tofu(pipe, ratio=0.5)
     assert fingerprint(pipe)[0] == before
     tomesd.remove_patch(pipe)

@@ -60,13 +60,17 @@ def test_fresh_is_kept_queries_against_all_keys_and_values():
     inputs = unet_inputs()
     seen = {}
     block.register_forward_hook(
-        lambda module, args, kwargs, out: seen.update(x=args[0], text=kwargs["encoder_hidden_states"], out=out),
+        lambda module, args, kwargs, out: seen.update(
+            x=args[0], text=kwargs["encoder_hidden_states"], out=out
+        ),
         with_kwargs=True,
     )
     handle = apply_tofu(unet, ratio=0.5, method="random", scope="block", context="fresh")
     unet(**inputs)
     session = handle._sessions[0][1]
-    plan = next(plan for key, plan in session.plans.items() if plan.assign.shape[1] == 140)
+    plan = next(
+        p for u in session.units for p in u.shelf.plans.values() if p.assign.shape[1] == 140
+    )
     x, text = seen["x"], seen["text"]
     kept = plan.rows(x)
     normed = plain.norm1(x)
@@ -161,10 +165,11 @@ def test_cache_memory_is_counted_and_limited():
         session = handle._sessions[0][1]
         tensors = [
             tensor
-            for cache in session.updates.values()
+            for unit in session.units
+            for cache in unit.updates.values()
             for tensor in (cache.value, cache.slope, cache.last)
         ]
-        tensors += list(session.contexts.values())
+        tensors += [rows for p in session.projections for rows in p.rows.values()]
         held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         assert held == handle.summary().cache_bytes > 0
     gib = held / 2**30
@@ -174,7 +179,9 @@ def test_cache_memory_is_counted_and_limited():
     pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: ran.append(module))
     with (
         apply_tofu(pipe, ratio=0.5, context="cached", memory_limit=gib * 0.99),
-        pytest.raises(MemoryError, match=r"caches need 0.00\d+ GiB, above memory_limit 0.00\d+ GiB"),
+        pytest.raises(
+            MemoryError, match=r"caches need 0.00\d+ GiB, above memory_limit 0.00\d+ GiB"
+        ),
     ):
         tiny.generate(pipe, steps=4)
     assert not ran

@@ -1,4 +1,4 @@
-"""What others put on a model before, after and around tofu: hooks, casting, offload, LoRA, compile wrappers."""
+"""What others put on a model before, after and around tofu: hooks, casting, LoRA, FreeU, modular."""
 
 import itertools
 
@@ -76,7 +76,10 @@ def test_any_order_of_adding_and_removing():
                 do[name][1]()
                 present.discard(name)
                 if present in ({"tofu"}, set()):
-                    assert torch.equal(unet(**inputs)[0], expected[frozenset(present)]), (added, removed)
+                    assert torch.equal(unet(**inputs)[0], expected[frozenset(present)]), (
+                        added,
+                        removed,
+                    )
             block = unet.get_submodule(BLOCK)
             assert "_tofu" not in block.__dict__
             assert getattr(block.forward, "__func__", None) is type(block).forward
@@ -90,7 +93,9 @@ def test_layerwise_casting_and_context():
         pipe = tiny.tiny_sd()
         if when == "before":
             apply_tofu(pipe, ratio=0.5, context="cached")
-        apply_layerwise_casting(pipe.unet, storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        apply_layerwise_casting(
+            pipe.unet, storage_dtype=torch.bfloat16, compute_dtype=torch.float32
+        )
         if when == "after":
             apply_tofu(pipe, ratio=0.5, context="cached")
         assert torch.isfinite(tiny.generate(pipe, steps=4)).all()

@@ -77,3 +77,8 @@ def test_meta_and_compiled() -> None:
     compiled = torch.compile(uniform, fullgraph=True, backend="aot_eager")
     for seed in (0, 1, 2, -5, 2**40):  # a changing seed must not break the graph
         assert torch.equal(compiled(seed, torch.tensor(2.0), PLACES), draw(seed, 2.0))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_gpu_draws_the_same() -> None:
+    assert torch.equal(uniform(3, torch.tensor(5.0).cuda(), PLACES.cuda()).cpu(), draw(3, 5.0))

@@ -37,7 +37,7 @@ def test_sd3_span_is_the_model_on_the_kept_tokens(dual, size, method):
     spies = [Spy(block.ff.net[0].proj) for block in model.transformer_blocks]
     handle = apply_tofu(model, ratio=0.5, method=method, fold="prune", restore="copy", scope="span")
     model(**inputs)
-    plan = next(iter(handle._sessions[0][1].plans.values()))
+    plan = next(iter(handle._sessions[0][1].shelves[0].plans.values()))
     kept = tokens - tokens // 2
     assert plan.kept.shape == (2, kept)
     assert [spy.lengths for spy in spies] == [[kept]] * len(spies)
@@ -46,7 +46,9 @@ def test_sd3_span_is_the_model_on_the_kept_tokens(dual, size, method):
 
     hidden, text = plan.rows(entering["hidden_states"]), entering["encoder_hidden_states"]
     for block in model.transformer_blocks:
-        text, hidden = block(hidden_states=hidden, encoder_hidden_states=text, temb=entering["temb"])
+        text, hidden = block(
+            hidden_states=hidden, encoder_hidden_states=text, temb=entering["temb"]
+        )
     torch.testing.assert_close(plan.rows(reduced), hidden, rtol=0, atol=0)
 
 
@@ -111,7 +113,9 @@ def test_context_shrinks_all_but_keys_and_values():
 def test_controlnet_residuals_between_blocks_run_block_by_block():
     model = tiny.tiny_sd3().transformer
     inputs = sd3_inputs()
-    residuals = [torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    residuals = [
+        torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)
+    ]
     inputs["block_controlnet_hidden_states"] = residuals
     with apply_tofu(model, ratio=0.5, method="tome", fold="prune") as handle:
         out = model(**inputs)[0]
@@ -119,7 +123,7 @@ def test_controlnet_residuals_between_blocks_run_block_by_block():
         assert len(handle.stats()) == 4
     with (
         apply_tofu(model, ratio=0.5, method="tome", scope="span"),
-        pytest.raises(ValueError, match="block_controlnet_hidden_states.*use scope='block'"),
+        pytest.raises(ValueError, match=r"block_controlnet_hidden_states.*use scope='block'"),
     ):
         model(**inputs)
     # With every token's residual zero the split changes nothing but rounding.

@@ -14,7 +14,7 @@ from .clock import unwatch, watch
 from .config import TofuConfig, check_field_names
 from .families import Family, Run, find_family, known_classes
 from .profiles import default_config
-from .session import PipelineReference, Projection, Session, Unit
+from .session import PipelineReference, Projection, Session, Shelf, Unit
 from .sites import (
     AttentionSite,
     ProjectionSite,
@@ -135,7 +135,7 @@ class Handle:
             RuntimeError: if the handle was removed.
         """
         self._check()
-        return summarise(self._sessions)
+        return summarise(self._sessions, _attached)
 
     def stats(self) -> list[dict[str, Any]]:
         """For every site of the last generation: `name, scope, calls, tokens_in, tokens_kept`.
@@ -182,7 +182,8 @@ class Handle:
     def _check(self) -> None:
         if self.removed:
             raise RuntimeError(
-                "this handle was removed (by remove, remove_tofu or another apply_tofu); call apply_tofu again"
+                "this handle was removed (by remove, remove_tofu or another apply_tofu); "
+                "call apply_tofu again"
             )
 
     def __enter__(self) -> Handle:
@@ -218,10 +219,16 @@ def _denoisers(target: Any, family: str | None) -> tuple[Any, list[nn.Module]]:
     if not found:
         raise ValueError(
             f"{type(target).__name__} has no denoiser of a known class; it has "
-            f"{', '.join(f'{name}: {type(model).__name__}' for name, model in models.items()) or 'no models'}, "
+            f"{', '.join(f'{n}: {type(m).__name__}' for n, m in models.items()) or 'no models'}, "
             f"and known are {', '.join(sorted(known))}"
         )
     return target, found
+
+
+def _attached(model: nn.Module, like: Session) -> Session:
+    """Put the tofu of another session on a bare model; returns its session."""
+    handle = apply_tofu(model, like.config.replace(memory_limit=None))
+    return handle._sessions[0][1]
 
 
 def _remove(model: nn.Module, session: Session) -> None:
@@ -264,6 +271,7 @@ class _Layout:
         self.config = config
         self.units: list[Unit] = []
         self.projections: list[Projection] = []
+        self._shelves: dict[str, Shelf] = {}
         self._blocks: list[_Laid] = []
         runs = family.runs(model)
         ordered = [block for run in runs for block in run.blocks]
@@ -361,11 +369,12 @@ class _Layout:
         self, name: str, run: Run, block_name: str, depth: float, width: int, split: bool | None
     ) -> Unit:
         config = self.config
-        share = {"block": block_name, "run": run.name, "level": "level"}[config.share]
+        key = {"block": block_name, "run": run.name, "level": str(run.level)}[config.share]
+        shelf = self._shelves.setdefault(key, Shelf(run.level))
         unit = Unit(
             name,
             run.level,
-            share,
+            shelf,
             depth,
             config.fold_at(depth),
             config.restore_at(depth),

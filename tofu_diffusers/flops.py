@@ -6,21 +6,26 @@ attached: what it counts is what runs. Nothing is computed and no weight is load
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-if TYPE_CHECKING:
-    from .apply import Handle
-    from .session import Session
+from .session import FEW_STEPS, Session
+
+STEPS = (
+    FEW_STEPS  # whole steps before the counted one: enough evidence, and no warning of few steps
+)
 
 
 def count(
-    model: nn.Module, session: Session, settings: Iterable[tuple[str, ...]]
+    model: nn.Module,
+    session: Session,
+    settings: Iterable[tuple[str, ...]],
+    attached: Callable[[nn.Module], Session],
 ) -> dict[tuple[str, ...], int]:
     """FLOPs of one forward of the denoiser for each setting of its units' ratios.
 
@@ -28,33 +33,33 @@ def count(
         model: The denoiser; its class and config are used, not its weights.
         session: Whose configuration and last call's shapes to count with.
         settings: Ratios of all units, in the session's order.
+        attached: Puts the same tofu on a copy of the denoiser and returns its session.
     """
-    from .apply import apply_tofu
-
     inputs = _meta(session.last_call) if session.last_call else session.family.example(model)
     with torch.device("meta"):
         twin = type(model).from_config(dict(cast(Any, model).config))  # type: ignore[attr-defined]
     twin.eval().requires_grad_(False)
     counts = {}
-    with apply_tofu(twin, session.config.replace(memory_limit=None)) as handle, torch.no_grad():
-        conditions = int(session.conditions)
-        # Two whole steps make the evidence and fill the caches that reduced steps read.
-        for step in range(3):
-            handle.step(step, 4, conditions=conditions)
-            _set(handle, None)
+    copy = attached(twin)
+    conditions = int(session.conditions)
+    with torch.no_grad():
+        # Whole steps make the evidence and fill the caches that reduced steps read.
+        for step in range(STEPS):
+            copy.tell(step, STEPS + 1, conditions)
+            _set(copy, None)
             twin(**inputs)
         for setting in settings:
-            handle.step(3, 4, conditions=conditions)
-            _set(handle, setting)
+            copy.tell(STEPS, STEPS + 1, conditions)
+            _set(copy, setting)
             with FlopCounterMode(display=False) as counter:
                 twin(**inputs)
             counts[setting] = int(counter.get_total_flops())
     return counts
 
 
-def _set(handle: Handle, setting: tuple[str, ...] | None) -> None:
+def _set(session: Session, setting: tuple[str, ...] | None) -> None:
     """Give the copy's units the ratios of a setting; None: whole."""
-    units = handle._sessions[0][1].units
+    units = session.units
     for unit, ratio in zip(units, setting or ["0.0"] * len(units), strict=True):
         unit.ratio = ratio
 

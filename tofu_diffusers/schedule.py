@@ -1,8 +1,8 @@
 """How strongly tofu acts at a noise level or at a depth: a factor in [0, 1] on the ratio.
 
-A schedule is read twice a site: over the noise level (1 = pure noise, 0 = clean image) and over the
-depth (0 = first block, 1 = last block). The two factors multiply, and the product is quantised, so
-that a generation uses few distinct token counts and a compiled model few graphs.
+A schedule is read twice a site: over the noise level (position 0 = pure noise, 1 = clean image) and
+over the depth (0 = first block, 1 = last block). The two factors multiply, and the product is
+quantised, so that a generation uses few distinct token counts and a compiled model few graphs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 KINDS = ("constant", "linear", "cosine", "explicit")
@@ -102,7 +103,7 @@ def quantise(factor: float) -> float:
 def _interpolate(points: Sequence[tuple[float, float]], position: float) -> float:
     if position <= points[0][0]:
         return points[0][1]
-    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+    for (left, low), (right, high) in pairwise(points):
         if position <= right:
             return low + (high - low) * (position - left) / (right - left)
     return points[-1][1]

@@ -34,30 +34,48 @@ FEW_STEPS = 8
 
 
 @dataclass(eq=False)
+class Shelf:
+    """The plans that some units share, by tokens removed (and "/" conditions, tiled for a batch).
+
+    An object of its own, reached from the unit: looked up by name in one dictionary, plans would make a
+    compiled block depend on its name, and every block would need a graph of its own.
+    """
+
+    level: int
+    plans: dict[str, Plan] = field(default_factory=dict)
+
+    def kept(self) -> list[Tensor]:
+        """Kept positions [I, K] of the plans, one row an image."""
+        return [plan.kept for key, plan in self.plans.items() if "/" not in key]
+
+
+@dataclass(eq=False)
 class Unit:
     """What shrinks and returns once: an attention, a block, or a span of blocks.
 
     Args:
         name: Of the module, or of the span's first block and last index.
         level: Of the token grid.
-        share: Key under which its plan is shared.
+        shelf: Where its plans are, shared with other units.
         depth: Position in the denoiser, in [0, 1].
         fold, restore: Names, resolved for this depth.
         width: Channels of its tokens.
-        split: True: used only where runs are run block by block; False: only where they are not; None: always.
+        split: True: used only where runs are run block by block; False: only where not; None: always.
         ratio: This step's ratio. A string because Dynamo makes a changing number symbolic, but guards on
             a string: one graph per distinct ratio, with static shapes.
+        updates: Cached updates, by condition.
     """
 
     name: str
     level: int
-    share: str
+    shelf: Shelf
     depth: float
     fold: str
     restore: str
     width: int
     split: bool | None = None
     ratio: str = "0.0"
+    updates: dict[str, UpdateCache] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -67,6 +85,7 @@ class Projection:
     name: str
     level: int
     width: int
+    rows: dict[str, Tensor] = field(default_factory=dict)
 
 
 class PipelineReference:
@@ -113,6 +132,7 @@ class Session:
     projections: list[Projection]
     pipeline: PipelineReference
     method: Method = field(init=False)
+    needs: list[str] = field(init=False)
     removed: bool = False
 
     # Between calls.
@@ -132,15 +152,15 @@ class Session:
     step: Tensor | None = None
     grids: dict[int, TokenGrid] = field(default_factory=dict)
     shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    plans: dict[str, Plan] = field(default_factory=dict)
-    updates: dict[str, UpdateCache] = field(default_factory=dict)
-    contexts: dict[str, Tensor] = field(default_factory=dict)
+    shelves: list[Shelf] = field(init=False)
     tracker: Tracker | None = None
     opened: tuple[Tensor, Tensor, Plan | None] | None = None
     last_call: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.method = self.config.make_method()
+        self.needs = self.config.needs_steps
+        self.shelves = list(dict.fromkeys(unit.shelf for unit in self.units))
         self._set_ratios()
 
     # ---- between calls -------------------------------------------------------------------------
@@ -190,23 +210,31 @@ class Session:
 
     def forget(self) -> None:
         """Drop everything that belongs to one generation."""
-        for store in (self.plans, self.updates, self.contexts, self.shapes):
-            store.clear()
+        self._forget_plans()
+        for unit in self.units:
+            unit.updates.clear()
+        for projection in self.projections:
+            projection.rows.clear()
+        self.shapes.clear()
         self.tracker = None
         self.opened = None
 
     def cache_bytes(self) -> int:
         """Bytes held in cached updates and cached keys and values."""
-        return sum(cache.nbytes for cache in self.updates.values()) + sum(
-            cache.numel() * cache.element_size() for cache in self.contexts.values()
-        )
+        updates = [cache.nbytes for unit in self.units for cache in unit.updates.values()]
+        rows = [rows for projection in self.projections for rows in projection.rows.values()]
+        return sum(updates) + sum(tensor.numel() * tensor.element_size() for tensor in rows)
+
+    def _forget_plans(self) -> None:
+        for shelf in self.shelves:
+            shelf.plans.clear()
 
     def _go_to(self, index: int) -> None:
         self.index = index
         self.told = index < len(self.noise)
         self.calls = 0
         if index % self.config.reuse == 0:
-            self.plans.clear()
+            self._forget_plans()
         if self.step is None:
             self.step = torch.full((), float(index))
         else:
@@ -293,23 +321,21 @@ class Session:
         remove = self.removal(unit)
         if remove == 0:
             return None
-        key = f"{unit.level}/{unit.share}/{remove}"
-        tiled = f"{key}/{self.groups}"
-        if tiled not in self.plans:
-            if key not in self.plans:
-                self.plans[key] = self._make_plan(unit, metric, remove, importance)
-            self.plans[tiled] = (
-                self.plans[key].repeat(self.groups) if self.groups > 1 else self.plans[key]
-            )
-        return self.plans[tiled]
+        plans = unit.shelf.plans
+        key, tiled = str(remove), f"{remove}/{self.groups}"
+        if tiled not in plans:
+            if key not in plans:
+                plans[key] = self._make_plan(unit, metric, remove, importance)
+            plans[tiled] = plans[key].repeat(self.groups) if self.groups > 1 else plans[key]
+        return plans[tiled]
 
     def update_cache(self, unit: Unit) -> UpdateCache | None:
         """The unit's cached updates under this condition, if its restore has any."""
-        return self.updates.get(f"{unit.name}@{self.condition}")
+        return unit.updates.get(self.condition)
 
     def context_cache(self, projection: Projection) -> Tensor | None:
         """The projection's remembered rows [B, N, C] under this condition."""
-        return self.contexts.get(f"{projection.name}@{self.condition}")
+        return projection.rows.get(self.condition)
 
     def leave(self, prediction: Tensor) -> None:
         """After the denoiser: note which tokens were computed and how their predictions changed."""
@@ -317,14 +343,9 @@ class Session:
             return
         with torch.no_grad():
             if self.condition == "0":
-                kept = {}
-                for level in self.grids:
-                    plans = [
-                        plan
-                        for key, plan in self.plans.items()
-                        if key.startswith(f"{level}/") and key.count("/") == 2
-                    ]
-                    kept[level] = [plan.kept for plan in plans]
+                kept: dict[int, list[Tensor]] = {level: [] for level in self.grids}
+                for shelf in self.shelves:
+                    kept[shelf.level] += shelf.kept()
                 self.tracker.note(prediction, kept, self.step, self.groups)
             elif self.condition == "1":
                 self.tracker.note_second(prediction)
@@ -349,7 +370,7 @@ class Session:
                 metric=rows,
                 grid=self.grids[unit.level],
                 remove=remove,
-                depth=unit.depth,
+                depth=unit.depth if self.method.reads_depth else 0.0,
                 step=self.step if self.told else None,
                 age=age,
                 importance=weights,
@@ -358,13 +379,12 @@ class Session:
             return self.method.plan(evidence)
 
     def _stand_alone(self) -> None:
-        reasons = self.config.needs_steps
-        if reasons:
+        if self.needs:
             raise RuntimeError(
-                f"{', '.join(reasons)} must know the denoising step, and nobody told it: call "
+                f"{', '.join(self.needs)} must know the denoising step, and nobody told it: call "
                 "handle.step(i, n) before each step of a bare model, or apply tofu to the whole pipeline"
             )
-        self.plans.clear()
+        self._forget_plans()
         self.calls = 0
 
     def _look_for_splits(self, model: Any, named: dict[str, Any]) -> None:
@@ -373,7 +393,8 @@ class Session:
             reason = "gradient checkpointing"
         if reason is not None and self.config.scope == "span":
             raise ValueError(
-                f"scope 'span' cannot run with {reason}, which acts between the blocks of a span; use scope='block'"
+                f"scope 'span' cannot run with {reason}, which acts between the blocks of a "
+                "span; use scope='block'"
             )
         self.split = reason is not None
 
@@ -405,8 +426,9 @@ class Session:
             if remove > most:
                 raise ValueError(
                     f"ratio {float(ratio):g} would remove {remove} of {grid.tokens} tokens on the "
-                    f"{grid.height}x{grid.width} grid of level {level}, but method {self.config.method!r} can "
-                    f"remove at most {most} there (ratio {most / grid.tokens:.3f}); lower the ratio, change the "
+                    f"{grid.height}x{grid.width} grid of level {level}, but method "
+                    f"{self.config.method!r} can remove at most {most} there "
+                    f"(ratio {most / grid.tokens:.3f}); lower the ratio, change the "
                     "method's options, or leave small grids whole with min_tokens"
                 )
 
@@ -426,19 +448,17 @@ class Session:
                 needed += batch * tokens * projection.width * sample.element_size()
             if needed > config.memory_limit * GIB:
                 raise MemoryError(
-                    f"caches need {needed / GIB:.3g} GiB, above memory_limit {config.memory_limit:g} GiB; raise "
-                    "it, use context 'fresh' or 'none', restore 'copy', or a smaller batch"
+                    f"caches need {needed / GIB:.3g} GiB, above memory_limit {config.memory_limit:g} GiB; "
+                    "raise it, use context 'fresh' or 'none', restore 'copy', or a smaller batch"
                 )
         for unit in units:
             tokens = self.grids[unit.level].tokens
-            self.updates[f"{unit.name}@{self.condition}"] = UpdateCache.empty(
+            unit.updates[self.condition] = UpdateCache.empty(
                 unit.restore, batch, tokens, unit.width, sample.dtype, sample.device
             )
         for projection in self.projections:
             tokens = self.grids[projection.level].tokens
-            self.contexts[f"{projection.name}@{self.condition}"] = sample.new_zeros(
-                batch, tokens, projection.width
-            )
+            projection.rows[self.condition] = sample.new_zeros(batch, tokens, projection.width)
         if self.tracker is None and self.told and self.method.source is not None:
             self.tracker = Tracker(self.method.source, self.images, self.grids, sample)
 

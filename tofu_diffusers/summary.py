@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -107,8 +109,15 @@ def site_stats(session: Session) -> list[dict[str, Any]]:
     return rows
 
 
-def summarise(sessions: list[tuple[nn.Module, Session]]) -> Summary:
-    """The summary over all denoisers of a pipeline."""
+def summarise(
+    sessions: list[tuple[nn.Module, Session]],
+    attached: Callable[..., Session],
+) -> Summary:
+    """The summary over all denoisers of a pipeline.
+
+    Args:
+        attached: `attached(model, like=session)` puts the same tofu on a copy and returns its session.
+    """
     rows: list[Row] = []
     whole = run = held = 0
     nominal = not any(session.steps() for _, session in sessions)
@@ -126,7 +135,7 @@ def summarise(sessions: list[tuple[nn.Module, Session]]) -> Summary:
         for step in steps:
             weights[step.ratios] += step.calls
         unreduced = tuple("0.0" for _ in session.units)
-        counts = count(model, session, {*weights, unreduced})
+        counts = count(model, session, {*weights, unreduced}, partial(attached, like=session))
         whole += counts[unreduced] * weights.total()
         run += sum(counts[setting] * calls for setting, calls in weights.items())
         held += session.cache_bytes()

@@ -77,8 +77,9 @@ class Family(ABC):
         """What in this call stands between blocks of a run, so that they must be run one by one."""
         return None
 
-    def check_call(self, scope: str, kwargs: Kwargs) -> None:
-        """Raise ValueError if this call cannot be run with reduced tokens in this scope."""
+    def refusal(self, scope: str, kwargs: Kwargs) -> str | None:
+        """Why this call cannot be run with reduced tokens in this scope, and a way out; or None."""
+        return None
 
     def follow(self, args: Args, kwargs: Kwargs, plan: Plan, context: str) -> tuple[Args, Kwargs]:
         """The arguments that must follow the kept tokens, sliced."""
@@ -141,7 +142,8 @@ def find_family(model: nn.Module, name: str | None = None) -> Family:
             return family
     raise ValueError(
         f"no family for denoiser class {type(model).__name__}; known are "
-        f"{', '.join(sorted(known_classes()))}. Name one with family=... if its blocks are the same, or add a family"
+        f"{', '.join(sorted(known_classes()))}. Name one with family=... if its blocks are "
+        "the same, or add a family"
     )
 
 

@@ -64,14 +64,14 @@ class UNetFamily(Family):
             )
         return {"attn1": block.norm1(x)}
 
-    def check_call(self, scope: str, kwargs: Kwargs) -> None:
-        if scope != "attention" and "ip_adapter_masks" in (
-            kwargs.get("cross_attention_kwargs") or {}
-        ):
-            raise ValueError(
-                f"ip_adapter_masks need the whole grid in the cross-attention, which scope {scope!r} shrinks; "
-                "use scope='attention'"
-            )
+    def refusal(self, scope: str, kwargs: Kwargs) -> str | None:
+        extra = kwargs.get("cross_attention_kwargs") or {}
+        if scope == "attention" or "ip_adapter_masks" not in extra:
+            return None
+        return (
+            f"ip_adapter_masks need the whole grid in the cross-attention, which scope {scope!r} "
+            "shrinks; use scope='attention'"
+        )
 
     def follow(self, args: Args, kwargs: Kwargs, plan: Plan, context: str) -> tuple[Args, Kwargs]:
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")

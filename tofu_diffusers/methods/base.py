@@ -48,6 +48,8 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    reads_depth: ClassVar[bool] = False
+    """Whether the plan depends on `Evidence.depth`: if so, compiled blocks of each depth differ."""
 
     @property
     def source(self) -> Source | None:

@@ -31,6 +31,7 @@ class Pitome(Method):
     """
 
     name = "pitome"
+    reads_depth = True
 
     margin: float = 0.9
     alpha: float = 1.0

@@ -1,0 +1,1 @@
+"""Runnable pipelines: recipes for public models, and `emoji`, trained here and embedded."""

@@ -1,0 +1,116 @@
+"""torch.compile: fullgraph, equal to eager, few graphs, none new from step to step."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from tests import tiny
+from tests.test_context import unet_inputs
+from tofu_diffusers import apply_tofu, remove_tofu
+
+SETTINGS = {
+    "tome": {"method": "tome"},
+    "fresh": {},
+    "cached": {"context": "cached"},
+    "attention": {"method": "tofu", "scope": "attention"},
+    "span_temporal": {
+        "method": "random",
+        "restore": "temporal",
+        "scope": "span",
+        "context": "cached",
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def small(family):
+    if family == "unet":
+        return tiny.tiny_sd(channels=(32,), transformer_layers=2)
+    return tiny.tiny_sd3(dual=family == "sd35", num_layers=3)
+
+
+def run(pipe):
+    return tiny.generate(pipe, ["a cat", "a dog"], steps=6)
+
+
+@pytest.mark.parametrize("family", ["unet", "sd3"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_whole_model_fullgraph(family, setting):
+    pipe = small(family)
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    options = {"ratio": 0.5, **SETTINGS[setting]}
+    with apply_tofu(pipe, **options):
+        eager = run(pipe)
+    apply_tofu(pipe, **options)
+    counter = CompileCounter()
+    model.compile(fullgraph=True, backend=counter)
+    torch.testing.assert_close(run(pipe), eager, rtol=1e-3, atol=1e-3)
+    graphs = counter.frame_count
+    # At most: first call (caches are made), whole, reduced without and with plan; not one a step.
+    assert graphs <= 4
+    torch.testing.assert_close(run(pipe), eager, rtol=1e-3, atol=1e-3)
+    assert counter.frame_count <= graphs + 1
+
+
+@pytest.mark.parametrize("setting", ["tome", "fresh", "cached"])
+def test_repeated_blocks_fullgraph(setting):
+    """One graph serves all blocks of a class; longer generations need no more graphs."""
+    options = {"ratio": 0.5, **SETTINGS[setting]}
+    counts = []
+    for layers in (3, 6):
+        torch._dynamo.reset()
+        pipe = tiny.tiny_sd(channels=(32,), transformer_layers=layers)
+        with apply_tofu(pipe, **options):
+            eager = run(pipe)
+        apply_tofu(pipe, **options)
+        counter = CompileCounter()
+        pipe.unet.compile_repeated_blocks(fullgraph=True, backend=counter)
+        torch.testing.assert_close(run(pipe), eager, rtol=1e-3, atol=1e-3)
+        counts.append(counter.frame_count)
+        run(pipe)
+        assert counter.frame_count == counts[-1]
+    assert counts[0] == counts[1] <= 8
+
+
+def test_compiled_before_applying_and_removed_again():
+    pipe = small("sd3")
+    baseline = run(pipe)
+    counter = CompileCounter()
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=counter)
+    torch.testing.assert_close(run(pipe), baseline, rtol=1e-4, atol=1e-4)
+    with apply_tofu(pipe, ratio=0.5, method="tome") as handle:
+        reduced = run(pipe)
+        assert handle.summary().flops_saved > 0.2
+    assert not torch.allclose(reduced, baseline)
+    torch.testing.assert_close(run(pipe), baseline, rtol=1e-4, atol=1e-4)
+    with apply_tofu(pipe.transformer, ratio=0.5, method="tome"):
+        torch.testing.assert_close(run(pipe), reduced, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_compiled_bare_model_refuses_what_needs_steps():
+    unet = small("unet").unet
+    apply_tofu(unet, ratio=0.5, context="cached")
+    compiled = torch.compile(unet, backend="eager")
+    with pytest.raises(Exception, match="must know the denoising step"):
+        compiled(**unet_inputs())
+    remove_tofu(unet)
+
+
+@torch.no_grad()
+def test_deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    try:
+        for family in ("unet", "sd3"):
+            pipe = small(family)
+            for setting in SETTINGS.values():
+                with apply_tofu(pipe, ratio=0.5, **setting):
+                    assert torch.equal(run(pipe), run(pipe))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -256,3 +256,12 @@ def test_guidance_importance_needs_guidance():
         pytest.raises(ValueError, match="source 'cfg' needs classifier-free guidance"),
     ):
         tiny.generate(pipe, steps=5, guidance_scale=1.0)
+
+
+def test_a_base_model_before_a_refiner_runs_the_first_steps():
+    pipe = tiny.tiny_sdxl()
+    handle = apply_tofu(pipe, ratio=0.5, method="tome")
+    tiny.generate(pipe, steps=8, denoising_end=0.5)
+    session = handle._sessions[0][1]
+    assert len(session.steps()) == len(session.noise) == 4
+    assert session.noise[0] > 0.8 and session.noise[-1] >= 0.49

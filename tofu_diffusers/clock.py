@@ -108,7 +108,11 @@ def noise_levels(scheduler: Any) -> list[float]:
     """
     timesteps = scheduler.timesteps
     values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
-    most = float(
-        getattr(scheduler.config, "num_train_timesteps", None) or max(values, default=1.0) or 1.0
-    )
-    return [min(1.0, max(0.0, value / most)) for value in values]
+    return [noise_level(scheduler, value) for value in values]
+
+
+def noise_level(scheduler: Any, timestep: Any) -> float:
+    """A timestep (number, or tensor of equal ones) as a fraction of the training range. A host read."""
+    value = timestep.flatten()[0].item() if hasattr(timestep, "flatten") else timestep
+    most = float(getattr(scheduler.config, "num_train_timesteps", None) or 1000)
+    return min(1.0, max(0.0, float(value) / most))

@@ -11,14 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .session import FEW_STEPS, Session
 
-STEPS = (
-    FEW_STEPS  # whole steps before the counted one: enough evidence, and no warning of few steps
-)
+WHOLE = 3  # steps before the counted one: enough evidence for any method
+TOTAL = FEW_STEPS + 1  # no warning of few steps
 
 
 def count(
@@ -35,7 +33,7 @@ def count(
         settings: Ratios of all units, in the session's order.
         attached: Puts the same tofu on a copy of the denoiser and returns its session.
     """
-    inputs = _meta(session.last_call) if session.last_call else session.family.example(model)
+    inputs = session.last_call or session.family.example(model)
     with torch.device("meta"):
         twin = type(model).from_config(dict(cast(Any, model).config))  # type: ignore[attr-defined]
     twin.eval().requires_grad_(False)
@@ -44,12 +42,12 @@ def count(
     conditions = int(session.conditions)
     with torch.no_grad():
         # Whole steps make the evidence and fill the caches that reduced steps read.
-        for step in range(STEPS):
-            copy.tell(step, STEPS + 1, conditions)
+        for step in range(WHOLE):
+            copy.tell(step, TOTAL, conditions)
             _set(copy, None)
             twin(**inputs)
         for setting in settings:
-            copy.tell(STEPS, STEPS + 1, conditions)
+            copy.tell(WHOLE, TOTAL, conditions)
             _set(copy, setting)
             with FlopCounterMode(display=False) as counter:
                 twin(**inputs)
@@ -62,14 +60,3 @@ def _set(session: Session, setting: tuple[str, ...] | None) -> None:
     units = session.units
     for unit, ratio in zip(units, setting or ["0.0"] * len(units), strict=True):
         unit.ratio = ratio
-
-
-def _meta(named: dict[str, Any]) -> dict[str, Any]:
-    def shape_only(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        dtype = torch.float32 if value.is_floating_point() else value.dtype
-        return torch.empty(value.shape, dtype=dtype, device="meta")
-
-    moved: dict[str, Any] = tree_map(shape_only, named)
-    return moved

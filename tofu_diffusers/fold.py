@@ -1,6 +1,6 @@
 """What a kept token becomes when others fold into it: itself, the group's mean, or MLERP.
 
-MLERP keeps the length that averaging loses (ToFu, arXiv 2312.01026, section 4.2):
+MLERP keeps the length that averaging loses (ToFu, arXiv 2312.01026):
 x* = xbar / ||xbar|| * max_k ||x_k||, with the mean and the maximum over the whole group.
 """
 

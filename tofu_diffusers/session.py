@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .attach import checkpoints_blocks
-from .clock import is_watched, noise_levels, watch
+from .clock import is_watched, noise_level, noise_levels, watch
 from .config import TofuConfig
 from .families.base import Family
 from .grid import TokenGrid
@@ -100,6 +101,19 @@ class PipelineReference:
 
     def __reduce__(self) -> tuple[type[PipelineReference], tuple[()]]:
         return PipelineReference, ()
+
+
+def shapes_only(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments with tensors on the meta device, in float32: their shapes and nothing else."""
+
+    def shape_only(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        dtype = torch.float32 if leaf.is_floating_point() else leaf.dtype
+        return torch.empty(leaf.shape, dtype=dtype, device="meta")
+
+    shapes: dict[str, Any] = tree_map(shape_only, arguments)
+    return shapes
 
 
 def _nothing() -> None:
@@ -269,10 +283,11 @@ class Session:
             MemoryError: if the caches would exceed `memory_limit`.
         """
         if not torch.compiler.is_compiling():
-            self._find_scheduler()
-            self.last_call = named
+            self._find_scheduler(named)
         sample: Tensor = named[self.family.sample_name]
-        self.family.check_call(self.config.scope, named)
+        refusal = self.family.refusal(self.config.scope, named)
+        if refusal is not None:
+            raise ValueError(refusal)
         self._look_for_splits(model, named)
         if not self.told:
             self._stand_alone()
@@ -295,6 +310,8 @@ class Session:
         if self.shapes.get(self.condition) != shape:
             self._make_room(sample)
             self.shapes[self.condition] = shape
+            if self.condition == "0" and not torch.compiler.is_compiling():
+                self.last_call = shapes_only(named)
         if self.step is not None and self.step.device != sample.device:
             self.step = self.step.to(sample.device)
 
@@ -398,8 +415,12 @@ class Session:
             )
         self.split = reason is not None
 
-    def _find_scheduler(self) -> None:
-        """Follow a scheduler that was swapped after apply_tofu, and skip the steps image-to-image skips."""
+    def _find_scheduler(self, named: dict[str, Any]) -> None:
+        """Follow a scheduler swapped after apply_tofu, and see which of its steps are really run.
+
+        Image-to-image skips the first of the scheduler's steps, a base model before a refiner the last.
+        Where the pipeline announces fewer steps than were set, the first timestep is read, once.
+        """
         pipeline = self.pipeline.get()
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is None:
@@ -408,14 +429,12 @@ class Session:
             watch(scheduler, self)
             self.begin(noise_levels(scheduler))
         planned = getattr(pipeline, "num_timesteps", None)
-        if (
-            self.told
-            and self.index == 0
-            and self.calls == 0
-            and planned
-            and planned < len(self.noise)
-        ):
-            self.noise = self.noise[-planned:]
+        starting = self.told and self.index == 0 and self.calls == 0
+        if starting and planned and planned < len(self.noise):
+            level = noise_level(scheduler, named["timestep"])
+            distances = [abs(noise - level) for noise in self.noise]
+            begin = min(distances.index(min(distances)), len(self.noise) - planned)
+            self.noise = self.noise[begin : begin + planned]
             self._set_ratios()
 
     def _check_reach(self) -> None:

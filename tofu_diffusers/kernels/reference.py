@@ -110,7 +110,7 @@ def _pull(cosine: Tensor, margin: float, alpha: float) -> Tensor:
 
 
 def energy(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
-    """PiToMe's energy, E_i = mean_j f_m(cos(v_i, v_j)) over all j (arXiv 2405.16148, eq. 4).
+    """PiToMe's energy, E_i = mean_j f_m(cos(v_i, v_j)) over all j (arXiv 2405.16148).
 
     High: one of many alike. Low: isolated.  [B, N, C] -> [B, N] in the wide dtype
     """

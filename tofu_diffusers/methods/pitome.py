@@ -1,6 +1,6 @@
 """Fold tokens that have many look-alikes, keep the isolated ones: PiToMe.
 
-Energy-based merging (arXiv 2405.16148, eq. 4 and algorithm 1).
+Energy-based merging (arXiv 2405.16148).
 """
 
 from __future__ import annotations

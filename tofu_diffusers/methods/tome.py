@@ -1,6 +1,6 @@
 """Fold the most similar (source, destination) pairs, one destination a cell: ToMe for SD.
 
-Bipartite soft matching (arXiv 2303.17604, section 4.1) on 2-D and 3-D grids.
+Bipartite soft matching (arXiv 2303.17604) on 2-D and 3-D grids.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tofu_diffusers.rows import take
+
 
 class Plan(NamedTuple):
     """A partition of N tokens into K groups, each named by the one token that is kept.
@@ -48,11 +50,11 @@ class Plan(NamedTuple):
 
     def rows(self, x: Tensor) -> Tensor:
         """The kept tokens of x.  [B, N, C] -> [B, K, C]"""
-        return x.gather(1, self.kept[..., None].expand(-1, -1, x.shape[-1]))
+        return take(x, self.kept)
 
     def spread(self, y: Tensor) -> Tensor:
         """To every token, the row of its group.  [B, K, C] -> [B, N, C]"""
-        return y.gather(1, self.assign[..., None].expand(-1, -1, y.shape[-1]))
+        return take(y, self.assign)
 
     def check(self) -> None:
         """Read every index and raise ValueError on a broken invariant. Waits for the device."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tofu_diffusers.kernels.reference import scale_of, wide
 from tofu_diffusers.plan import Plan
+from tofu_diffusers.rows import put, put_, take
 
 RESTORES = ("copy", "mlerp", "temporal", "taylor", "blend")
 CACHED = frozenset({"temporal", "taylor", "blend"})
@@ -40,11 +41,13 @@ class UpdateCache:
         value: [B, N, C], each token's last computed update (blend: its last used one).
         slope: [B, N, C], its change per step between the last two computed; None but for taylor.
         last: [B, N] float32, the step at which it was last computed; -1: never.
+        complete: whether every token has a past, known without a look at `last`: a step ran whole.
     """
 
     value: Tensor
     slope: Tensor | None
     last: Tensor
+    complete: bool = False
 
     @classmethod
     def empty(
@@ -87,34 +90,35 @@ class UpdateCache:
             step: 0-d float32 tensor.
             kept: [B, K] int64, whose updates these are; None: every token's.
         """
-        if kept is None:  # the same as keeping every token, without the gathers
-            if update.shape != self.value.shape:
-                raise ValueError(
-                    f"a whole update is {tuple(self.value.shape)}, this one is "
-                    f"{tuple(update.shape)}; give kept for a reduced one"
-                )
-            old, since = self.value, self.last
-        else:
-            rows = kept[..., None].expand(-1, -1, self.value.shape[2])
-            old, since = self.value.gather(1, rows), self.last.gather(1, kept)
+        if kept is None and update.shape != self.value.shape:
+            raise ValueError(
+                f"a whole update is {tuple(self.value.shape)}, this one is "
+                f"{tuple(update.shape)}; give kept for a reduced one"
+            )
+        # A whole step is the same as keeping every token, without taking rows out and putting them back.
+        since = self.last if kept is None else self.last.gather(1, kept)
         now = step.to(torch.float32).expand_as(since)
+        update = update.to(self.value.dtype)
+        slope = None
         if self.slope is not None:
+            old = self.value if kept is None else take(self.value, kept)
+            before = self.slope if kept is None else take(self.slope, kept)
             span = now - since
             change = (wide(update) - wide(old)) / span.clamp(min=1e-6)[..., None]
-            before = self.slope if kept is None else self.slope.gather(1, rows)
             # A second call within one step spans no time and says nothing of the slope.
             slope = torch.where((span > 0)[..., None], _fit(change, before.dtype), before)
             slope = torch.where((since >= 0)[..., None], slope, 0)
-            if kept is None:
-                self.slope.copy_(slope)
-            else:
-                self.slope.scatter_(1, rows, slope)
         if kept is None:
             self.value.copy_(update)
             self.last.copy_(now)
+            if self.slope is not None and slope is not None:
+                self.slope.copy_(slope)
+            self.complete = True
         else:
-            self.value.scatter_(1, rows, update.to(self.value.dtype))
+            put_(self.value, kept, update)
             self.last.scatter_(1, kept, now)
+            if self.slope is not None and slope is not None:
+                put_(self.slope, kept, slope)
 
 
 def _rescaled(update: Tensor, plan: Plan, x: Tensor, folded: Tensor) -> Tensor:
@@ -135,6 +139,14 @@ def _rescaled(update: Tensor, plan: Plan, x: Tensor, folded: Tensor) -> Tensor:
     return (plan.spread(wide(update)) * rho).to(update.dtype)
 
 
+def _own(how: str, cache: UpdateCache, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each token's own last update, extrapolated for taylor.  -> [B, N, C]"""
+    if how == "temporal" or cache.slope is None:
+        return cache.value.to(dtype)
+    age = step.to(torch.float32) - cache.last
+    return _fit(torch.addcmul(wide(cache.value), age[..., None], wide(cache.slope)), dtype)
+
+
 def _from_past(
     how: str, copied: Tensor, plan: Plan, cache: UpdateCache, step: Tensor, max_age: int | None
 ) -> Tensor:
@@ -143,11 +155,8 @@ def _from_past(
     known = cache.last >= 0
     if max_age is not None:
         known = known & (age <= max_age)
-    if how == "temporal":
-        own = cache.value.to(copied.dtype)
-    elif how == "taylor":
-        assert cache.slope is not None
-        own = _fit(wide(cache.value) + age[..., None] * wide(cache.slope), copied.dtype)
+    if how != "blend":
+        own = _own(how, cache, step, copied.dtype)
     else:
         before = plan.spread(plan.rows(cache.value))
         own = _fit(wide(cache.value) + (wide(copied) - wide(before)), copied.dtype)
@@ -199,23 +208,26 @@ def restore(
                 "pass the input before and after reduce"
             )
         return _rescaled(update, plan, x, folded)
-    copied = plan.spread(update)
     if how == "copy":
-        return copied
+        return plan.spread(update)
     if cache is None or step is None:
         missing = "cache" if cache is None else "step"
         raise ValueError(
             f"restore {how!r} needs {missing}: it reuses updates of earlier steps; "
             "pass an UpdateCache and the step, or choose copy"
         )
-    if cache.value.shape != copied.shape:
+    shape = (*plan.assign.shape, update.shape[2])
+    if cache.value.shape != shape:
         raise ValueError(
             f"the cache is {tuple(cache.value.shape)} but the restored update is "
-            f"{tuple(copied.shape)}; keep one cache for each span and condition"
+            f"{shape}; keep one cache for each span and condition"
         )
     if how == "taylor" and cache.slope is None:
         raise ValueError("restore 'taylor' needs a cache with slopes; make it by empty('taylor')")
-    full = _from_past(how, copied, plan, cache, step, max_age)
+    if cache.complete and max_age is None and how != "blend":
+        full = put(_own(how, cache, step, update.dtype), plan.kept, update)
+    else:
+        full = _from_past(how, plan.spread(update), plan, cache, step, max_age)
     cache.record(update, step, plan.kept)
     if how == "blend":  # the next step builds on what this one used, for removed tokens too
         cache.value.copy_(full)

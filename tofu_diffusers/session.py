@@ -147,6 +147,7 @@ class Session:
     pipeline: PipelineReference
     method: Method = field(init=False)
     needs: list[str] = field(init=False)
+    max_age: int | None = field(init=False)
     removed: bool = False
 
     # Between calls.
@@ -174,6 +175,9 @@ class Session:
     def __post_init__(self) -> None:
         self.method = self.config.make_method()
         self.needs = self.config.needs_steps
+        # Where the choice of tokens keeps the bound, restores need not look for tokens beyond it.
+        bounded = self.method.name == "importance" and self.config.schedule.is_constant
+        self.max_age = None if bounded and self.config.reuse == 1 else self.config.max_age
         self.shelves = list(dict.fromkeys(unit.shelf for unit in self.units))
         self._set_ratios()
 

@@ -20,6 +20,7 @@ from .families.base import Family
 from .fold import reduce
 from .plan import Plan
 from .restore import restore
+from .rows import put, put_
 from .session import Projection, Session, Unit
 from .tracker import key_norm, received_attention
 
@@ -138,7 +139,7 @@ def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     full = entered + restored(session, unit, plan, y - folded, entered, folded).to(entered.dtype)
     if unit.fold == "prune":
         # Exactly what the model computed, not x + (y - x).
-        full = full.scatter(1, plan.kept[..., None].expand(-1, -1, y.shape[-1]), y.to(full.dtype))
+        full = put(full, plan.kept, y.to(full.dtype))
     return family.with_output(out, full)
 
 
@@ -199,8 +200,7 @@ def projection_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) 
     if site.plan is None:
         cache.copy_(rows.detach())
         return rows
-    kept = site.plan.kept[..., None].expand(-1, -1, rows.shape[-1])
-    cache.scatter_(1, kept, rows.detach().to(cache.dtype))
+    put_(cache, site.plan.kept, rows.detach().to(cache.dtype))
     return cache.to(rows.dtype)
 
 
@@ -252,7 +252,7 @@ def restored(
         folded=folded,
         cache=cache,
         step=session.step,
-        max_age=session.config.max_age,
+        max_age=session.max_age,
     )
 
 

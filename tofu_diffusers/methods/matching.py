@@ -13,6 +13,7 @@ from tofu_diffusers.grid import TokenGrid
 from tofu_diffusers.kernels import best_match, best_match_tiles, energy, energy_tiles
 from tofu_diffusers.methods.base import as_sides
 from tofu_diffusers.plan import Plan, complement, make_plan
+from tofu_diffusers.rows import take
 
 Window = tuple[int, int, int]
 
@@ -79,12 +80,8 @@ def match(
         value [B, M] in float32 or float64, -inf where the tile had no candidate;
         position [B, M] int64.
     """
-
-    def rows(positions: Tensor) -> Tensor:
-        return metric.gather(1, positions[..., None].expand(-1, -1, metric.shape[-1]))
-
     if window is None or _is_global(grid, window):
-        value, index = best_match(rows(queries), rows(candidates))
+        value, index = best_match(take(metric, queries), take(metric, candidates))
         return value, candidates.gather(1, index)
     members, place = tiles_of(grid, window, metric.device)
     flag = torch.zeros(metric.shape[:2], dtype=torch.int64, device=metric.device)

@@ -13,6 +13,7 @@ from tofu_diffusers import FAMILIES, Schedule, TofuConfig, apply_tofu, profile
 CONFIGS = [
     TofuConfig(),
     TofuConfig(ratio=0.3, method="pitome", method_options={"margin": 0.75}, fold="mlerp"),
+    TofuConfig(method="tome", method_options={"stride": (2, 4), "window": (1, 8, 8)}),
     TofuConfig(method="importance", max_age=6, context="cached", levels=(0, 1), memory_limit=2.5),
     TofuConfig(schedule="cosine", depth_schedule=[(0.0, 0.0), (0.5, 1.0)], first_blocks=1),
 ]

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "tofu_diffusers"
 
 # A layer may use those before it, directly or through any file, and none after it.
 LAYERS = (
-    {"grid", "plan"},
+    {"grid", "plan", "rows"},
     {"kernels"},
     {"methods"},
     {"families", "session", "attach"},

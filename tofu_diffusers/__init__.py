@@ -33,6 +33,7 @@ __all__ = [
     "Summary",
     "TofuConfig",
     "TokenGrid",
+    "__version__",
     "apply_tofu",
     "profile",
     "reduce",

@@ -97,7 +97,12 @@ class TofuConfig:
         object.__setattr__(self, "ratio", float(self.ratio))
         object.__setattr__(self, "schedule", Schedule.of(self.schedule))
         object.__setattr__(self, "depth_schedule", Schedule.of(self.depth_schedule))
-        object.__setattr__(self, "method_options", dict(self.method_options))
+        # As JSON has them, so that a configuration read back is equal.
+        options = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dict(self.method_options).items()
+        }
+        object.__setattr__(self, "method_options", options)
         if self.fold is not None:
             one_of("fold", self.fold, FOLDS)
         if self.restore is not None:

@@ -21,8 +21,9 @@ from .fold import reduce
 from .plan import Plan
 from .restore import restore
 from .rows import put, put_
-from .session import Projection, Session, Unit
+from .session import Session
 from .tracker import key_norm, received_attention
+from .units import Projection, Unit
 
 
 @dataclass(eq=False)

@@ -11,7 +11,9 @@ from typing import Any
 from torch import nn
 
 from .flops import count
-from .session import Session, StepRecord, Unit
+from .profiles import default_config, profile
+from .session import Session, StepRecord
+from .units import Unit
 
 NOMINAL_STEPS = 20
 
@@ -189,8 +191,11 @@ def _nominal_steps(session: Session) -> list[StepRecord]:
 
 
 def _settings(session: Session) -> str:
-    config = session.config
+    config, family = session.config, session.family.name
+    note = ""
+    if config == default_config(family, {"ratio": config.ratio}):
+        note = f" (default profile, {profile(family)['status']})"
     return (
         f"ratio {config.ratio:g}, method {config.method}, context {config.context}, scope {config.scope}, "
-        f"family {session.family.name}"
+        f"family {family}{note}"
     )

@@ -3,6 +3,7 @@
 import builtins
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -316,9 +317,13 @@ def test_command_end_to_end(tmp_path, capsys):
 
     from pipelines.emoji.__main__ import main
 
-    code = main(["a red apple", "--ratio", "0.5", "--steps", "2", "--out", str(tmp_path)])
+    # A method without memory: the default profile leaves the first steps whole.
+    options = ["--method", "tome", "--restore", "copy", "--steps", "2", "--out", str(tmp_path)]
+    code = main(["a red apple", "--ratio", "0.5", *options])
     output = capsys.readouterr().out
     assert code == 0
+    saved = re.search(r"denoiser FLOPs saved +([\d.]+)%", output)
+    assert saved and float(saved[1]) > 20
     for words in ("median step, ms", "denoiser FLOPs saved", "PSNR, dB", "tokens through"):
         assert words in output
     grid = Image.open(tmp_path / "grid.png")

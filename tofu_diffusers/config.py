@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import numbers
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from .fold import FOLDS
 from .methods import Method, make_method
+from .methods.base import hint
 from .restore import CACHED, RESTORES
 from .schedule import Schedule
 
@@ -25,11 +25,9 @@ FORMAT = 1
 def one_of(what: str, value: object, valid: Iterable[str]) -> None:
     """Raise ValueError naming the valid values (and the closest) unless `value` is one of them."""
     valid = sorted(valid)
-    if value in valid:
-        return
-    close = difflib.get_close_matches(str(value), valid, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"unknown {what} {value!r}{hint}; choose one of {', '.join(valid)}")
+    if value not in valid:
+        close = hint(str(value), valid)
+        raise ValueError(f"unknown {what} {value!r}{close}; choose one of {', '.join(valid)}")
 
 
 @dataclass(frozen=True)

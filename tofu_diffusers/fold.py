@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tofu_diffusers.kernels import group_max, group_sum
-from tofu_diffusers.kernels.reference import scale_of, wide
-from tofu_diffusers.plan import Plan
+from .kernels import group_max, group_sum
+from .kernels.reference import scale_of, wide
+from .plan import Plan
 
 EPS = 1e-6
 """A mean shorter than this share of the group's longest token has lost its direction."""

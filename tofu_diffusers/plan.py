@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tofu_diffusers.rows import take
+from .rows import take
 
 
 class Plan(NamedTuple):

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tofu_diffusers.kernels.reference import scale_of, wide
-from tofu_diffusers.plan import Plan
-from tofu_diffusers.rows import put, put_, take
+from .kernels.reference import scale_of, wide
+from .plan import Plan
+from .rows import put, put_, take
 
 RESTORES = ("copy", "mlerp", "temporal", "taylor", "blend")
 CACHED = frozenset({"temporal", "taylor", "blend"})

@@ -174,10 +174,7 @@ def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if context == "fresh":
         site.inputs = {here.attribute: x}
     inner_args, inner_kwargs = family.with_hidden(args, kwargs, folded)
-    mask = inner_kwargs.get("attention_mask")
-    if mask is not None and context == "none":
-        mask = torch.gather(mask, -1, plan.kept[:, None].expand(-1, mask.shape[1], -1))
-        inner_kwargs = {**inner_kwargs, "attention_mask": mask}
+    inner_args, inner_kwargs = family.follow(inner_args, inner_kwargs, plan, context)
     out = here.original(module, *inner_args, **inner_kwargs)
     site.inputs = {}
     site.plan = None

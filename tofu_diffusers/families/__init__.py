@@ -1,15 +1,11 @@
-"""One file a family, registered on the denoiser classes it knows."""
+"""The families by name. Every file here that registers a family is found by itself."""
 
-from . import sd3, unet
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .base import FAMILIES, Family, Run, find_family, known_classes, register_family
 
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "Run",
-    "find_family",
-    "known_classes",
-    "register_family",
-    "sd3",
-    "unet",
-]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["FAMILIES", "Family", "Run", "find_family", "known_classes", "register_family"]

@@ -3,7 +3,7 @@
 A faster kernel lives in a file of its own and is chosen here; `reference` stays the definition.
 """
 
-from tofu_diffusers.kernels.reference import (
+from .reference import (
     best_match,
     best_match_tiles,
     energy,

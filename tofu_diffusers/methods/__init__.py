@@ -1,21 +1,11 @@
-"""The methods by name. A new one is a file here, registered by its class and imported below."""
+"""The methods by name. Every file here that registers a method is found by itself."""
 
-from tofu_diffusers.methods.base import METHODS, Evidence, Method, make_method, register
-from tofu_diffusers.methods.importance import Importance
-from tofu_diffusers.methods.pitome import Pitome
-from tofu_diffusers.methods.random import Random
-from tofu_diffusers.methods.tofu import Tofu
-from tofu_diffusers.methods.tome import Tome
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "METHODS",
-    "Evidence",
-    "Importance",
-    "Method",
-    "Pitome",
-    "Random",
-    "Tofu",
-    "Tome",
-    "make_method",
-    "register",
-]
+from .base import METHODS, Evidence, Method, make_method, register
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["METHODS", "Evidence", "Method", "make_method", "register"]

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
-from tofu_diffusers.grid import TokenGrid
-from tofu_diffusers.plan import Plan
+from ..grid import TokenGrid
+from ..plan import Plan
 
 Source = Literal["change", "cfg", "attention", "key_norm"]
 
@@ -117,7 +117,7 @@ def register(cls: _M) -> _M:
     return cls
 
 
-def _hint(word: str, valid: list[str]) -> str:
+def hint(word: str, valid: list[str]) -> str:
     """' (did you mean ...?)', or nothing."""
     close = difflib.get_close_matches(word, valid, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -132,14 +132,14 @@ def make_method(name: str, **options: Any) -> Method:
     if name not in METHODS:
         valid = sorted(METHODS)
         raise ValueError(
-            f"unknown method {name!r}{_hint(str(name), valid)}; choose one of {', '.join(valid)}"
+            f"unknown method {name!r}{hint(str(name), valid)}; choose one of {', '.join(valid)}"
         )
     cls = METHODS[name]
     allowed = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     for option in options:
         if option not in allowed:
             raise ValueError(
-                f"method {name!r} has no option {option!r}{_hint(option, allowed)}; "
+                f"method {name!r} has no option {option!r}{hint(option, allowed)}; "
                 f"it has {', '.join(allowed) or 'none'}"
             )
     return cls(**options)

@@ -12,10 +12,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from tofu_diffusers.grid import TokenGrid
-from tofu_diffusers.methods.base import Evidence, Method, Source, register
-from tofu_diffusers.methods.matching import as_window, assign_to_kept
-from tofu_diffusers.plan import Plan
+from ..grid import TokenGrid
+from ..plan import Plan
+from .base import Evidence, Method, Source, register
+from .matching import as_window, assign_to_kept
 
 
 @register

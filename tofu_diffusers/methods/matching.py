@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tofu_diffusers.grid import TokenGrid
-from tofu_diffusers.kernels import best_match, best_match_tiles, energy, energy_tiles
-from tofu_diffusers.methods.base import as_sides
-from tofu_diffusers.plan import Plan, complement, make_plan
-from tofu_diffusers.rows import take
+from ..grid import TokenGrid
+from ..kernels import best_match, best_match_tiles, energy, energy_tiles
+from ..plan import Plan, complement, make_plan
+from ..rows import take
+from .base import as_sides
 
 Window = tuple[int, int, int]
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tofu_diffusers.grid import TokenGrid
-from tofu_diffusers.methods.base import Evidence, Method, register
-from tofu_diffusers.methods.matching import as_window, energies, match
-from tofu_diffusers.plan import Plan, complement, make_plan
+from ..grid import TokenGrid
+from ..plan import Plan, complement, make_plan
+from .base import Evidence, Method, register
+from .matching import as_window, energies, match
 
 
 @register

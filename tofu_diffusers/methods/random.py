@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tofu_diffusers.methods.base import Evidence, Method, register
-from tofu_diffusers.methods.matching import as_window, assign_to_kept
-from tofu_diffusers.noise import uniform
-from tofu_diffusers.plan import Plan
+from ..noise import uniform
+from ..plan import Plan
+from .base import Evidence, Method, register
+from .matching import as_window, assign_to_kept
 
 
 @register

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tofu_diffusers.methods.base import register
-from tofu_diffusers.methods.tome import Tome
+from .base import register
+from .tome import Tome
 
 
 @register

@@ -11,11 +11,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from tofu_diffusers.grid import TokenGrid
-from tofu_diffusers.methods.base import Evidence, Method, as_sides, register
-from tofu_diffusers.methods.matching import as_window, match
-from tofu_diffusers.noise import uniform
-from tofu_diffusers.plan import Plan, complement, make_plan
+from ..grid import TokenGrid
+from ..noise import uniform
+from ..plan import Plan, complement, make_plan
+from .base import Evidence, Method, as_sides, register
+from .matching import as_window, match
 
 
 @register

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,27 +88,16 @@ class Summary:
 
 def site_stats(session: Session) -> list[dict[str, Any]]:
     """A dict a unit: name, scope, calls, and tokens in and kept of one image, summed over the calls."""
-    steps = session.steps()
-    rows = []
-    for i, unit in enumerate(session.units):
-        if unit.split not in (None, session.split) or unit.level not in session.grids:
-            continue
-        tokens = session.grids[unit.level].tokens
-        calls = sum(step.calls for step in steps)
-        kept = sum(
-            step.calls * (tokens - _removed(session, unit, tokens, step.ratios[i]))
-            for step in steps
-        )
-        rows.append(
-            {
-                "name": unit.name,
-                "scope": session.config.scope,
-                "calls": calls,
-                "tokens_in": calls * tokens,
-                "tokens_kept": kept,
-            }
-        )
-    return rows
+    return [
+        {
+            "name": unit.name,
+            "scope": session.config.scope,
+            "calls": calls,
+            "tokens_in": calls * tokens,
+            "tokens_kept": kept,
+        }
+        for unit, calls, tokens, kept in _counts(session, session.steps())
+    ]
 
 
 def summarise(
@@ -145,32 +134,24 @@ def summarise(
 
 
 def _rows(denoiser: str, session: Session, steps: list[StepRecord]) -> list[Row]:
-    rows = []
+    scope = session.config.scope
+    return [
+        Row(denoiser, unit.name, scope, unit.fold, unit.restore, calls, tokens, kept / calls)
+        for unit, calls, tokens, kept in _counts(session, steps)
+    ]
+
+
+def _counts(session: Session, steps: list[StepRecord]) -> Iterator[tuple[Unit, int, int, int]]:
+    """Each unit in use, its calls, its tokens a call, and the tokens it kept over all calls."""
+    calls = sum(step.calls for step in steps)
     for i, unit in enumerate(session.units):
-        if unit.split not in (None, session.split):
-            continue
-        tokens = session.grids[unit.level].tokens
-        calls = sum(step.calls for step in steps)
-        kept = sum(
-            step.calls * (tokens - _removed(session, unit, tokens, step.ratios[i]))
-            for step in steps
-        )
-        rows.append(
-            Row(
-                denoiser,
-                unit.name,
-                session.config.scope,
-                unit.fold,
-                unit.restore,
-                calls,
-                tokens,
-                kept / calls,
-            )
-        )
-    return rows
+        if unit.split in (None, session.split) and unit.level in session.grids:
+            tokens = session.grids[unit.level].tokens
+            removed = sum(step.calls * _removed(session, tokens, step.ratios[i]) for step in steps)
+            yield unit, calls, tokens, calls * tokens - removed
 
 
-def _removed(session: Session, unit: Unit, tokens: int, ratio: str) -> int:
+def _removed(session: Session, tokens: int, ratio: str) -> int:
     return 0 if tokens < session.config.min_tokens else int(tokens * float(ratio))
 
 

@@ -136,6 +136,8 @@ class Session:
             conditions = 2 if guided else 1
         self.conditions = str(conditions)
         self.noise = noise
+        # Anew: a tensor made in inference mode cannot be written outside of it.
+        self.step = None
         self.history = []
         self.calls = 0
         self.forget()

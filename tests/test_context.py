@@ -161,17 +161,26 @@ def test_fused_projections_are_refused_with_a_context_and_run_without():
 def test_cache_memory_is_counted_and_limited():
     pipe = tiny.tiny_sd()
     with apply_tofu(pipe, ratio=0.5, context="cached") as handle:
+        session, seen = handle._sessions[0][1], []
+
+        def look(module, args):
+            tensors = [
+                tensor
+                for unit in session.units
+                for cache in unit.updates.values()
+                for tensor in (cache.value, cache.slope, cache.last)
+            ]
+            tensors += [rows for p in session.projections for rows in p.rows.values()]
+            seen.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+        hook = pipe.unet.conv_out.register_forward_pre_hook(look)
         tiny.generate(pipe, steps=4)
-        session = handle._sessions[0][1]
-        tensors = [
-            tensor
-            for unit in session.units
-            for cache in unit.updates.values()
-            for tensor in (cache.value, cache.slope, cache.last)
-        ]
-        tensors += [rows for p in session.projections for rows in p.rows.values()]
-        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        hook.remove()
+        held = seen[-1]
         assert held == handle.summary().cache_bytes > 0
+        # Nothing is kept while the latents are decoded.
+        assert not any(unit.updates for unit in session.units)
+        assert not any(projection.rows for projection in session.projections)
     gib = held / 2**30
     with apply_tofu(pipe, ratio=0.5, context="cached", memory_limit=gib * 1.01):
         tiny.generate(pipe, steps=4)

@@ -83,6 +83,7 @@ class Session:
         family: Of the denoiser.
         units: All units, in the order of execution; the forwards refer to the same objects.
         projections: Key and value projections to remember (context "cached" only).
+        held: Most bytes that cached updates, keys and values took in this generation.
         pipeline: Whose scheduler and guidance tell the step and the conditions.
     """
 
@@ -102,6 +103,7 @@ class Session:
     told: bool = False
     conditions: str = "1"
     history: list[StepRecord] = field(default_factory=list)
+    held: int = 0
     schedulers: list[Any] = field(default_factory=list)
 
     # Within calls.
@@ -140,6 +142,7 @@ class Session:
         self.step = None
         self.history = []
         self.calls = 0
+        self.held = 0
         self.forget()
         self._go_to(0)
         whole = self.whole_steps()
@@ -155,6 +158,9 @@ class Session:
         if self.told and self.calls:
             self._note_step()
             self._go_to(self.index + 1)
+            if not self.told:
+                # The generation is over: what decodes the latents may need the memory.
+                self.forget()
 
     def tell(self, index: int, total: int, conditions: int) -> None:
         """A bare model's step, from its user."""
@@ -184,12 +190,6 @@ class Session:
         self.shapes.clear()
         self.tracker = None
         self.opened = None
-
-    def cache_bytes(self) -> int:
-        """Bytes held in cached updates and cached keys and values."""
-        updates = [cache.nbytes for unit in self.units for cache in unit.updates.values()]
-        rows = [rows for projection in self.projections for rows in projection.rows.values()]
-        return sum(updates) + sum(tensor.numel() * tensor.element_size() for tensor in rows)
 
     def _forget_plans(self) -> None:
         for shelf in self.shelves:
@@ -355,6 +355,7 @@ class Session:
             )
         self._forget_plans()
         self.calls = 0
+        self.conditions = "1"
 
     def _look_for_splits(self, model: Any, named: dict[str, Any]) -> None:
         reason = self.family.splits_runs(named)
@@ -407,21 +408,22 @@ class Session:
         """Allocate what this condition needs, unless that passes the limit."""
         config, batch = self.config, sample.shape[0]
         units = [unit for unit in self.units if unit.restore in CACHED and self._in_use(unit)]
-        if config.memory_limit is not None:
-            needed = self.cache_bytes()
-            for unit in units:
-                tokens = self.grids[unit.level].tokens
-                needed += UpdateCache.nbytes_for(
-                    unit.restore, batch, tokens, unit.width, sample.dtype
-                )
-            for projection in self.projections:
-                tokens = self.grids[projection.level].tokens
-                needed += batch * tokens * projection.width * sample.element_size()
-            if needed > config.memory_limit * GIB:
-                raise MemoryError(
-                    f"caches need {needed / GIB:.3g} GiB, above memory_limit {config.memory_limit:g} GiB; "
-                    "raise it, use context 'fresh' or 'none', restore 'copy', or a smaller batch"
-                )
+        for unit in units:
+            unit.updates.pop(self.condition, None)
+        for projection in self.projections:
+            projection.rows.pop(self.condition, None)
+        needed = self._bytes()
+        for unit in units:
+            tokens = self.grids[unit.level].tokens
+            needed += UpdateCache.nbytes_for(unit.restore, batch, tokens, unit.width, sample.dtype)
+        for projection in self.projections:
+            tokens = self.grids[projection.level].tokens
+            needed += batch * tokens * projection.width * sample.element_size()
+        if config.memory_limit is not None and needed > config.memory_limit * GIB:
+            raise MemoryError(
+                f"caches need {needed / GIB:.3g} GiB, above memory_limit {config.memory_limit:g} GiB; "
+                "raise it, use context 'fresh' or 'none', restore 'copy', or a smaller batch"
+            )
         for unit in units:
             tokens = self.grids[unit.level].tokens
             unit.updates[self.condition] = UpdateCache.empty(
@@ -430,8 +432,15 @@ class Session:
         for projection in self.projections:
             tokens = self.grids[projection.level].tokens
             projection.rows[self.condition] = sample.new_zeros(batch, tokens, projection.width)
+        self.held = max(self.held, needed)
         if self.tracker is None and self.told and self.method.source is not None:
             self.tracker = Tracker(self.method.source, self.images, self.grids, sample)
+
+    def _bytes(self) -> int:
+        """Held now in cached updates and cached keys and values."""
+        updates = [cache.nbytes for unit in self.units for cache in unit.updates.values()]
+        rows = [rows for projection in self.projections for rows in projection.rows.values()]
+        return sum(updates) + sum(tensor.numel() * tensor.element_size() for tensor in rows)
 
     def _in_use(self, unit: Unit) -> bool:
         return unit.split is None or unit.split == self.split

@@ -40,7 +40,7 @@ class Summary:
         rows: One a unit that tofu acts around.
         flops_whole: FLOPs of the denoiser over the generation's steps without tofu.
         flops_run: The same with tofu.
-        cache_bytes: Held in cached updates, keys and values.
+        cache_bytes: Most that cached updates, keys and values took; freed when a generation ends.
         nominal: Whether no generation has run yet, and the figures are those of a typical one.
         settings: One line on the configuration.
     """
@@ -129,7 +129,7 @@ def summarise(
         counts = count(model, session, {*weights, unreduced}, partial(attached, like=session))
         whole += counts[unreduced] * weights.total()
         run += sum(counts[setting] * calls for setting, calls in weights.items())
-        held += session.cache_bytes()
+        held += session.held
     return Summary(tuple(rows), whole, run, held, nominal, _settings(sessions[0][1]))
 
 

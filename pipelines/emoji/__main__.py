@@ -1,0 +1,137 @@
+"""Generate with and without tofu, side by side: `python -m pipelines.emoji "a red apple"`."""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from pipelines.emoji import MODELS, load_pipeline
+from pipelines.emoji.sheet import sheet
+from tofu_diffusers import apply_tofu
+
+PROMPTS = ["a red apple", "a smiling face", "a blue car"]
+CHOICES = ("method", "fold", "restore", "scope", "context")
+
+
+class StepTimer:
+    """Times a denoiser's calls through hooks that it takes away again."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser, self.times_ms = denoiser, list[float]()
+
+    def _now_ms(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() * 1e3
+
+    def __enter__(self) -> "StepTimer":
+        def before(*_: Any) -> None:
+            self.start = self._now_ms()
+
+        def after(*_: Any) -> None:
+            self.times_ms.append(self._now_ms() - self.start)
+
+        self.hooks = [
+            self.denoiser.register_forward_pre_hook(before),
+            self.denoiser.register_forward_hook(after),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def psnr(image: Image.Image, reference: Image.Image) -> float:
+    """Of 8-bit pictures, in dB; infinite when they are equal."""
+    difference = np.asarray(image, np.float64) - np.asarray(reference, np.float64)
+    error = float((difference**2).mean())
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def generate(pipe: Any, prompt: str, args: argparse.Namespace, label: str) -> Image.Image:
+    pipe.set_progress_bar_config(desc=f"{prompt} ({label})", leave=False)
+    image: Image.Image = pipe(
+        prompt,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        generator=torch.Generator().manual_seed(args.seed),
+    ).images[0]
+    return image
+
+
+def compare(pipe: Any, args: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Each prompt both ways, in turn, from the same seed; a table and a picture."""
+    denoiser = pipe.unet
+    label = f"tofu r={args.ratio:g} {args.method or ''}".strip()
+    plain, reduced = StepTimer(denoiser), StepTimer(denoiser)
+    rows, quality = [], []
+    for i, prompt in enumerate([args.prompts[0], *args.prompts]):
+        with plain:
+            whole = generate(pipe, prompt, args, "unreduced")
+        with apply_tofu(pipe, ratio=args.ratio, **options) as handle:
+            with reduced:
+                fewer = generate(pipe, prompt, args, label)
+            summary, sites = handle.summary(), handle.stats()
+        if i == 0:  # the first pair warms up
+            plain.times_ms.clear()
+            reduced.times_ms.clear()
+            continue
+        rows.append([whole, fewer])
+        quality.append(psnr(fewer, whole))
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "grid.png"
+    sheet(rows, args.prompts, ["unreduced", label]).save(path)
+
+    print(summary)
+    before, after = statistics.median(plain.times_ms), statistics.median(reduced.times_ms)
+    total = sum(plain.times_ms) / sum(reduced.times_ms)
+    tokens, kept = (sum(site[key] for site in sites) for key in ("tokens_in", "tokens_kept"))
+    print(f"\n{'':24}{'unreduced':>12}{label:>24}")
+    print(f"{'median step, ms':24}{before:12.1f}{after:24.1f}   {before / after:.2f}x")
+    print(f"{'all steps, s':24}{sum(plain.times_ms) / 1e3:12.2f}"
+          f"{sum(reduced.times_ms) / 1e3:24.2f}   {total:.2f}x")  # fmt: skip
+    print(f"{'tokens through the sites':24}{tokens:12,}{kept:24,}")
+    print(f"{'denoiser FLOPs saved':24}{'':12}{summary.flops_saved:24.1%}")
+    for prompt, value in zip(args.prompts, quality, strict=True):
+        print(f"{'PSNR, dB':24}{'':12}{value:24.2f}   {prompt}")
+    print(f"\n{path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """A mistake in the arguments ends with exit code 2."""
+    parser = argparse.ArgumentParser(prog="pipelines.emoji", description=__doc__)
+    parser.add_argument("prompts", nargs="*", default=PROMPTS, help=f"default: {PROMPTS}")
+    parser.add_argument("--ratio", type=float, default=0.5, help="fraction of tokens removed")
+    for name in CHOICES:
+        parser.add_argument(f"--{name}", help="default: the family's profile")
+    parser.add_argument("--model", choices=sorted(MODELS), default="unet")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (%(default)s)")
+    args = parser.parse_args(argv)
+    options = {name: value for name in CHOICES if (value := getattr(args, name)) is not None}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    try:
+        pipe = load_pipeline(args.model, dtype).to(device)
+        apply_tofu(pipe, ratio=args.ratio, **options).remove()  # refuse before generating
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        parser.error(str(error))
+    compare(pipe, args, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Measure the embedded pipeline and write its model card: `python -m pipelines.emoji.card`.
+
+Writes samples.png, card.json (all figures) and the block of README.md between the figure marks.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import random
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from pipelines.emoji import data, load_pipeline
+from pipelines.emoji.data import Emoji
+from pipelines.emoji.scorer import EmojiScorer
+from pipelines.emoji.sheet import sheet
+from pipelines.emoji.train import WEIGHTS
+from pipelines.emoji.unet import ceiling
+
+HERE = Path(__file__).parent
+MARKS = ("<!-- figures: python -m pipelines.emoji.card -->", "<!-- /figures -->")
+SHOWN = (
+    "a red apple", "a smiling face", "a blue car", "a yellow star",
+    "a cat face", "a red heart", "a green tree", "a pizza",
+    "a blue apple", "a purple car", "a red fish", "a rocket",
+)  # fmt: skip
+STEPS, GUIDANCE, SEED, COUNT = 20, 4.0, 0, 20
+
+
+def generate(pipe: Any, prompts: list[str]) -> list[Image.Image]:
+    """One picture a prompt; the first seed, without selection."""
+    pictures: list[Image.Image] = []
+    for i in range(0, len(prompts), 6):
+        part = prompts[i : i + 6]
+        seeds = [torch.Generator().manual_seed(SEED + i + k) for k in range(len(part))]
+        pictures += pipe(
+            part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=seeds
+        ).images
+    return pictures
+
+
+def training(log: Path) -> dict[str, dict[str, Any]]:
+    """The last figures of each stage in the log."""
+    stages: dict[str, dict[str, Any]] = {}
+    for line in log.read_text().splitlines():
+        row = json.loads(line)
+        stage = stages.setdefault(row.pop("stage"), {})
+        stage |= {"minutes": round(row.pop("minutes"), 1), "steps": row.pop("step")}
+        stage[row.pop("split")] = row
+    return stages
+
+
+def alignment(pipe: Any, emoji: Emoji, scorer: EmojiScorer) -> dict[str, dict[str, float]]:
+    """Scores of samples beside those of real pictures of the same names, on both sides."""
+    result = {}
+    flat = [i for i, style in enumerate(emoji.styles) if style == "flat"]
+    for side, held in (("training", False), ("held_out", True)):
+        rows = [i for i in flat if bool(emoji.held_out[i]) == held]
+        rows = random.Random(SEED).sample(rows, COUNT)
+        names = [emoji.names[i] for i in rows]
+        made = np.stack([np.asarray(picture) for picture in generate(pipe, names)])
+        real = emoji.images[rows]
+        shuffled = names[1:] + names[:1]
+        scores = {
+            label: scorer.score(torch.from_numpy(pictures).permute(0, 3, 1, 2), texts)
+            for label, pictures, texts in (
+                ("samples", made, names),
+                ("real", real, names),
+                ("real_wrong_name", real, shuffled),
+            )
+        }
+        result[side] = {k: round(v.mean().item(), 1) for k, v in scores.items()} | {"n": COUNT}
+    return result
+
+
+def sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def measure(work: Path) -> dict[str, Any]:
+    pipe, emoji, scorer = load_pipeline(), data.load(work / "emoji.npz"), EmojiScorer.load()
+    pictures = generate(pipe, list(SHOWN))
+    rows = [pictures[i : i + 4] for i in range(0, len(pictures), 4)]
+    labels = ["   |   ".join(SHOWN[i : i + 4]) for i in range(0, len(SHOWN), 4)]
+    canvas = sheet(rows, labels, cell=128)
+    canvas.quantize(192).save(HERE / "samples.png", optimize=True)
+    parts = {name: getattr(pipe, name) for name in ("text_encoder", "vae", "unet")}
+    return {
+        "weights_sha256": sha256(WEIGHTS),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "machine": platform.machine(),
+        "sampling": {"steps": STEPS, "guidance": GUIDANCE, "first_seed": SEED},
+        "images": len(emoji.names),
+        "concepts": len(set(emoji.names)),
+        "held_out_concepts": len({emoji.names[i] for i in emoji.held_out.nonzero()[0]}),
+        "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()},
+        "weights_mb": round(sum(f.stat().st_size for f in WEIGHTS.rglob("*.safetensors")) / 1e6, 2),
+        "counted": {k: round(v, 3) for k, v in ceiling(pipe.unet, 32).items()},
+        "training": training(work / "log.jsonl"),
+        "retrieval": scorer.retrieval,
+        "alignment": alignment(pipe, emoji, scorer),
+    }
+
+
+def block(card: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = ["| stage | minutes | steps | training loss | held-out |", "|---|---|---|---|---|"]
+    for stage, row in card["training"].items():
+        held = ", ".join(f"{k} {v:.4g}" for k, v in row.get("held_out", {}).items())
+        loss = f"{row['train']['loss']:.4g}" if "train" in row else "not logged"
+        lines.append(f"| {stage} | {row['minutes']} | {row['steps']:,} | {loss} | {held} |")
+    sizes = ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in card["parameters"].items())
+    counted = card["counted"]
+    lines += [
+        "",
+        f"- Data: {card['images']:,} pictures of {card['concepts']:,} concepts, "
+        f"{card['held_out_concepts']} concepts held out.",
+        f"- Parameters: {sizes}; {card['weights_mb']} MB of fp16 weights "
+        f"(sha256 {card['weights_sha256']}).",
+        f"- Denoiser at {counted['tokens']:.0f} tokens: {counted['gflops']:.2f} GFLOPs a call, "
+        f"{counted['share_in_blocks']:.0%} of them in transformer blocks; halving the tokens of "
+        f"every block can give at most {counted['ceiling']:.2f}x.",
+        "",
+        "| alignment score (mean, cosine x 100) | samples | real pictures | real, wrong name | n |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {side.replace('_', '-')} names | {row['samples']} | {row['real']} "
+        f"| {row['real_wrong_name']} | {row['n']} |"
+        for side, row in card["alignment"].items()
+    ]
+    lines += [
+        "",
+        "| held-out retrieval | R@1 | R@5 | chance | n |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {style} | {row['R@1']:.2f} | {row['R@5']:.2f} | {row['chance']:.3f} | {row['n']} |"
+        for style, row in card["retrieval"].items()
+        if isinstance(row, dict)
+    ]
+    sampling = card["sampling"]
+    lines += [
+        "",
+        f"Measured with torch {card['torch']}, diffusers {card['diffusers']}, "
+        f"{sampling['steps']} DDIM steps, guidance {sampling['guidance']:g}, "
+        f"seeds from {sampling['first_seed']} on, no selection.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=data.WORK, help="training data and log")
+    args = parser.parse_args()
+    card = measure(args.work)
+    (HERE / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    head, rest = text.split(MARKS[0])
+    tail = rest.split(MARKS[1])[1]
+    readme.write_text(f"{head}{MARKS[0]}\n{block(card)}\n{MARKS[1]}{tail}")
+    print(block(card))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""A resumable training loop: budget in minutes or steps, EMA, atomic checkpoints, a JSONL log.
+
+Everything random in a step comes from (seed, step, shard), so a run that is killed and started
+again draws what the unbroken run would have drawn; the checkpoint needs no generator state.
+"""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a stage trains, over all its runs: minutes of training, or a number of steps."""
+
+    minutes: float | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.steps is None):
+            raise ValueError("a budget is either minutes or steps; give exactly one of them")
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the budget used, in [0, 1]."""
+        if self.steps is not None:
+            return min(step / max(self.steps, 1), 1.0)
+        assert self.minutes is not None
+        return min(seconds / max(self.minutes * 60, 1e-9), 1.0)
+
+
+def learning_rate(step: int, progress: float, warmup: int = 100) -> float:
+    """Factor on the base rate: linear warm-up in steps, then half a cosine over the budget."""
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+    return min((step + 1) / warmup, 1.0) * (0.02 + 0.98 * cosine)
+
+
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 where it is faster: on GPUs, and on CPUs with AVX-512 BF16."""
+    enabled = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def save_atomic(state: object, path: Path) -> None:
+    """Write beside the target, then rename: a kill leaves the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def draws(seed: int, step: int, shard: int) -> tuple[torch.Generator, random.Random]:
+    """The random numbers of one shard of a step."""
+    mixed = ((seed * 1_000_003 + step) * 64 + shard) & 0x7FFFFFFFFFFF
+    return torch.Generator().manual_seed(mixed), random.Random(mixed)
+
+
+LossFn = Callable[[torch.Generator, random.Random], dict[str, Tensor]]
+
+
+class Ema:
+    """Exponential moving average of parameters, with a decay that ramps up: (1 + n) / (10 + n)."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {k: v.detach().clone() for k, v in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        names = dict(module.named_parameters())
+        torch._foreach_lerp_(list(self.values.values()), [names[k] for k in self.values], 1 - decay)
+
+
+class Loop:
+    """Trains a module by `loss_fn(generator, rng) -> {"loss": ..., ...}`, one call a shard.
+
+    On a CPU each shard runs in its own thread with single-threaded operators: small operators
+    waste less time waiting for each other than when one operator is spread over the cores.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        work: Path,
+        budget: Budget,
+        lr: float | Mapping[str, float],
+        device: torch.device,
+        seed: int = 0,
+        shards: int = 1,
+        decay: float = 0.999,
+        save_seconds: float = 90,
+        evaluate_seconds: float = 480,
+    ) -> None:
+        self.name, self.module, self.work, self.budget = name, module, work, budget
+        self.device, self.seed, self.shards = device, seed, shards
+        self.save_seconds, self.evaluate_seconds = save_seconds, evaluate_seconds
+        self.pool = ThreadPoolExecutor(shards, initializer=torch.set_num_threads, initargs=(1,))
+        module.to(device)
+        rates = lr if isinstance(lr, Mapping) else {"": lr}  # one rate a submodule, by its name
+        groups = [
+            {"params": list(module.get_submodule(key).parameters()), "lr": rate, "base": rate}
+            for key, rate in rates.items()
+        ]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+        self.ema = Ema(module, decay)
+        self.step, self.seconds = 0, 0.0
+        if self.checkpoint.exists():
+            self._load()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.work / f"{self.name}.pt"
+
+    @property
+    def progress(self) -> float:
+        return self.budget.progress(self.step, self.seconds)
+
+    def _load(self) -> None:
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.values = state["ema"]
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def save(self) -> None:
+        state = {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.values,
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        save_atomic(state, self.checkpoint)
+
+    def log(self, **values: object) -> None:
+        row = {"stage": self.name, "step": self.step, "minutes": self.seconds / 60} | values
+        row = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
+        with (self.work / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+
+    def _gradients(self, loss_fn: LossFn) -> dict[str, float]:
+        """Fill .grad with the mean over the shards of the gradients; the mean losses."""
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+
+        def one(shard: int) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
+            losses = loss_fn(*draws(self.seed, self.step, shard))
+            gradients = torch.autograd.grad(losses["loss"], parameters, allow_unused=True)
+            return {k: v.item() for k, v in losses.items()}, gradients
+
+        if self.shards == 1:
+            results = [one(0)]
+        else:
+            results = list(self.pool.map(one, range(self.shards)))
+        for parameter, *parts in zip(parameters, *(g for _, g in results), strict=True):
+            given = [part for part in parts if part is not None]
+            parameter.grad = torch.stack(given).mean(0) if given else None
+        return {k: sum(r[k] for r, _ in results) / self.shards for k in results[0][0]}
+
+    def run(
+        self,
+        loss_fn: LossFn,
+        evaluate: Callable[[], dict[str, float]],
+        log_steps: int = 100,
+        stop_after: int | None = None,
+    ) -> None:
+        """Train until the budget is used.  `evaluate` sees the averaged weights.
+
+        `stop_after` ends this call after that many steps, as a kill would (for tests).
+        """
+        first, saved, evaluated = self.step, time.monotonic(), time.monotonic()
+        sums: dict[str, float] = {}
+        summed = 0
+        kind = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        self.log(split="start", device=kind, threads=torch.get_num_threads())
+        while (progress := self.progress) < 1:
+            if stop_after is not None and self.step - first >= stop_after:
+                return
+            start = time.monotonic()
+            factor = learning_rate(self.step, progress)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["base"] * factor
+            losses = self._gradients(loss_fn)
+            norm = nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            if torch.isfinite(norm):
+                self.optimizer.step()
+            self.ema.update(self.module, self.step)
+            self.step += 1
+            self.seconds += time.monotonic() - start
+            for key, value in losses.items():
+                sums[key] = sums.get(key, 0.0) + value
+            summed += 1
+            if summed == log_steps:
+                self.log(split="train", **{k: v / summed for k, v in sums.items()})
+                sums, summed = {}, 0
+            if time.monotonic() - saved > self.save_seconds:
+                self.save()
+                saved = time.monotonic()
+            if time.monotonic() - evaluated > self.evaluate_seconds:
+                self._evaluate(evaluate)
+                evaluated = time.monotonic()
+        if summed:
+            self.log(split="train", **{k: v / summed for k, v in sums.items()})
+        self.save()
+        self._evaluate(evaluate)
+
+    def _evaluate(self, evaluate: Callable[[], dict[str, float]]) -> None:
+        """Report the averaged weights on held-out concepts, then put the raw ones back."""
+        with torch.no_grad():
+            parameters = dict(self.module.named_parameters())
+            raw = {k: v.clone() for k, v in parameters.items()}
+            for key, value in self.ema.values.items():
+                parameters[key].copy_(value)
+            self.module.eval()
+            self.log(split="held_out", **evaluate())
+            self.module.train()
+            for key, value in raw.items():
+                parameters[key].copy_(value)
+
+
+def averaged(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The averaged weights in a checkpoint, of one submodule when a prefix is given."""
+    if not path.exists():
+        stage = path.stem
+        raise SystemExit(
+            f"stage {stage} has no checkpoint at {path}; train it first: "
+            f"python -m pipelines.emoji.train --stage {stage} --minutes 10"
+        )
+    values = torch.load(path, map_location="cpu", weights_only=True)["ema"]
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}

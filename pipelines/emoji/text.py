@@ -1,0 +1,173 @@
+"""The text encoder: a small CLIPTextModel and its BPE, pretrained against pictures.
+
+The pretraining is contrastive (Radford et al. 2021): a caption should find its own picture's
+latents among those of the batch. The picture tower is thrown away afterwards.
+"""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from pipelines.emoji.captions import COLOURS, STYLES, caption, subject
+from pipelines.emoji.data import Emoji
+from pipelines.emoji.loop import Budget, Loop, autocast, averaged
+from pipelines.emoji.vae import Latents
+
+VOCABULARY, LENGTH, WIDTH = 1800, 32, 128
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def new_tokenizer(emoji: Emoji) -> CLIPTokenizer:
+    """Byte pairs of the words in the training side's names and keywords."""
+    words = [
+        text
+        for name, keywords, held in zip(emoji.names, emoji.keywords, emoji.held_out, strict=True)
+        if not held
+        for text in (name, *keywords)
+    ] + [*COLOURS, *STYLES, "a", "an", *"abcdefghijklmnopqrstuvwxyz0123456789,.-'!?"] * 100
+    trained = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
+    trained.normalizer = normalizers.Lowercase()
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, end_of_word_suffix="</w>", show_progress=False
+    )
+    trained.train_from_iterator(words, trainer)
+    merges = [tuple(pair) for pair in _merges(trained)]
+    # Every letter must also stand inside a word and at its end, or a typo becomes "unknown".
+    letters = sorted({c for text in words for c in text if not c.isspace()})
+    pieces = dict.fromkeys([*letters, *(f"{c}</w>" for c in letters)])
+    pieces |= dict.fromkeys(sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__))
+    vocab = {piece: i for i, piece in enumerate([*pieces, START, END])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+
+
+def _merges(trained: Tokenizer) -> list[list[str]]:
+    merges: list[list[str]] = json.loads(trained.to_str())["model"]["merges"]
+    return merges
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """[B, LENGTH], padded as the pipeline pads."""
+    encoded = tokenizer(
+        texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+    )
+    ids: Tensor = encoded.input_ids
+    return ids
+
+
+def row_caption(emoji: Emoji, latents: Latents, row: int, rng: random.Random) -> str:
+    i = int(latents.source[row])
+    return caption(
+        emoji.names[i],
+        emoji.keywords[i],
+        emoji.styles[i],
+        latents.colours[row],
+        rng,
+        recoloured=bool(latents.recoloured[row]),
+    )
+
+
+class Rows:
+    """Which latents are trained on: originals mostly, a quarter recoloured.
+
+    Each subject is drawn equally often: a third of the emoji are people in two or three genders.
+    """
+
+    def __init__(self, emoji: Emoji, latents: Latents) -> None:
+        held = torch.from_numpy(emoji.held_out)[latents.source]
+        self.original = (~held & ~latents.recoloured).nonzero().flatten()
+        self.recoloured = (~held & latents.recoloured).nonzero().flatten()
+        self.test = (held & ~latents.recoloured).nonzero().flatten()
+        subjects = [subject(emoji.names[i]) for i in latents.source.tolist()]
+        sizes = Counter(subjects)
+        self.weights = torch.tensor([1.0 / sizes[s] for s in subjects])
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        turned = count // 4 if len(self.recoloured) else 0
+        parts = ((self.original, count - turned), (self.recoloured, turned))
+        picks = [
+            rows[torch.multinomial(self.weights[rows], n, replacement=True, generator=generator)]
+            for rows, n in parts
+            if n
+        ]
+        return torch.cat(picks)
+
+
+def tower() -> nn.Sequential:
+    """latents [B, 4, 32, 32] -> [B, WIDTH]"""
+    layers: list[nn.Module] = []
+    for into, out in ((4, 32), (32, 64), (64, 128), (128, 128)):
+        layers += [nn.Conv2d(into, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, WIDTH))
+
+
+def train_text(
+    emoji: Emoji,
+    latents: Latents,
+    work: Path,
+    budget: Budget,
+    device: torch.device,
+    batch: int = 192,
+    stop_after: int | None = None,
+) -> Loop:
+    torch.manual_seed(1)
+    tokenizer, rows = new_tokenizer(emoji), Rows(emoji, latents)
+    text = new_text_encoder(tokenizer)
+    module = nn.ModuleDict({"text": text, "tower": tower()})
+    loop = Loop("text", module, work, budget, 1e-3, device, seed=1)
+
+    def similarity(row: Tensor, rng: random.Random) -> Tensor:
+        ids = tokens(tokenizer, [row_caption(emoji, latents, int(r), rng) for r in row])
+        with autocast(device):
+            words = text(ids.to(device)).pooler_output
+            pictures = module["tower"](latents.large[row].float().to(device))
+        a, b = F.normalize(words.float(), dim=1), F.normalize(pictures.float(), dim=1)
+        return a @ b.T / 0.07
+
+    def loss_fn(generator: torch.Generator, rng: random.Random) -> dict[str, Tensor]:
+        scores = similarity(rows.draw(batch, generator), rng)
+        target = torch.arange(len(scores), device=device)
+        loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+        return {"loss": loss, "top1": (scores.argmax(1) == target).float().mean()}
+
+    def evaluate() -> dict[str, float]:
+        flat = rows.test[::2]  # one style, so that every concept is there once
+        scores = similarity(flat, random.Random(0))
+        right = scores.argmax(1) == torch.arange(len(scores), device=device)
+        return {"top1": right.float().mean().item(), "concepts": float(len(flat))}
+
+    loop.run(loss_fn, evaluate, stop_after=stop_after)
+    return loop
+
+
+def trained_text_encoder(emoji: Emoji, work: Path, stage: str) -> CLIPTextModel:
+    """The text encoder as a stage left it, averaged."""
+    text = new_text_encoder(new_tokenizer(emoji))
+    text.load_state_dict(averaged(work / f"{stage}.pt", "text."))
+    return text

@@ -91,7 +91,8 @@ def compare(pipe: Any, args: argparse.Namespace, options: dict[str, Any]) -> Non
 
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "grid.png"
-    sheet(rows, args.prompts, ["unreduced", label]).save(path)
+    labels = [[prompt, ""] for prompt in args.prompts]
+    sheet(rows, labels, ["unreduced", label]).save(path)
 
     print(summary)
     before, after = statistics.median(plain.times_ms), statistics.median(reduced.times_ms)

@@ -1,4 +1,4 @@
-"""A labelled grid of pictures: one row a prompt, one column a way of making it."""
+"""A labelled grid of pictures, such as one row a prompt and one column a way of making it."""
 
 from collections.abc import Sequence
 
@@ -9,25 +9,25 @@ GAP, LINE, FONT_SIZE = 8, 22, 15
 
 def sheet(
     rows: Sequence[Sequence[Image.Image]],
-    row_labels: Sequence[str],
+    labels: Sequence[Sequence[str]],
     column_labels: Sequence[str] = (),
     cell: int = 192,
 ) -> Image.Image:
-    """Column labels stand on top, a row's label under its pictures."""
+    """Column labels stand on top, each picture's label under it (it may run on to its right)."""
     font = ImageFont.load_default(FONT_SIZE)
     top = LINE if column_labels else 0
-    columns = max(len(row) for row in rows)
-    labels_width = max((font.getlength(label) for label in row_labels), default=0)
     step = max(cell, *(int(font.getlength(label)) for label in column_labels), 0) + GAP
-    width = max(columns * step, int(labels_width) + GAP) + GAP
+    ends = [x * step + font.getlength(text) for row in labels for x, text in enumerate(row)]
+    columns = max(len(row) for row in rows)
+    width = int(max(columns * step, *ends)) + 2 * GAP
     canvas = Image.new("RGB", (width, top + len(rows) * (cell + LINE + GAP) + GAP), "white")
     draw = ImageDraw.Draw(canvas)
     for x, label in enumerate(column_labels):
         draw.text((GAP + x * step, GAP // 2), label, fill="black", font=font)
-    for y, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
+    for y, (row, texts) in enumerate(zip(rows, labels, strict=True)):
         upper = top + GAP + y * (cell + LINE + GAP)
-        for x, picture in enumerate(row):
+        for x, (picture, text) in enumerate(zip(row, texts, strict=True)):
             resized = picture.resize((cell, cell), Image.Resampling.BICUBIC)
             canvas.paste(resized, (GAP + x * step, upper))
-        draw.text((GAP, upper + cell + 2), label, fill="black", font=font)
+            draw.text((GAP + x * step, upper + cell + 2), text, fill="black", font=font)
     return canvas

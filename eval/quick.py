@@ -9,7 +9,6 @@ fewer steps.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import platform
 import statistics
@@ -22,7 +21,7 @@ import diffusers
 import numpy as np
 import torch
 
-from pipelines.emoji import MODELS, load_pipeline
+from pipelines.emoji import MODELS, load_pipeline, weights_hash
 from tofu_diffusers import __version__, apply_tofu
 
 ROOT = Path(__file__).parent.parent
@@ -149,14 +148,6 @@ def measure(
     return [{"name": name, "options": SETTINGS[name], **row} for name, row in rows.items()] + fewer
 
 
-def weight_hash(folder: Path) -> str:
-    """First 12 hex digits of the SHA-256 over all weight files, in name order."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def table(result: dict[str, Any]) -> str:
     """The README's block: best drift first."""
     setting = result["setting"]
@@ -215,7 +206,7 @@ def main() -> None:
         rows = measure(bench, args.ratio, args.rounds, print)
         setting = {
             "model": args.model,
-            "weights": weight_hash(MODELS[args.model]),
+            "weights": weights_hash(args.model),
             "ratio": args.ratio,
             "steps": args.steps,
             "guidance": args.guidance,

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,3 +35,11 @@ def load_pipeline(model: str = "unet", dtype: torch.dtype | None = None) -> Diff
         folder, dtype=dtype or torch.float32, local_files_only=True
     )
     return pipe
+
+
+def weights_hash(model: str = "unet") -> str:
+    """First 16 hex digits of the SHA-256 over an embedded pipeline's weight files, by name."""
+    digest = hashlib.sha256()
+    for path in sorted(MODELS[model].rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -4,7 +4,6 @@ Writes samples.png, card.json (all figures) and the block of README.md between t
 """
 
 import argparse
-import hashlib
 import json
 import platform
 import random
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.emoji import data, load_pipeline
+from pipelines.emoji import data, load_pipeline, weights_hash
 from pipelines.emoji.data import Emoji
 from pipelines.emoji.scorer import EmojiScorer
 from pipelines.emoji.sheet import sheet
@@ -79,13 +78,6 @@ def alignment(pipe: Any, emoji: Emoji, scorer: EmojiScorer) -> dict[str, dict[st
     return result
 
 
-def sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def measure(work: Path) -> dict[str, Any]:
     pipe, emoji, scorer = load_pipeline(), data.load(work / "emoji.npz"), EmojiScorer.load()
     pictures = generate(pipe, list(SHOWN))
@@ -94,7 +86,7 @@ def measure(work: Path) -> dict[str, Any]:
     canvas.save(HERE / "samples.png", optimize=True)
     parts = {name: getattr(pipe, name) for name in ("text_encoder", "vae", "unet")}
     return {
-        "weights_sha256": sha256(WEIGHTS),
+        "weights_sha256": weights_hash(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "machine": platform.machine(),

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests import tiny
@@ -86,6 +86,7 @@ def test_kinds(position):
     assert cosine.factor(position) + cosine.factor(1 - position) == pytest.approx(1.0)
 
 
+@example([(0.0, 0.0), (5e-324, 0.5)])
 @given(st.lists(st.tuples(positions, positions), min_size=1, max_size=5, unique_by=lambda p: p[0]))
 def test_explicit_goes_through_its_points(points):
     points = sorted(points)

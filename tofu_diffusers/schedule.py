@@ -105,5 +105,6 @@ def _interpolate(points: Sequence[tuple[float, float]], position: float) -> floa
         return points[0][1]
     for (left, low), (right, high) in pairwise(points):
         if position <= right:
-            return low + (high - low) * (position - left) / (right - left)
+            # The fraction first: it is exact at the right end, however close the two positions are.
+            return low + (high - low) * ((position - left) / (right - left))
     return points[-1][1]

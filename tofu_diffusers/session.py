@@ -267,10 +267,13 @@ class Session:
         if self.step is not None and self.step.device != sample.device:
             self.step = self.step.to(sample.device)
 
-    def removal(self, unit: Unit) -> int:
-        """How many of the unit's tokens go in this call."""
-        tokens = self.grids[unit.level].tokens
-        return 0 if tokens < self.config.min_tokens else int(tokens * float(unit.ratio))
+    def removal(self, tokens: int, ratio: str) -> int:
+        """How many of a grid's tokens go at a ratio; none of a grid smaller than `min_tokens`."""
+        return 0 if tokens < self.config.min_tokens else int(tokens * float(ratio))
+
+    def in_use(self, unit: Unit) -> bool:
+        """Whether the unit shrinks in this call: some only where runs are split, some only where not."""
+        return unit.split is None or unit.split == self.split
 
     def plan(self, unit: Unit, metric: Tensor, importance: Callable[[int], Tensor]) -> Plan | None:
         """The unit's plan for this call's rows, made from `metric` [B, N, C] or shared; None: whole.
@@ -287,7 +290,7 @@ class Session:
                 f"{unit.name} got {metric.shape[1]} tokens where its grid {grid} has {grid.tokens}; "
                 "this denoiser does not belong to its family"
             )
-        remove = self.removal(unit)
+        remove = self.removal(grid.tokens, unit.ratio)
         if remove == 0:
             return None
         plans = unit.shelf.plans
@@ -393,7 +396,7 @@ class Session:
     def _check_reach(self) -> None:
         for level, ratio in sorted({(unit.level, unit.ratio) for unit in self.units}):
             grid = self.grids[level]
-            remove = 0 if grid.tokens < self.config.min_tokens else int(grid.tokens * float(ratio))
+            remove = self.removal(grid.tokens, ratio)
             most = self.method.max_remove(grid) if remove else 0
             if remove > most:
                 raise ValueError(
@@ -407,7 +410,7 @@ class Session:
     def _make_room(self, sample: Tensor) -> None:
         """Allocate what this condition needs, unless that passes the limit."""
         config, batch = self.config, sample.shape[0]
-        units = [unit for unit in self.units if unit.restore in CACHED and self._in_use(unit)]
+        units = [unit for unit in self.units if unit.restore in CACHED and self.in_use(unit)]
         for unit in units:
             unit.updates.pop(self.condition, None)
         for projection in self.projections:
@@ -441,6 +444,3 @@ class Session:
         updates = [cache.nbytes for unit in self.units for cache in unit.updates.values()]
         rows = [rows for projection in self.projections for rows in projection.rows.values()]
         return sum(updates) + sum(tensor.numel() * tensor.element_size() for tensor in rows)
-
-    def _in_use(self, unit: Unit) -> bool:
-        return unit.split is None or unit.split == self.split

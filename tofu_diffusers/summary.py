@@ -145,14 +145,10 @@ def _counts(session: Session, steps: list[StepRecord]) -> Iterator[tuple[Unit, i
     """Each unit in use, its calls, its tokens a call, and the tokens it kept over all calls."""
     calls = sum(step.calls for step in steps)
     for i, unit in enumerate(session.units):
-        if unit.split in (None, session.split) and unit.level in session.grids:
+        if session.in_use(unit) and unit.level in session.grids:
             tokens = session.grids[unit.level].tokens
-            removed = sum(step.calls * _removed(session, tokens, step.ratios[i]) for step in steps)
+            removed = sum(step.calls * session.removal(tokens, step.ratios[i]) for step in steps)
             yield unit, calls, tokens, calls * tokens - removed
-
-
-def _removed(session: Session, tokens: int, ratio: str) -> int:
-    return 0 if tokens < session.config.min_tokens else int(tokens * float(ratio))
 
 
 def _nominal_steps(session: Session) -> list[StepRecord]:

@@ -7,6 +7,7 @@ that their hooks stay outside of it, whatever was added or removed before or aft
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
@@ -48,6 +49,16 @@ def detach(module: nn.Module) -> None:
     if _is(current, ours):
         del module.__dict__["forward"]
     _swap(module, ours, MethodType(type(module).forward, module))
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of a module's own forward, in order."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def state_of(module: nn.Module) -> Any:

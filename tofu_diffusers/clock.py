@@ -112,7 +112,7 @@ def noise_levels(scheduler: Any) -> list[float]:
 
 
 def noise_level(scheduler: Any, timestep: Any) -> float:
-    """A timestep (number, or tensor of equal ones) as a fraction of the training range. A host read."""
-    value = timestep.flatten()[0].item() if hasattr(timestep, "flatten") else timestep
+    """A timestep as a fraction of the training range; of several, the noisiest token's. A host read."""
+    value = timestep.max().item() if hasattr(timestep, "max") else timestep
     most = float(getattr(scheduler.config, "num_train_timesteps", None) or 1000)
     return min(1.0, max(0.0, float(value) / most))

@@ -51,6 +51,8 @@ class TofuConfig:
         first_blocks, last_blocks: Blocks never reduced at the start and the end of the denoiser.
         share: Who shares a plan within a step: each "block" has its own, a "run" of blocks one, or all
             blocks of a "level" (a token grid) one.
+        share_plan: Whether all images of a batch share one plan, made from all of them. Where positions have
+            no batch axis (FLUX, Qwen-Image) images run one after another in the reduced blocks otherwise.
         reuse: Denoising steps that a plan is used for.
         levels: UNet resolution levels to act on (0 = finest); None: all.
         min_tokens: Leave token grids smaller than this whole.
@@ -78,6 +80,7 @@ class TofuConfig:
     first_blocks: int = 0
     last_blocks: int = 0
     share: str = "run"
+    share_plan: bool = False
     reuse: int = 1
     levels: tuple[int, ...] | None = None
     min_tokens: int = 0
@@ -110,6 +113,8 @@ class TofuConfig:
         one_of("share", self.share, SHARES)
         for name in ("first_steps", "last_steps", "first_blocks", "last_blocks", "min_tokens"):
             _check_whole(name, getattr(self, name), 0)
+        if not isinstance(self.share_plan, bool):
+            raise TypeError(f"share_plan must be True or False, not {self.share_plan!r}")
         _check_whole("reuse", self.reuse, 1)
         _check_whole("seed", self.seed, 0)
         if self.max_age is not None:

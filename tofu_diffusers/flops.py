@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .session import FEW_STEPS, Session
+from .session import FEW_STEPS, Session, shapes_only
 
 WHOLE = 3  # steps before the counted one: enough evidence for any method
 TOTAL = FEW_STEPS + 1  # no warning of few steps
@@ -33,12 +33,13 @@ def count(
         settings: Ratios of all units, in the session's order.
         attached: Puts the same tofu on a copy of the denoiser and returns its session.
     """
-    inputs = session.last_call or session.family.example(model)
+    inputs = session.last_call or shapes_only(session.family.example(model))
     with torch.device("meta"):
         twin = type(model).from_config(dict(cast(Any, model).config))  # type: ignore[attr-defined]
     twin.eval().requires_grad_(False)
     counts = {}
     copy = attached(twin)
+    copy.fixed_grids = session.grids
     conditions = int(session.conditions)
     with torch.no_grad():
         # Whole steps make the evidence and fill the caches that reduced steps read.

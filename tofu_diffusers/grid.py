@@ -1,15 +1,16 @@
-"""Where the tokens of one sample stand: the grid of image tokens and the text tokens around it."""
+"""Where the tokens of one sample stand: the grid of image tokens and what stands around it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """Image tokens in (frame, row, column) order, with text tokens before or after them.
+    """Image tokens in (frame, row, column) order, with other tokens before or after them.
 
-    Rows come first everywhere. An image has one frame.
+    Rows come first everywhere. An image has one frame. The others (text, or the reference pictures of an
+    edit) are never reduced.
 
     Raises:
         ValueError: a side is below 1, a text length below 0, or either is not an int.
@@ -36,8 +37,18 @@ class TokenGrid:
 
     @property
     def tokens(self) -> int:
-        """Image tokens: frames * height * width. Text tokens are never reduced nor counted here."""
+        """Image tokens: frames * height * width."""
         return self.frames * self.height * self.width
+
+    @property
+    def total(self) -> int:
+        """All tokens of the sequence, those around the image included."""
+        return self.text_before + self.tokens + self.text_after
+
+    @property
+    def row(self) -> TokenGrid:
+        """The same tokens in one row, where only their number is known or counts."""
+        return replace(self, height=1, width=self.tokens, frames=1)
 
     @property
     def sides(self) -> tuple[int, int, int]:

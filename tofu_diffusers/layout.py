@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .attach import attach
+from .attach import attach, parameters_of
 from .config import TofuConfig
 from .families import Family, Run
+from .rotary import QuerySite, RotarySite, query_forward, rotary_forward
 from .session import Session
 from .sites import (
     AttentionSite,
+    NormSite,
     ProjectionSite,
     Root,
     Site,
     attention_forward,
     block_forward,
+    check_unfused,
+    norm_forward,
     observed_block_forward,
     projection_forward,
     root_forward,
@@ -83,10 +86,9 @@ class Layout:
 
     def attach(self, model: nn.Module, session: Session) -> None:
         """Put the forwards on the denoiser's modules, with this session."""
-        names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        root = Root(session, type(model).forward, root_forward, names)
+        root = Root(session, type(model).forward, root_forward, parameters_of(model))
         attach(model, root_forward, root)
-        on_attention = self.config.scope == "attention"
+        on_attention = self._on_attention
         forward = observed_block_forward if on_attention else block_forward
         for laid in self._blocks:
             site = Site(
@@ -94,32 +96,71 @@ class Layout:
                 session,
                 type(laid.block).forward,
                 forward,
+                parameters_of(laid.block),
                 laid.span,
                 laid.first,
                 laid.last,
                 laid.alone,
             )
             attach(laid.block, forward, site)
+            for norm in self.family.norms(laid.block):
+                attach(norm, norm_forward, NormSite(site, type(norm).forward, norm_forward))
             for attribute, attention in self.family.attentions(laid.block).items():
+                rotary = self._attach_context(root, site, laid, attribute, attention)
                 if on_attention:
                     unit = laid.attentions[attribute]
-                    original = type(attention).forward
                     state = AttentionSite(
-                        unit.name, attribute, site, unit, original, attention_forward
-                    )
-                    attach(attention, attention_forward, state)
-                for key, projection in laid.projections.get(attribute, {}).items():
-                    module = getattr(attention, key)
-                    rows = ProjectionSite(
+                        unit.name,
                         attribute,
                         site,
-                        projection,
-                        module,
-                        type(module).forward,
-                        projection_forward,
+                        unit,
+                        type(attention).forward,
+                        attention_forward,
+                        parameters_of(attention),
+                        rotary,
                     )
-                    attach(module, projection_forward, rows)
-                    root.projections.append((attention, key, rows))
+                    attach(attention, attention_forward, state)
+                elif rotary is not None:
+                    attach(attention, rotary_forward, rotary)
+
+    def _attach_context(
+        self, root: Root, site: Site, laid: Laid, attribute: str, attention: nn.Module
+    ) -> RotarySite | None:
+        """Put forwards on an attention's projections; in rotary families, the state for its own."""
+        projections = laid.projections.get(attribute, {})
+        if not projections:
+            return None
+        name = f"{laid.name}.{attribute}"
+        if not self.family.rotary:
+            for key, projection in projections.items():
+                module = getattr(attention, key)
+                original = type(module).forward
+                rows = ProjectionSite(
+                    name, attribute, site, projection, module, original, projection_forward
+                )
+                attach(module, projection_forward, rows)
+                root.projections.append((attention, key, rows))
+            return None
+        rotary = RotarySite(
+            name,
+            attribute,
+            site,
+            projections["to_k"],
+            projections["to_v"],
+            type(attention).forward,
+            rotary_forward,
+            parameters_of(attention),
+        )
+        if self.config.context == "fresh":
+            linear: Any = attention.to_q
+            queries = QuerySite(name, rotary, linear, type(linear).forward, query_forward)
+            attach(linear, query_forward, queries)
+            root.projections.append((attention, "to_q", queries))
+        return rotary
+
+    @property
+    def _on_attention(self) -> bool:
+        return self.config.scope == "attention" and not self.family.blocks_are_attentions
 
     def _is_whole(self, name: str, level: int) -> bool:
         config, index = self.config, self._order[name]
@@ -177,24 +218,24 @@ class Layout:
 
     def _lay(self, stretch: Stretch) -> bool:
         """Plan the forwards of one stretch; returns whether any token can shrink there."""
-        config, run = self.config, stretch.run
+        run = stretch.run
         blocks = stretch.blocks
         acted = False
         joint = None
-        if len(blocks) > 1 and config.scope != "attention":
+        if len(blocks) > 1 and not self._on_attention:
             depth = sum(stretch.depths) / len(stretch.depths)
             name = f"{blocks[0][0]}-{blocks[-1][0].rsplit('.', 1)[-1]}"
             joint = self._unit(name, run, blocks[0][0], depth, self._width(blocks[0][1]), False)
         for i, ((name, block), depth) in enumerate(zip(blocks, stretch.depths, strict=True)):
             attentions = self.family.attentions(block)
-            if config.scope == "attention":
+            if self._on_attention:
                 units = {
                     attribute: self._unit(
                         f"{name}.{attribute}",
                         run,
                         name,
                         depth,
-                        _whole_number(attention, "query_dim"),
+                        width_of(attention, "to_q", "in_features"),
                         None,
                     )
                     for attribute, attention in attentions.items()
@@ -228,13 +269,10 @@ class Layout:
         context = self.config.context
         found: dict[str, dict[str, Projection]] = {}
         for attribute, attention in attentions.items() if context != "none" else ():
-            if getattr(attention, "fused_projections", False):
-                raise ValueError(
-                    f"{name}.{attribute} has fused QKV projections, which hide the keys and values "
-                    f"that context {context!r} needs; call unfuse_qkv_projections() or use "
-                    "context='none'"
-                )
-            width = _whole_number(attention, "inner_kv_dim")
+            # Where only the product is looked at (rotary, cached), it does not matter who projects.
+            if not self.family.rotary or context == "fresh":
+                check_unfused(attention, f"{name}.{attribute}", context)
+            width = width_of(attention, "to_k", "out_features")
             found[attribute] = {
                 key: Projection(f"{name}.{attribute}.{key}", run.level, width)
                 for key in ("to_k", "to_v")
@@ -246,9 +284,10 @@ class Layout:
     def _width(self, block: nn.Module) -> int:
         attentions = self.family.attentions(block)
         attention: Any = next(iter(attentions.values())) if attentions else block.attn1
-        return _whole_number(attention, "query_dim")
+        return width_of(attention, "to_q", "in_features")
 
 
-def _whole_number(module: nn.Module, name: str) -> int:
-    value: Any = getattr(module, name)
-    return int(value)
+def width_of(attention: nn.Module, projection: str, side: str) -> int:
+    """Channels that a projection takes ("in_features") or gives ("out_features")."""
+    width: Any = getattr(getattr(attention, projection), side)
+    return int(width)

@@ -48,6 +48,18 @@ class Plan(NamedTuple):
         """The same plan for `times` copies of the batch, tiled as `Tensor.repeat` tiles rows."""
         return Plan(self.kept.repeat(times, 1), self.assign.repeat(times, 1))
 
+    def surrounded(self, before: int, after: int) -> Plan:
+        """The same plan for a sequence with so many more tokens around it, all of them kept."""
+        if not before and not after:
+            return self
+        device, (batch, slots), tokens = self.kept.device, self.kept.shape, self.assign.shape[1]
+        head = torch.arange(before, device=device).expand(batch, -1)
+        tail = torch.arange(after, device=device).expand(batch, -1) + before
+        return Plan(
+            torch.cat([head, self.kept + before, tail + tokens], dim=1),
+            torch.cat([head, self.assign + before, tail + slots], dim=1),
+        )
+
     def rows(self, x: Tensor) -> Tensor:
         """The kept tokens of x.  [B, N, C] -> [B, K, C]"""
         return take(x, self.kept)

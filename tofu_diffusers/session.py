@@ -23,6 +23,7 @@ from .clock import is_watched, noise_level, noise_levels, watch
 from .config import TofuConfig
 from .families.base import Family
 from .grid import TokenGrid
+from .kernels.reference import normalise
 from .methods import Evidence, Method
 from .plan import Plan
 from .restore import CACHED, UpdateCache
@@ -99,6 +100,7 @@ class Session:
 
     # Between calls.
     index: int = 0
+    done: int = 0
     noise: list[float] = field(default_factory=list)
     told: bool = False
     conditions: str = "1"
@@ -112,6 +114,12 @@ class Session:
     images: int = 1
     groups: int = 1
     split: bool = False
+    one_by_one: bool = False
+    blind: bool = False
+    known: dict[int, TokenGrid] | None = None
+    ids: Tensor | None = None
+    fixed_grids: dict[int, TokenGrid] | None = None
+    unread: Tensor | None = None
     step: Tensor | None = None
     grids: dict[int, TokenGrid] = field(default_factory=dict)
     shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -133,16 +141,14 @@ class Session:
 
     def begin(self, noise: list[float], conditions: int | None = None) -> None:
         """Start a generation whose steps have these noise levels (1 = pure noise)."""
-        if conditions is None:
-            guided = bool(getattr(self.pipeline.get(), "do_classifier_free_guidance", False))
-            conditions = 2 if guided else 1
-        self.conditions = str(conditions)
+        self.conditions = str(self._announced() if conditions is None else conditions)
         self.noise = noise
         # Anew: a tensor made in inference mode cannot be written outside of it.
         self.step = None
         self.history = []
-        self.calls = 0
+        self.calls = self.done = 0
         self.held = 0
+        self.known = self.unread = None
         self.forget()
         self._go_to(0)
         whole = self.whole_steps()
@@ -154,8 +160,8 @@ class Session:
             )
 
     def advance(self) -> None:
-        """One step is done. Calls the denoiser did not get (a scheduler's own warm-up) do not count."""
-        if self.told and self.calls:
+        """One step is done. One that this denoiser had no part in (its pipeline has two) counts as time."""
+        if self.told:
             self._note_step()
             self._go_to(self.index + 1)
             if not self.told:
@@ -166,7 +172,7 @@ class Session:
         """A bare model's step, from its user."""
         if index == 0 or not self.told or total != len(self.noise):
             self.begin([1.0 - i / total for i in range(total)], conditions)
-        elif self.calls:
+        else:
             self._note_step()
         self._go_to(index)
 
@@ -191,9 +197,36 @@ class Session:
         self.tracker = None
         self.opened = None
 
+    def _announced(self) -> int:
+        """Conditions in a batch, as the pipeline says; 0: it does not say, see `_look_back`."""
+        pipeline = self.pipeline.get()
+        if pipeline is None or not self.family.guidance_in_batch:
+            return 1
+        guided = getattr(pipeline, "do_classifier_free_guidance", None)
+        return 0 if guided is None else 1 + bool(guided)
+
+    def _look_back(self) -> None:
+        """Read, once a generation, what shapes do not tell; until then steps run whole (`blind`).
+
+        A grid from the positions, where the call was traced. Whether a batch holds two conditions, where
+        the pipeline does not say: then its halves have the same latents, also after the first step, which
+        moves those of different prompts apart.
+        """
+        seen, self.unread = self.unread, None
+        if seen is None:
+            return
+        if self.family.ids_name is not None:
+            self.known = self.family.grids(None, {self.family.ids_name: seen})
+        elif self.done > 1:
+            first, second = seen.chunk(2)
+            self.conditions = str(1 + torch.equal(first, second))
+            # Plans and caches have another number of images now.
+            self.tracker = None
+            self.shapes.clear()
+
     def _forget_plans(self) -> None:
         for shelf in self.shelves:
-            shelf.plans.clear()
+            shelf.clear()
 
     def _go_to(self, index: int) -> None:
         self.index = index
@@ -211,7 +244,7 @@ class Session:
         config = self.config
         total = len(self.noise)
         first, last = self.whole_steps(), total - config.last_steps
-        whole = bool(total) and (self.index < first or self.index >= last)
+        whole = bool(total) and (self.done < first or self.index >= last)
         noise = self.noise[min(self.index, total - 1)] if total else 1.0
         for unit in self.units:
             factor = config.schedule.factor(1.0 - noise) * config.depth_schedule.factor(unit.depth)
@@ -219,10 +252,13 @@ class Session:
             unit.ratio = str(0.0 if whole else ratio)
 
     def _record(self) -> StepRecord:
-        return StepRecord(self.calls, tuple(unit.ratio for unit in self.units))
+        return StepRecord(self.calls, tuple("0.0" if self.blind else u.ratio for u in self.units))
 
     def _note_step(self) -> None:
-        self.history.append(self._record())
+        if self.calls:
+            self.history.append(self._record())
+            self.done += 1
+            self._look_back()
 
     # ---- within a call -------------------------------------------------------------------------
 
@@ -250,13 +286,22 @@ class Session:
             )
         self.condition = str(self.calls)
         self.calls += 1
+        self.blind = False
         batch = sample.shape[0]
         if self.condition == "0":
             conditions = int(self.conditions)
+            if conditions == 0:
+                self.blind = batch % 2 == 0
+                self.unread = sample if self.blind else None
+            conditions = max(1, conditions)
             self.images = batch // conditions if batch % conditions == 0 else batch
         self.groups = batch // self.images if batch % self.images == 0 else 1
-        self.grids = self.family.grids(model, sample)
-        self._check_reach()
+        self.grids = self._grids(model, named)
+        # One plan fits all rows if it is one image's, if images share it, or if only the seed decides.
+        alike = self.images == 1 or self.config.share_plan or self.method.same_for_all
+        self.one_by_one = self.family.shared_positions and not alike
+        if not self.blind:
+            self._check_reach()
         self.opened = None
         shape = (*sample.shape, str(sample.device))
         if self.shapes.get(self.condition) != shape:
@@ -266,6 +311,33 @@ class Session:
                 self.last_call = shapes_only(named)
         if self.step is not None and self.step.device != sample.device:
             self.step = self.step.to(sample.device)
+
+    def conditional(self, x: Tensor, images: int) -> Tensor:
+        """The conditional rows of a batch.  [B, ...] -> [I, ...]"""
+        return x[:images] if self.family.conditional_first else x[-images:]
+
+    def _grids(self, model: Any, named: dict[str, Any]) -> dict[int, TokenGrid]:
+        """The grid of every level; where its numbers cannot be read now, a row of as many tokens."""
+        family = self.family
+        if self.fixed_grids is not None:
+            return self.fixed_grids
+        if family.ids_name is None:
+            return family.grids(model, named)
+        ids: Tensor = named[family.ids_name]
+        if not torch.compiler.is_compiling():
+            if self.known is None or ids is not self.ids:
+                self.known, self.ids = family.grids(model, named), ids
+            return self.known
+        if self.known is not None:
+            return self.known
+        if not self.told:
+            raise RuntimeError(
+                f"a compiled {type(model).__name__} must be told its steps, or it cannot be known which "
+                "tokens are neighbours: call handle.step(i, n) before each step of a bare model, or "
+                "apply tofu to the whole pipeline"
+            )
+        self.blind, self.unread = True, ids
+        return {0: TokenGrid(1, ids.shape[-2])}
 
     def removal(self, tokens: int, ratio: str) -> int:
         """How many of a grid's tokens go at a ratio; none of a grid smaller than `min_tokens`."""
@@ -285,21 +357,28 @@ class Session:
             RuntimeError: if the metric's tokens are not the grid's.
         """
         grid = self.grids[unit.level]
-        if metric.shape[1] != grid.tokens:
+        if metric.shape[1] != grid.total:
             raise RuntimeError(
-                f"{unit.name} got {metric.shape[1]} tokens where its grid {grid} has {grid.tokens}; "
+                f"{unit.name} got {metric.shape[1]} tokens where its grid {grid} has {grid.total}; "
                 "this denoiser does not belong to its family"
             )
         remove = self.removal(grid.tokens, unit.ratio)
-        if remove == 0:
+        if remove == 0 or self.blind:
             return None
-        plans = unit.shelf.plans
-        key, tiled = str(remove), f"{remove}/{self.groups}"
-        if tiled not in plans:
-            if key not in plans:
-                plans[key] = self._make_plan(unit, metric, remove, importance)
-            plans[tiled] = plans[key].repeat(self.groups) if self.groups > 1 else plans[key]
-        return plans[tiled]
+        shelf, key, whole = unit.shelf, str(remove), f"{remove}/{self.groups}"
+        if whole not in shelf.plans:
+            if key not in shelf.plans:
+                shelf.plans[key] = self._make_plan(unit, metric, remove, importance)
+            plan = shelf.plans[key].surrounded(grid.text_before, grid.text_after)
+            shelf.plans[whole] = plan.repeat(self.groups) if self.groups > 1 else plan
+            if self.family.rotary and self.config.context == "fresh":
+                shelf.removed[whole] = shelf.plans[whole].removed()
+        return shelf.plans[whole]
+
+    def removed_by(self, unit: Unit) -> Tensor | None:
+        """Positions [B, N - K] that the unit's plan removes, where the attentions are given those too."""
+        remove = self.removal(self.grids[unit.level].tokens, unit.ratio)
+        return unit.shelf.removed.get(f"{remove}/{self.groups}")
 
     def update_cache(self, unit: Unit) -> UpdateCache | None:
         """The unit's cached updates under this condition, if its restore has any."""
@@ -314,19 +393,25 @@ class Session:
         if self.tracker is None or self.step is None:
             return
         with torch.no_grad():
+            maps = self.family.prediction(prediction, self.grids[min(self.grids)])
+            images, groups = self.images, self.groups
+            first = self.conditional(maps, images)
             if self.condition == "0":
                 kept: dict[int, list[Tensor]] = {level: [] for level in self.grids}
                 for shelf in self.shelves:
                     kept[shelf.level] += shelf.kept()
-                self.tracker.note(prediction, kept, self.step, self.groups)
+                back = maps[-images:] if self.family.conditional_first else maps[:images]
+                self.tracker.note(first, back if groups > 1 else None, kept, self.step)
             elif self.condition == "1":
-                self.tracker.note_second(prediction)
+                self.tracker.note_second(first)
 
     def _make_plan(
         self, unit: Unit, metric: Tensor, remove: int, importance: Callable[[int], Tensor]
     ) -> Plan:
         with torch.no_grad():
-            rows = metric[-self.images :]
+            grid = self.grids[unit.level]
+            start = grid.text_before
+            rows = self.conditional(metric, self.images)[:, start : start + grid.tokens]
             age = weights = None
             if self.tracker is not None and self.step is not None:
                 age = self.tracker.age(unit.level, self.step)
@@ -337,10 +422,15 @@ class Session:
                         "has none; raise guidance_scale above 1 or use source 'change'"
                     )
             if self.method.source in ("attention", "key_norm"):
-                weights = importance(self.images)
+                weights = importance(self.images)[:, start : start + grid.tokens]
+            if self.config.share_plan and self.images > 1:
+                # Side by side, the cosine of two tokens is the mean of their cosines in every image.
+                rows = normalise(rows).transpose(0, 1).flatten(1)[None]
+                age = age[:1] if age is not None else None
+                weights = weights.mean(0, keepdim=True) if weights is not None else None
             evidence = Evidence(
                 metric=rows,
-                grid=self.grids[unit.level],
+                grid=grid,
                 remove=remove,
                 depth=unit.depth if self.method.reads_depth else 0.0,
                 step=self.step if self.told else None,
@@ -348,7 +438,8 @@ class Session:
                 importance=weights,
                 seed=self.config.seed,
             )
-            return self.method.plan(evidence)
+            plan = self.method.plan(evidence)
+            return plan if plan.kept.shape[0] == self.images else plan.repeat(self.images)
 
     def _stand_alone(self) -> None:
         if self.needs:
@@ -387,7 +478,8 @@ class Session:
         planned = getattr(pipeline, "num_timesteps", None)
         starting = self.told and self.index == 0 and self.calls == 0
         if starting and planned and planned < len(self.noise):
-            level = noise_level(scheduler, named["timestep"])
+            timestep = named["timestep"] / self.family.timestep_scale
+            level = noise_level(scheduler, timestep)
             distances = [abs(noise - level) for noise in self.noise]
             begin = min(distances.index(min(distances)), len(self.noise) - planned)
             self.noise = self.noise[begin : begin + planned]
@@ -417,10 +509,10 @@ class Session:
             projection.rows.pop(self.condition, None)
         needed = self._bytes()
         for unit in units:
-            tokens = self.grids[unit.level].tokens
+            tokens = self.grids[unit.level].total
             needed += UpdateCache.nbytes_for(unit.restore, batch, tokens, unit.width, sample.dtype)
         for projection in self.projections:
-            tokens = self.grids[projection.level].tokens
+            tokens = self.grids[projection.level].total
             needed += batch * tokens * projection.width * sample.element_size()
         if config.memory_limit is not None and needed > config.memory_limit * GIB:
             raise MemoryError(
@@ -428,16 +520,19 @@ class Session:
                 "raise it, use context 'fresh' or 'none', restore 'copy', or a smaller batch"
             )
         for unit in units:
-            tokens = self.grids[unit.level].tokens
+            tokens = self.grids[unit.level].total
             unit.updates[self.condition] = UpdateCache.empty(
                 unit.restore, batch, tokens, unit.width, sample.dtype, sample.device
             )
         for projection in self.projections:
-            tokens = self.grids[projection.level].tokens
+            tokens = self.grids[projection.level].total
             projection.rows[self.condition] = sample.new_zeros(batch, tokens, projection.width)
         self.held = max(self.held, needed)
         if self.tracker is None and self.told and self.method.source is not None:
-            self.tracker = Tracker(self.method.source, self.images, self.grids, sample)
+            grids = self.grids
+            if self.family.packed:
+                grids = {level: grid.row for level, grid in grids.items()}
+            self.tracker = Tracker(self.method.source, self.images, grids, sample.device)
 
     def _bytes(self) -> int:
         """Held now in cached updates and cached keys and values."""

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import attach, detach, state_of
-from .families.base import Family
+from .attach import attach, bind, detach, state_of
+from .families.base import Kwargs
 from .fold import reduce
 from .plan import Plan
 from .restore import restore
-from .rows import put, put_
+from .rotary import QuerySite, RotarySite, with_context
+from .rows import put, put_, take
 from .session import Session
 from .tracker import key_norm, received_attention
 from .units import Projection, Unit
@@ -32,14 +33,16 @@ class Root:
 
     Args:
         names: Its forward's parameters, in order.
-        projections: (attention, attribute, state) of every key and value projection.
+        projections: (attention, attribute, state) of every projection that has one.
     """
 
     session: Session
     original: Callable[..., Any]
     forward: Callable[..., Any]
     names: tuple[str, ...]
-    projections: list[tuple[nn.Module, str, ProjectionSite]] = field(default_factory=list)
+    projections: list[tuple[nn.Module, str, ProjectionSite | QuerySite]] = field(
+        default_factory=list
+    )
 
 
 @dataclass(eq=False)
@@ -47,20 +50,28 @@ class Site:
     """State on a block.
 
     Args:
+        names: Its forward's parameters, in order.
         span: The unit it belongs to; `first` and `last` say where in it the block stands.
         alone: The unit it is when its run must be split.
+
+    While the block runs on kept tokens, `plan` says which, `whole` is what it would have been given, `inputs`
+    what its attentions would read of tokens that they are not given (context "fresh"), and `row` which row
+    of the batch it is, if only one.
     """
 
     name: str
     session: Session
     original: Callable[..., Any]
     forward: Callable[..., Any]
+    names: tuple[str, ...]
     span: Unit
     first: bool
     last: bool
     alone: Unit
     plan: Plan | None = None
+    whole: Tensor | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    row: int | None = None
     metric: Tensor | None = None
     importance: Callable[[int], Tensor] | None = None
     probing: bool = False
@@ -76,16 +87,28 @@ class AttentionSite:
     unit: Unit
     original: Callable[..., Any]
     forward: Callable[..., Any]
+    names: tuple[str, ...]
+    rotary: RotarySite | None = None
 
 
 @dataclass(eq=False)
 class ProjectionSite:
     """State on the key or value projection of an attention (contexts "fresh" and "cached")."""
 
+    name: str
     attribute: str
     site: Site
     projection: Projection
     module: nn.Module
+    original: Callable[..., Any]
+    forward: Callable[..., Any]
+
+
+@dataclass(eq=False)
+class NormSite:
+    """State on a group norm inside a block, whose statistics run over the tokens."""
+
+    site: Site
     original: Callable[..., Any]
     forward: Callable[..., Any]
 
@@ -96,7 +119,7 @@ def root_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     session = root.session
     if not torch.compiler.is_compiling():
         follow_projections(root)
-    session.enter(module, dict(zip(root.names, args, strict=False)) | kwargs)
+    session.enter(module, bind(root.names, args, kwargs))
     out = root.original(module, *args, **kwargs)
     session.leave(out[0])
     return out
@@ -108,26 +131,28 @@ def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     session, family = site.session, site.session.family
     unit = site.alone if session.split else site.span
     first, last = site.first or session.split, site.last or session.split
-    x = family.hidden(args, kwargs)
+    named = bind(site.names, args, kwargs)
+    x = family.hidden(named)
     if first:
-        plan = session.plan(unit, x, lambda images: importance_of(module, x, args, kwargs, images))
+        plan = session.plan(unit, x, lambda images: importance_of(module, x, named, images))
         folded = x if plan is None else reduce(x, plan, unit.fold)
         session.opened = (x, folded, plan)
     else:
         assert session.opened is not None
         plan, folded = session.opened[2], x
-    site.plan = plan
-    context = session.config.context
     if plan is None:
         out = site.original(module, *args, **kwargs)
     else:
-        if context == "fresh":
-            site.inputs = family.attention_inputs(module, x, args, kwargs)
-        inner_args, inner_kwargs = family.with_hidden(args, kwargs, folded)
-        inner_args, inner_kwargs = family.follow(inner_args, inner_kwargs, plan, context)
-        out = site.original(module, *inner_args, **inner_kwargs)
-        site.inputs = {}
-        site.plan = None
+        out = on_kept(
+            site,
+            lambda given: site.original(module, **given),
+            lambda tokens, given: family.attention_inputs(module, tokens, given),
+            named,
+            x,
+            folded,
+            plan,
+            session.removed_by(unit),
+        )
     if not last:
         return out
     assert session.opened is not None
@@ -141,15 +166,16 @@ def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if unit.fold == "prune":
         # Exactly what the model computed, not x + (y - x).
         full = put(full, plan.kept, y.to(full.dtype))
-    return family.with_output(out, full)
+    return family.with_output(out, full, named)
 
 
 def observed_block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A whole block whose attentions shrink: its input, before the first norm, is their metric."""
     site: Site = module.__dict__["_tofu"]
-    x = site.session.family.hidden(args, kwargs)
+    named = bind(site.names, args, kwargs)
+    x = site.session.family.hidden(named)
     site.metric = x
-    site.importance = lambda images: importance_of(module, x, args, kwargs, images)
+    site.importance = lambda images: importance_of(module, x, named, images)
     out = site.original(module, *args, **kwargs)
     site.metric = site.importance = None
     return out
@@ -159,28 +185,96 @@ def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """An attention's forward on the kept tokens; its output is the update, the residual is outside."""
     here: AttentionSite = module.__dict__["_tofu"]
     site, session, unit = here.site, here.site.session, here.unit
-    family = session.family
-    x = family.hidden(args, kwargs)
+    named = bind(here.names, args, kwargs)
+    joint = session.family.hidden(named)
     assert site.metric is not None and site.importance is not None
+    # Where text and image share a sequence, text comes first.
+    text = joint.shape[1] - site.metric.shape[1]
+    before, x = joint[:, :text], joint[:, text:]
     plan = session.plan(unit, site.metric, site.importance)
+
+    def call(given: Kwargs) -> Any:
+        if here.rotary is not None:
+            return with_context(here.rotary, module, given)
+        return here.original(module, **given)
+
     if plan is None:
-        out = here.original(module, *args, **kwargs)
-        tokens = out[0] if isinstance(out, tuple) else out
-        record_whole(session, unit, tokens, None)
+        out = call(named)
+        record_whole(session, unit, parts_of(out)[0][:, text:], None)
         return out
     folded = reduce(x, plan, unit.fold)
-    site.plan = plan
-    context = session.config.context
-    if context == "fresh":
-        site.inputs = {here.attribute: x}
-    inner_args, inner_kwargs = family.with_hidden(args, kwargs, folded)
-    inner_args, inner_kwargs = family.follow(inner_args, inner_kwargs, plan, context)
-    out = here.original(module, *inner_args, **inner_kwargs)
-    site.inputs = {}
-    site.plan = None
-    tokens = out[0] if isinstance(out, tuple) else out
-    full = restored(session, unit, plan, tokens, x, folded).to(tokens.dtype)
-    return (full, *out[1:]) if isinstance(out, tuple) else full
+    reduced = torch.cat([before, folded], dim=1) if text else folded
+    out = on_kept(
+        site,
+        call,
+        lambda tokens, given: {here.attribute: tokens},
+        named,
+        x,
+        reduced,
+        plan,
+        session.removed_by(unit),
+    )
+    tokens, *others = parts_of(out)
+    full = restored(session, unit, plan, tokens[:, text:], x, folded).to(tokens.dtype)
+    if text:
+        full = torch.cat([tokens[:, :text], full], dim=1)
+    if not isinstance(out, tuple):
+        return full
+    # (image, text), and with an IP-Adapter what its pictures add to the image.
+    return (full, *others[:1], *(plan.spread(extra) for extra in others[1:]))
+
+
+def parts_of(out: Any) -> tuple[Any, ...]:
+    """What a module returned, as a tuple."""
+    return out if isinstance(out, tuple) else (out,)
+
+
+def on_kept(
+    site: Site,
+    call: Callable[[Kwargs], Any],
+    inputs: Callable[[Tensor, Kwargs], dict[str, Tensor]],
+    named: Kwargs,
+    x: Tensor,
+    given: Tensor,
+    plan: Plan,
+    removed: Tensor | None,
+) -> Any:
+    """Call a block or attention with the kept tokens instead of all.
+
+    Args:
+        call: The module's own forward, on arguments by name.
+        inputs: (tokens, arguments) -> what the attentions read of these tokens (context "fresh").
+        x: All tokens [B, N, C].
+        given: The kept ones [B, K, C], where the module takes it so behind the text.
+        removed: Positions of the others, in rotary families.
+    """
+    session, family = site.session, site.session.family
+    batch = given.shape[0]
+
+    def once(named: Kwargs, x: Tensor, given: Tensor, plan: Plan, removed: Tensor | None) -> Any:
+        site.plan, site.whole = plan, x
+        if session.config.context == "fresh":
+            if removed is None:
+                site.inputs = inputs(x, named)
+            else:
+                site.inputs = inputs(take(x, removed), family.select(named, removed))
+        following = family.follow(named, plan, session.config.context, removed)
+        out = call(family.with_hidden(following, given))
+        site.plan, site.whole, site.inputs = None, None, {}
+        return out
+
+    if not session.one_by_one:
+        return once(named, x, given, plan, removed)
+    outs = []
+    for row in range(batch):
+        site.row = row
+        at = slice(row, row + 1)
+        one = Plan(plan.kept[at], plan.assign[at])
+        gone = None if removed is None else removed[at]
+        outs.append(parts_of(once(family.row(named, row, batch), x[at], given[at], one, gone)))
+    site.row = None
+    whole = tuple(None if part[0] is None else torch.cat(part) for part in zip(*outs, strict=True))
+    return whole if len(whole) > 1 else whole[0]
 
 
 def projection_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -202,6 +296,24 @@ def projection_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) 
     return cache.to(rows.dtype)
 
 
+def norm_forward(module: Any, x: Tensor) -> Tensor:
+    """A group norm of the kept tokens by the statistics of all.  [B, C, K] -> [B, C, K]"""
+    here: NormSite = module.__dict__["_tofu"]
+    whole = here.site.whole
+    if whole is None:
+        normed: Tensor = here.original(module, x)
+        return normed
+    batch, groups = x.shape[0], module.num_groups
+    every = whole.mT.reshape(batch, groups, -1).float()
+    variance, mean = torch.var_mean(every, dim=2, keepdim=True, correction=0)
+    y = (x.reshape(batch, groups, -1).float() - mean) * (variance + module.eps).rsqrt()
+    y = y.view(x.shape)
+    if module.affine:
+        y = y * module.weight[:, None].float() + module.bias[:, None].float()
+    result: Tensor = y.to(x.dtype)
+    return result
+
+
 def follow_projections(root: Root) -> None:
     """Move to projections that were wrapped or unwrapped since (LoRA puts its own module there).
 
@@ -209,12 +321,7 @@ def follow_projections(root: Root) -> None:
         ValueError: if keys and values are no longer projected by modules of their own (fused QKV).
     """
     for attention, attribute, state in root.projections:
-        if getattr(attention, "fused_projections", False):
-            raise ValueError(
-                f"{state.projection.name} is now part of a fused QKV projection, which hides the keys and "
-                f"values that context {state.site.session.config.context!r} needs; call "
-                "unfuse_qkv_projections() or use context='none'"
-            )
+        check_unfused(attention, state.name, root.session.config.context)
         current = getattr(attention, attribute)
         if state_of(current) is state:
             continue
@@ -223,7 +330,16 @@ def follow_projections(root: Root) -> None:
                 detach(module)
         state.module = current
         state.original = type(current).forward
-        attach(current, projection_forward, state)
+        attach(current, state.forward, state)
+
+
+def check_unfused(attention: nn.Module, name: str, context: str) -> None:
+    """Raise ValueError if queries, keys and values are projected by one module."""
+    if getattr(attention, "fused_projections", False):
+        raise ValueError(
+            f"{name} has fused QKV projections, which hide the keys and values that context {context!r} "
+            "needs; call unfuse_qkv_projections() or use context='none'"
+        )
 
 
 def record_whole(session: Session, unit: Unit, y: Tensor, x: Tensor | None) -> None:
@@ -254,18 +370,18 @@ def restored(
     )
 
 
-def importance_of(module: Any, x: Tensor, args: Any, kwargs: Any, images: int) -> Tensor:
+def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> Tensor:
     """Importance read from the block's own first attention, of the conditional rows.  -> [I, N] float32"""
     site: Site = module.__dict__["_tofu"]
     session = site.session
-    family: Family = session.family
+    family = session.family
     attentions: dict[str, Any] = dict(family.attentions(module))
     if not attentions:
         raise ValueError(
             f"{site.name} has no self-attention to read importance from; use source 'change'"
         )
     name, attention = next(iter(attentions.items()))
-    inputs = family.attention_inputs(module, x, args, kwargs)[name][-images:]
+    inputs = session.conditional(family.attention_inputs(module, x, named)[name], images)
     site.probing = True
     keys = attention.to_k(inputs)
     if session.method.source == "key_norm":

@@ -116,9 +116,7 @@ def summarise(
         steps = session.steps()
         if nominal:
             steps = _nominal_steps(session)
-            session.grids = session.family.grids(
-                model, session.family.example(model)[session.family.sample_name]
-            )
+            session.grids = session.family.grids(model, session.family.example(model))
         if not steps:
             continue
         rows += _rows(type(model).__name__, session, steps)
@@ -171,7 +169,9 @@ def _settings(session: Session) -> str:
     config, family = session.config, session.family.name
     note = ""
     if config == default_config(family, {"ratio": config.ratio}):
-        note = f" (default profile, {profile(family)['status']})"
+        chosen = profile(family)
+        origin = f"that of {chosen['like']}, " if "like" in chosen else ""
+        note = f" (default profile, {origin}{chosen['status']})"
     return (
         f"ratio {config.ratio:g}, method {config.method}, context {config.context}, scope {config.scope}, "
         f"family {family}{note}"

@@ -21,26 +21,29 @@ class Tracker:
             age) or "cfg" (norm of the difference of conditional and unconditional prediction of the last
             step, as IBTM, ICCV 2025); another source keeps ages only.
         images: Rows that stand for one image each.
-        grids: The token grid of every level.
-        sample: The latents [B, C, (F,) H, W].
+        grids: The token grid of every level, as predictions have it.
+        device: Of the latents.
     """
 
     def __init__(
-        self, source: str | None, images: int, grids: Mapping[int, TokenGrid], sample: Tensor
+        self,
+        source: str | None,
+        images: int,
+        grids: Mapping[int, TokenGrid],
+        device: torch.device,
     ) -> None:
         self.source = source
         self.grids = dict(grids)
         # Levels are numbered from the finest.
         self.finest = min(grids)
         self.last = {
-            level: torch.zeros(images, grid.tokens, device=sample.device)
-            for level, grid in grids.items()
+            level: torch.zeros(images, grid.tokens, device=device) for level, grid in grids.items()
         }
-        self.prediction = _volume(sample.new_zeros(images, *sample.shape[1:]))
+        self.prediction: Tensor | None = None
         self.first: Tensor | None = None
         self.guided = False
         finest = grids[self.finest].tokens
-        self.score = torch.zeros(images, finest, device=sample.device)
+        self.score = torch.zeros(images, finest, device=device)
 
     def age(self, level: int, step: Tensor) -> Tensor:
         """Steps since each token of the level was computed.  -> [I, N] float32"""
@@ -53,24 +56,26 @@ class Tracker:
         return _pool(volume, self.grids[level])
 
     def note(
-        self, output: Tensor, kept: Mapping[int, Sequence[Tensor]], step: Tensor, groups: int
+        self,
+        prediction: Tensor,
+        other: Tensor | None,
+        kept: Mapping[int, Sequence[Tensor]],
+        step: Tensor,
     ) -> None:
         """The step's first call is done.
 
         Args:
-            output: The denoiser's prediction, rows by condition, the conditional ones last.
+            prediction: [I, C, F, H, W], the denoiser's, conditional rows only.
+            other: The unconditional ones, if they were in the same call.
             kept: By level, the kept positions [I, K] of every plan used; none: the level ran whole.
             step: 0-d float32.
-            groups: Conditions in the batch.
         """
-        images = output.shape[0] // groups
-        prediction = _volume(output[-images:])
         if self.source == "change":
             self._note_change(prediction, kept[self.finest], step)
         elif self.source == "cfg":
             self.first = prediction
-            if groups > 1:
-                self._note_guidance(prediction, _volume(output[:images]))
+            if other is not None:
+                self._note_guidance(prediction, other)
         for level, positions in kept.items():
             last = self.last[level]
             if not positions:
@@ -78,14 +83,14 @@ class Tracker:
             for rows in positions:
                 last.scatter_(1, rows, step.expand(rows.shape))
 
-    def note_second(self, output: Tensor) -> None:
+    def note_second(self, prediction: Tensor) -> None:
         """The step's second call is done: with guidance in two calls, the other condition."""
         if (
             self.source == "cfg"
             and self.first is not None
-            and output.shape[0] == self.first.shape[0]
+            and prediction.shape[0] == self.first.shape[0]
         ):
-            self._note_guidance(self.first, _volume(output))
+            self._note_guidance(self.first, prediction)
 
     def _note_change(self, prediction: Tensor, kept: Sequence[Tensor], step: Tensor) -> None:
         grid = self.grids[self.finest]
@@ -93,6 +98,8 @@ class Tracker:
         for rows in kept:
             computed = computed.scatter(1, rows, 1.0)
         computed = computed.bool()
+        if self.prediction is None:
+            self.prediction = torch.zeros_like(prediction)
         squares = (prediction.float() - self.prediction.float()).square().sum(1, keepdim=True)
         change = _pool(squares, grid).sqrt() / self.age(self.finest, step).clamp(min=1.0)
         self.score.copy_(torch.where(computed, change, self.score))
@@ -126,11 +133,6 @@ def key_norm(keys: Tensor) -> Tensor:
     """Euclidean norm of each token's key over all heads.  [I, N, C] -> [I, N] float32"""
     norms: Tensor = torch.linalg.vector_norm(keys.float(), dim=-1)
     return norms
-
-
-def _volume(x: Tensor) -> Tensor:
-    """[B, C, H, W] as one frame; video stays.  -> [B, C, F, H, W]"""
-    return x.unsqueeze(2) if x.ndim == 4 else x
 
 
 def _pool(volume: Tensor, grid: TokenGrid) -> Tensor:

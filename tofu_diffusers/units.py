@@ -12,7 +12,11 @@ from .restore import UpdateCache
 
 @dataclass(eq=False)
 class Shelf:
-    """The plans that some units share, by tokens removed (and "/" conditions, tiled for a batch).
+    """The plans that some units share, by tokens removed (and "/" conditions, for a whole batch).
+
+    Plans without "/" are those of the images, over the grid's tokens. Those with it have a row for every
+    row of the batch and also keep what stands around the grid; `removed` holds the positions [B, N - K]
+    that they do not keep, where these are asked for.
 
     An object of its own, reached from the unit: looked up by name in one dictionary, plans would make a
     compiled block depend on its name, and every block would need a graph of its own.
@@ -20,6 +24,12 @@ class Shelf:
 
     level: int
     plans: dict[str, Plan] = field(default_factory=dict)
+    removed: dict[str, Tensor] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget all plans."""
+        self.plans.clear()
+        self.removed.clear()
 
     def kept(self) -> list[Tensor]:
         """Kept positions [I, K] of the plans, one row an image."""

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..grid import TokenGrid
 from ..plan import Plan
 
-Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
@@ -30,19 +31,43 @@ class Run:
     level: int
     blocks: tuple[tuple[str, nn.Module], ...]
 
+    @classmethod
+    def of(cls, model: nn.Module, name: str, level: int = 0) -> Run:
+        """The run of all blocks in one module list of a model."""
+        blocks = model.get_submodule(name).named_children()
+        return cls(name, level, tuple((f"{name}.{child}", block) for child, block in blocks))
+
 
 class Family(ABC):
     """One kind of denoiser. Subclasses hold no state; what they know of a call is in its arguments.
 
-    A block takes its image tokens [B, N, C] as first argument or as `hidden_states`.
+    Arguments come by name: positional ones are bound to the parameters of the module's forward first. A
+    block takes its image tokens [B, N, C] as `hidden_states`.
     """
 
     name: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     sample_name: ClassVar[str]
-    """Name of the root's first argument, the noisy latents [B, C, (F,) H, W]."""
+    """Name of the root's noisy latents: [B, C, (F,) H, W], or [B, N, C] where they are packed."""
+    packed: ClassVar[bool] = False
+    """Whether the latents, and the prediction, come as one row a token."""
+    ids_name: ClassVar[str | None] = None
+    """Name of the root's tensor from which `grids` reads numbers; None: shapes are enough. Reading it waits
+    for the device and cannot be traced, so it is done once a generation."""
     output_index: ClassVar[int | None] = None
     """Where the image tokens stand in what a block returns; None: they are all it returns."""
+    guidance_in_batch: ClassVar[bool] = True
+    """Whether pipelines put the conditions of guidance into one batch; else each has its own call."""
+    conditional_first: ClassVar[bool] = False
+    """Whether the conditional rows stand before the unconditional ones."""
+    timestep_scale: ClassVar[float] = 1.0
+    """What the root's timestep is of the scheduler's."""
+    rotary: ClassVar[bool] = False
+    """Whether queries and keys are rotated by position, between projection and product."""
+    shared_positions: ClassVar[bool] = False
+    """Whether positions have no batch axis, so that all rows of a call must keep the same tokens."""
+    blocks_are_attentions: ClassVar[bool] = False
+    """Whether a block is nothing but an attention, so that scope "attention" is scope "block"."""
 
     @abstractmethod
     def runs(self, model: nn.Module) -> list[Run]:
@@ -52,14 +77,19 @@ class Family(ABC):
     def attentions(self, block: nn.Module) -> dict[str, nn.Module]:
         """A block's self-attention modules over image tokens, by attribute name, in order of execution."""
 
-    @abstractmethod
-    def grids(self, model: nn.Module, sample: Tensor) -> dict[int, TokenGrid]:
-        """The token grid of every level for these latents."""
+    def norms(self, block: nn.Module) -> list[nn.GroupNorm]:
+        """A block's norms whose statistics run over all tokens, and must still when some are not there."""
+        return []
 
     @abstractmethod
-    def attention_inputs(
-        self, block: nn.Module, x: Tensor, args: Args, kwargs: Kwargs
-    ) -> dict[str, Tensor]:
+    def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
+        """The token grid of every level for these arguments of the root.
+
+        With `ids_name` it is read from that argument alone, and the model may be None.
+        """
+
+    @abstractmethod
+    def attention_inputs(self, block: nn.Module, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:
         """What each self-attention of the block would read if it were given the tokens x [B, M, C].
 
         Token-wise, so that it can be asked for any tokens: context "fresh" projects the keys and values of
@@ -71,48 +101,83 @@ class Family(ABC):
 
     @abstractmethod
     def example(self, model: nn.Module) -> Kwargs:
-        """Arguments of one forward at the model's own sample size, batch 2, on the meta device."""
+        """Arguments of one forward at the model's own sample size, batch 2, on the meta device; only a
+        tensor that `grids` reads (`ids_name`) holds numbers."""
 
-    def splits_runs(self, kwargs: Kwargs) -> str | None:
+    def splits_runs(self, named: Kwargs) -> str | None:
         """What in this call stands between blocks of a run, so that they must be run one by one."""
         return None
 
-    def refusal(self, scope: str, kwargs: Kwargs) -> str | None:
+    def refusal(self, scope: str, named: Kwargs) -> str | None:
         """Why this call cannot be run with reduced tokens in this scope, and a way out; or None."""
         return None
 
-    def follow(self, args: Args, kwargs: Kwargs, plan: Plan, context: str) -> tuple[Args, Kwargs]:
-        """The arguments that must follow the kept tokens, sliced."""
-        return args, kwargs
+    def select(self, kwargs: Kwargs, positions: Tensor) -> Kwargs:
+        """A block's arguments for the tokens at these positions [B, M]: per-token modulation, sliced."""
+        return kwargs
 
-    def sample(self, args: Args, kwargs: Kwargs) -> Tensor:
+    def follow(self, kwargs: Kwargs, plan: Plan, context: str, removed: Tensor | None) -> Kwargs:
+        """The arguments of a block (or attention) that must follow the kept tokens, sliced.
+
+        Args:
+            removed: [B, N - K], positions of the tokens that the attention will be given after the kept
+                ones (rotary families in context "fresh"); None: it is given the kept ones.
+        """
+        return self.select(kwargs, plan.kept)
+
+    def row(self, kwargs: Kwargs, row: int, batch: int) -> Kwargs:
+        """A block's arguments for one row of the batch; what has no batch axis stays."""
+
+        def one(leaf: Any) -> Any:
+            of_batch = isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[0] == batch
+            return leaf[row : row + 1] if of_batch else leaf
+
+        return {
+            name: value if name == "image_rotary_emb" else tree_map(one, value)
+            for name, value in kwargs.items()
+        }
+
+    def sample(self, named: Kwargs) -> Tensor:
         """The latents among the root's arguments."""
-        sample: Tensor = args[0] if args else kwargs[self.sample_name]
+        sample: Tensor = named[self.sample_name]
         return sample
 
-    @staticmethod
-    def hidden(args: Args, kwargs: Kwargs) -> Tensor:
-        """The image tokens among a block's (or attention's) arguments."""
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    def prediction(self, out: Tensor, grid: TokenGrid) -> Tensor:
+        """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N]"""
+        if self.packed:
+            tokens = out[:, grid.text_before : grid.text_before + grid.tokens]
+            return tokens.transpose(1, 2)[:, :, None, None]
+        return out.unsqueeze(2) if out.ndim == 4 else out
+
+    def hidden(self, kwargs: Kwargs) -> Tensor:
+        """The image tokens among a block's (or attention's) arguments.  -> [B, N, C]"""
+        hidden: Tensor = kwargs["hidden_states"]
         return hidden
 
-    @staticmethod
-    def with_hidden(args: Args, kwargs: Kwargs, x: Tensor) -> tuple[Args, Kwargs]:
+    def with_hidden(self, kwargs: Kwargs, x: Tensor) -> Kwargs:
         """A block's arguments with other image tokens."""
-        if args:
-            return (x, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": x}
+        return {**kwargs, "hidden_states": x}
 
     def output(self, out: Any) -> Tensor:
-        """The image tokens in what a block returned."""
+        """The image tokens in what a block returned.  -> [B, N, C]"""
         tokens: Tensor = out if self.output_index is None else out[self.output_index]
         return tokens
 
-    def with_output(self, out: Any, x: Tensor) -> Any:
-        """What a block returned, with other image tokens."""
+    def with_output(self, out: Any, x: Tensor, kwargs: Kwargs) -> Any:
+        """What a block returned, with other image tokens; `kwargs` are the block's arguments."""
         if self.output_index is None:
             return x
         return tuple(x if i == self.output_index else part for i, part in enumerate(out))
+
+
+def gather_rows(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows along dim 1, also of a tensor that all rows of the batch share.
+
+    [1 or B, N, ...], [B, M] -> [B, M, ...]
+    """
+    x = x.expand(positions.shape[0], *x.shape[1:])
+    index = positions.view(*positions.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+    return torch.gather(x, 1, index)
 
 
 FAMILIES: dict[str, Family] = {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
-from .base import Args, Family, Kwargs, Run, register_family
+from .base import Family, Kwargs, Run, register_family
 
 
 @register_family
@@ -21,37 +21,27 @@ class SD3Family(Family):
     output_index = 1
 
     def runs(self, model: Any) -> list[Run]:
-        blocks = model.transformer_blocks
-        return [
-            Run(
-                "transformer_blocks",
-                0,
-                tuple((f"transformer_blocks.{i}", b) for i, b in enumerate(blocks)),
-            )
-        ]
+        return [Run.of(model, "transformer_blocks")]
 
     def attentions(self, block: Any) -> dict[str, nn.Module]:
         names = ["attn", "attn2"] if getattr(block, "use_dual_attention", False) else ["attn"]
         return {name: getattr(block, name) for name in names}
 
-    def grids(self, model: Any, sample: Tensor) -> dict[int, TokenGrid]:
-        height, width = sample.shape[-2:]
+    def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
+        height, width = self.sample(named).shape[-2:]
         patch = model.config.patch_size
         return {0: TokenGrid(height // patch, width // patch)}
 
-    def attention_inputs(
-        self, block: Any, x: Tensor, args: Args, kwargs: Kwargs
-    ) -> dict[str, Tensor]:
-        temb = args[2] if len(args) > 2 else kwargs["temb"]
-        normed = block.norm1(x, emb=temb)
+    def attention_inputs(self, block: Any, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:
+        normed = block.norm1(x, emb=kwargs["temb"])
         inputs = {"attn": normed[0]}
         if getattr(block, "use_dual_attention", False):
             inputs["attn2"] = normed[5]
         return inputs
 
-    def splits_runs(self, kwargs: Kwargs) -> str | None:
+    def splits_runs(self, named: Kwargs) -> str | None:
         for name in ("block_controlnet_hidden_states", "skip_layers"):
-            if kwargs.get(name) is not None:
+            if named.get(name) is not None:
                 return name
         return None
 

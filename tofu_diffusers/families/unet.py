@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..grid import TokenGrid
-from ..plan import Plan
-from .base import Args, Family, Kwargs, Run, register_family
+from .base import Kwargs, Run, register_family
+from .basic import BasicFamily
+from .stages import stage_grids, stages
 
 
 @register_family
-class UNetFamily(Family):
+class UNetFamily(BasicFamily):
     """Runs are the BasicTransformerBlocks of one Transformer2DModel; levels are the UNet's resolutions."""
 
     name = "unet"
@@ -21,68 +21,19 @@ class UNetFamily(Family):
     sample_name = "sample"
 
     def runs(self, model: Any) -> list[Run]:
-        down, up = list(model.down_blocks), list(model.up_blocks)
-        stages = [(f"down_blocks.{i}", block, i) for i, block in enumerate(down)]
-        stages.append(("mid_block", model.mid_block, len(down) - 1))
-        stages += [(f"up_blocks.{i}", block, len(up) - 1 - i) for i, block in enumerate(up)]
         runs = []
-        for stage, holder, level in stages:
+        for stage, holder, level in stages(model):
             for i, transformer in enumerate(getattr(holder, "attentions", None) or []):
                 blocks = getattr(transformer, "transformer_blocks", None)
                 # Attention on 4-D maps (SimpleCrossAttn stages) has no token blocks to shrink.
                 if not blocks or not getattr(transformer, "is_input_continuous", False):
                     continue
                 name = f"{stage}.attentions.{i}.transformer_blocks"
-                runs.append(
-                    Run(name, level, tuple((f"{name}.{j}", b) for j, b in enumerate(blocks)))
-                )
+                runs.append(Run.of(model, name, level))
         return runs
 
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {} if block.only_cross_attention else {"attn1": block.attn1}
-
-    def grids(self, model: Any, sample: Tensor) -> dict[int, TokenGrid]:
-        height, width = sample.shape[-2:]
-        grids = {}
-        for level in range(len(model.down_blocks)):
-            grids[level] = TokenGrid(height, width)
-            # The stride-2 convolution rounds odd sides up when it pads by 1, down otherwise.
-            pad = int(model.config.downsample_padding == 1)
-            height, width = max(1, (height + pad) // 2), max(1, (width + pad) // 2)
-        return grids
-
-    def attention_inputs(
-        self, block: Any, x: Tensor, args: Args, kwargs: Kwargs
-    ) -> dict[str, Tensor]:
-        if (
-            block.norm_type not in ("layer_norm", "layer_norm_i2vgen")
-            or block.pos_embed is not None
-        ):
-            raise ValueError(
-                f"context 'fresh' does not know norm_type {block.norm_type!r} in a UNet's block; "
-                "use context 'cached' or 'none'"
-            )
-        return {"attn1": block.norm1(x)}
-
-    def refusal(self, scope: str, kwargs: Kwargs) -> str | None:
-        extra = kwargs.get("cross_attention_kwargs") or {}
-        if scope == "attention" or "ip_adapter_masks" not in extra:
-            return None
-        return (
-            f"ip_adapter_masks need the whole grid in the cross-attention, which scope {scope!r} "
-            "shrinks; use scope='attention'"
-        )
-
-    def follow(self, args: Args, kwargs: Kwargs, plan: Plan, context: str) -> tuple[Args, Kwargs]:
-        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        # A mask over self-attention keys [B, 1, N]; with a context all N keys are still there.
-        if mask is None or context != "none":
-            return args, kwargs
-        kept = plan.kept[:, None].expand(-1, mask.shape[1], -1)
-        mask = torch.gather(mask.expand(plan.kept.shape[0], -1, -1), 2, kept)
-        if len(args) > 1:
-            return (args[0], mask, *args[2:]), kwargs
-        return args, {**kwargs, "attention_mask": mask}
+    def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
+        return stage_grids(model, self.sample(named))
 
     def example(self, model: Any) -> Kwargs:
         config = model.config

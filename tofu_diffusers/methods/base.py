@@ -51,6 +51,9 @@ class Method(ABC):
     reads_depth: ClassVar[bool] = False
     """Whether the plan depends on `Evidence.depth`: if so, compiled blocks of each depth differ."""
 
+    same_for_all: ClassVar[bool] = False
+    """Whether the same tokens are kept in every image, because only the seed decides."""
+
     @property
     def source(self) -> Source | None:
         """What `Evidence.importance` must hold; None: the method does not read it."""

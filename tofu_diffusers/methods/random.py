@@ -22,6 +22,7 @@ class Random(Method):
     """
 
     name = "random"
+    same_for_all = True
 
     window: int | tuple[int, int, int] | None = None
 

@@ -1,7 +1,7 @@
 """Measured defaults, one JSON file a family: what `apply_tofu(pipe, ratio=...)` does when told no more.
 
 A profile's `status` is "measured" when `result` names the committed result it was chosen from, else
-"provisional".
+"provisional". A family without a trained model at hand names the one whose profile it borrows (`like`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from ..config import TofuConfig
 
 @cache
 def profile(family: str) -> Mapping[str, Any]:
-    """A family's profile: `status`, `result`, `weights` and `config` (fields of TofuConfig)."""
+    """A family's profile: `status`, `result`, `weights` and `config` (fields of TofuConfig).
+
+    With `like`, all of them are that family's.
+    """
     text = (files(__package__) / f"{family}.json").read_text(encoding="utf-8")
     data: dict[str, Any] = json.loads(text)
+    if "like" in data:
+        return {**profile(data["like"]), **data}
     return data
 
 

@@ -1,0 +1,38 @@
+"""DiTTransformer2DModel: class-conditional DiT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..grid import TokenGrid
+from .base import Kwargs, Run, register_family
+from .basic import BasicFamily
+
+
+@register_family
+class DiTFamily(BasicFamily):
+    """One run over all blocks; squares only, as the model itself."""
+
+    name = "dit"
+    classes = ("DiTTransformer2DModel",)
+    sample_name = "hidden_states"
+    conditional_first = True
+
+    def runs(self, model: Any) -> list[Run]:
+        return [Run.of(model, "transformer_blocks")]
+
+    def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
+        height, width = self.sample(named).shape[-2:]
+        patch = model.config.patch_size
+        return {0: TokenGrid(height // patch, width // patch)}
+
+    def example(self, model: Any) -> Kwargs:
+        config = model.config
+        size = config.sample_size
+        return {
+            "hidden_states": torch.empty(2, config.in_channels, size, size, device="meta"),
+            "timestep": torch.empty(2, device="meta"),
+            "class_labels": torch.empty(2, dtype=torch.int64, device="meta"),
+        }

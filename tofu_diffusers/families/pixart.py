@@ -1,0 +1,42 @@
+"""PixArtTransformer2DModel: PixArt-alpha and PixArt-Sigma."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..grid import TokenGrid
+from .base import Kwargs, Run, register_family
+from .basic import BasicFamily
+
+
+@register_family
+class PixArtFamily(BasicFamily):
+    """One run over all blocks. Position is added at patchify, so nothing but the tokens shrinks."""
+
+    name = "pixart"
+    classes = ("PixArtTransformer2DModel",)
+    sample_name = "hidden_states"
+
+    def runs(self, model: Any) -> list[Run]:
+        return [Run.of(model, "transformer_blocks")]
+
+    def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
+        height, width = self.sample(named).shape[-2:]
+        patch = model.config.patch_size
+        return {0: TokenGrid(height // patch, width // patch)}
+
+    def example(self, model: Any) -> Kwargs:
+        config = model.config
+        size, text = config.sample_size, config.caption_channels or config.cross_attention_dim
+        sizes = {"resolution": (2, 2), "aspect_ratio": (2, 1)}
+        return {
+            "hidden_states": torch.empty(2, config.in_channels, size, size, device="meta"),
+            "encoder_hidden_states": torch.empty(2, 300, text, device="meta"),
+            "timestep": torch.empty(2, device="meta"),
+            "added_cond_kwargs": {
+                name: torch.empty(shape, device="meta") if model.use_additional_conditions else None
+                for name, shape in sizes.items()
+            },
+        }

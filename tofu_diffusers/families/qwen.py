@@ -1,0 +1,82 @@
+"""QwenImageTransformer2DModel: Qwen-Image and Qwen-Image-Edit, with complex rotary positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import TokenGrid
+from ..plan import Plan
+from .base import Family, Kwargs, Run, gather_rows, register_family
+
+
+@register_family
+class QwenFamily(Family):
+    """Joint blocks, text first. The pictures that an edit refers to come last and are never removed."""
+
+    name = "qwen"
+    classes = ("QwenImageTransformer2DModel",)
+    sample_name = "hidden_states"
+    packed = True
+    output_index = 1
+    guidance_in_batch = False
+    timestep_scale = 1e-3
+    rotary = True
+    shared_positions = True
+
+    def runs(self, model: Any) -> list[Run]:
+        return [Run.of(model, "transformer_blocks")]
+
+    def attentions(self, block: Any) -> dict[str, nn.Module]:
+        return {"attn": block.attn}
+
+    def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
+        shapes = named["img_shapes"][0]
+        shapes = shapes if isinstance(shapes, list) else [shapes]
+        frames, height, width = shapes[0]
+        after = sum(f * h * w for f, h, w in shapes[1:])
+        return {0: TokenGrid(height, width, frames, text_after=after)}
+
+    def attention_inputs(self, block: Any, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:
+        modulation = block.img_mod(kwargs["temb"]).chunk(2, dim=-1)[0]
+        index = kwargs.get("modulate_index")
+        return {"attn": block._modulate(block.img_norm1(x), modulation, index)[0]}
+
+    def select(self, kwargs: Kwargs, positions: Tensor) -> Kwargs:
+        index = kwargs.get("modulate_index")
+        if index is None:
+            return kwargs
+        return {**kwargs, "modulate_index": gather_rows(index, positions)}
+
+    def follow(self, kwargs: Kwargs, plan: Plan, context: str, removed: Tensor | None) -> Kwargs:
+        image, text = kwargs["image_rotary_emb"]
+        # Positions have no batch axis: all rows of this call keep the same tokens.
+        given = plan.kept[0] if removed is None else torch.cat([plan.kept[0], removed[0]])
+        rotary = (image[given.to(image.device)], text)
+        return {**self.select(kwargs, plan.kept), "image_rotary_emb": rotary}
+
+    def refusal(self, scope: str, named: Kwargs) -> str | None:
+        shapes = named["img_shapes"]
+        if all(shape == shapes[0] for shape in shapes):
+            return None
+        return (
+            f"all pictures of a batch must have one size, not {shapes}; run them one after another"
+        )
+
+    def splits_runs(self, named: Kwargs) -> str | None:
+        name = "controlnet_block_samples"
+        return name if named.get(name) is not None else None
+
+    def example(self, model: Any) -> Kwargs:
+        config = model.config
+        side, text = 64, 128  # 1024 x 1024 pixels
+        return {
+            "hidden_states": torch.empty(2, side * side, config.in_channels, device="meta"),
+            "encoder_hidden_states": torch.empty(
+                2, text, config.joint_attention_dim, device="meta"
+            ),
+            "timestep": torch.empty(2, device="meta"),
+            "img_shapes": [[(1, side, side)]] * 2,
+        }

@@ -1,0 +1,69 @@
+"""WanTransformer3DModel: Wan 2.1 and 2.2, text- and image-to-video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import TokenGrid
+from ..plan import Plan
+from .base import Family, Kwargs, Run, gather_rows, register_family
+
+
+@register_family
+class WanFamily(Family):
+    """One run over all blocks on a (frame, row, column) grid. Wan 2.2 has two denoisers; each is one."""
+
+    name = "wan"
+    classes = ("WanTransformer3DModel",)
+    sample_name = "hidden_states"
+    guidance_in_batch = False
+    rotary = True
+
+    def runs(self, model: Any) -> list[Run]:
+        return [Run.of(model, "blocks")]
+
+    def attentions(self, block: Any) -> dict[str, nn.Module]:
+        return {"attn1": block.attn1}
+
+    def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
+        sides = zip(self.sample(named).shape[2:], model.config.patch_size, strict=True)
+        frames, height, width = (side // patch for side, patch in sides)
+        return {0: TokenGrid(height, width, frames)}
+
+    def attention_inputs(self, block: Any, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:
+        temb = kwargs["temb"].float()
+        if temb.ndim == 4:  # [B, N, 6, C]: a timestep for every token
+            modulation = block.scale_shift_table[None] + temb
+            shift, scale = modulation[:, :, 0], modulation[:, :, 1]
+        else:
+            modulation = block.scale_shift_table + temb
+            shift, scale = modulation[:, 0:1], modulation[:, 1:2]
+        return {"attn1": (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)}
+
+    def select(self, kwargs: Kwargs, positions: Tensor) -> Kwargs:
+        temb = kwargs.get("temb")
+        if temb is None or temb.ndim != 4:
+            return kwargs
+        return {**kwargs, "temb": gather_rows(temb, positions)}
+
+    def follow(self, kwargs: Kwargs, plan: Plan, context: str, removed: Tensor | None) -> Kwargs:
+        given = plan.kept if removed is None else torch.cat([plan.kept, removed], dim=1)
+        rotary = tuple(gather_rows(part, given) for part in kwargs["rotary_emb"])
+        return {**self.select(kwargs, plan.kept), "rotary_emb": rotary}
+
+    def example(self, model: Any) -> Kwargs:
+        config = model.config
+        video = (2, config.in_channels, 21, 60, 104)  # 81 frames of 480 x 832 pixels
+        kwargs = {
+            "hidden_states": torch.empty(video, device="meta"),
+            "timestep": torch.empty(2, device="meta"),
+            "encoder_hidden_states": torch.empty(2, 512, config.text_dim, device="meta"),
+        }
+        if config.image_dim is not None:
+            kwargs["encoder_hidden_states_image"] = torch.empty(
+                2, 257, config.image_dim, device="meta"
+            )
+        return kwargs

@@ -91,6 +91,12 @@ def checkpoints_blocks(model: nn.Module) -> bool:
     )
 
 
+def hook_on(block: nn.Module) -> str | None:
+    """Name of a diffusers hook on this very module (a cache, offloading), which acts around each call."""
+    registry = getattr(block, "_diffusers_hook", None)
+    return next(iter(registry.hooks), None) if registry is not None else None
+
+
 def _is(candidate: object, function: Forward) -> bool:
     return getattr(candidate, "__func__", None) is function
 

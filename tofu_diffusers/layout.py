@@ -88,6 +88,7 @@ class Layout:
         """Put the forwards on the denoiser's modules, with this session."""
         root = Root(session, type(model).forward, root_forward, parameters_of(model))
         attach(model, root_forward, root)
+        session.blocks = [laid.block for laid in self._blocks]
         on_attention = self._on_attention
         forward = observed_block_forward if on_attention else block_forward
         for laid in self._blocks:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .attach import checkpoints_blocks
+from .attach import checkpoints_blocks, hook_on
 from .clock import is_watched, noise_level, noise_levels, watch
 from .config import TofuConfig
 from .families.base import Family
@@ -86,6 +86,7 @@ class Session:
         projections: Key and value projections to remember (context "cached" only).
         held: Most bytes that cached updates, keys and values took in this generation.
         pipeline: Whose scheduler and guidance tell the step and the conditions.
+        blocks: The modules that shrink.
     """
 
     config: TofuConfig
@@ -96,6 +97,7 @@ class Session:
     method: Method = field(init=False)
     needs: list[str] = field(init=False)
     max_age: int | None = field(init=False)
+    blocks: list[nn.Module] = field(default_factory=list)
     removed: bool = False
 
     # Between calls.
@@ -455,6 +457,9 @@ class Session:
         reason = self.family.splits_runs(named)
         if reason is None and checkpoints_blocks(model):
             reason = "gradient checkpointing"
+        for block in self.blocks:
+            hook = hook_on(block)
+            reason = reason or (None if hook is None else f"the diffusers hook {hook!r}")
         if reason is not None and self.config.scope == "span":
             raise ValueError(
                 f"scope 'span' cannot run with {reason}, which acts between the blocks of a "

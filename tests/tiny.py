@@ -11,30 +11,68 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 # The constructors of diffusers draw weights that are replaced below.
 untouched_generator = torch.random.fork_rng(devices=[])
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# How `generate` calls them unless told otherwise. With models of this size, text of the pipelines' own
+# length would outweigh the image, and their own sizes would take minutes.
+CALLS: dict[type[DiffusionPipeline], dict[str, Any]] = {
+    StableDiffusion3Pipeline: {"max_sequence_length": 16},
+    FluxPipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
+    PixArtSigmaPipeline: {
+        "max_sequence_length": 16,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    },
+    WanPipeline: {"height": 64, "width": 96, "num_frames": 5, "max_sequence_length": 16},
+    QwenImagePipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
+    DDPMPipeline: {"output_type": "pt"},  # no latents: it draws the picture itself
+}
 
 
 @untouched_generator
@@ -172,25 +210,268 @@ def tiny_sd3(
     return _finish(pipe, seed)
 
 
+@untouched_generator
+def tiny_flux(
+    *,
+    num_layers: int = 2,
+    num_single_layers: int = 2,
+    guidance_embeds: bool = False,
+    seed: int = 0,
+) -> FluxPipeline:
+    """FLUX.1: joint blocks, then single ones; 64 image tokens at 128 x 128 pixels.
+
+    guidance_embeds: as FLUX.1-dev, told the guidance scale; otherwise as FLUX.1-schnell.
+    """
+    transformer = FluxTransformer2DModel(
+        in_channels=4,  # one latent channel in patches of 2 x 2, which the pipeline packs
+        num_layers=num_layers,
+        num_single_layers=num_single_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    pipe = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=_vae(1, shift_factor=0.1),
+        text_encoder=_clip(CLIPTextModel),
+        tokenizer=_clip_tokenizer(),
+        text_encoder_2=_t5(64),
+        tokenizer_2=_t5_tokenizer(),
+    )
+    return _finish(pipe, seed)
+
+
+@untouched_generator
+def tiny_pixart(*, num_layers: int = 3, seed: int = 0) -> PixArtSigmaPipeline:
+    """PixArt-Sigma: one modulation for all blocks, learned sigma; 256 tokens at 256 x 256 pixels."""
+    transformer = PixArtTransformer2DModel(
+        sample_size=32,
+        num_layers=num_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        cross_attention_dim=32,
+        caption_channels=64,
+    )
+    pipe = PixArtSigmaPipeline(
+        transformer=transformer,
+        # Where the real ones start, in more noise, a random model's first guess is in the thousands.
+        scheduler=DPMSolverMultistepScheduler(**NOISE, timestep_spacing="leading"),
+        vae=_vae(4),
+        text_encoder=_t5(64),
+        tokenizer=_t5_tokenizer(),
+    )
+    return _finish(pipe, seed)
+
+
+@untouched_generator
+def tiny_dit(*, num_layers: int = 3, seed: int = 0) -> DiTPipeline:
+    """DiT: of one square size, 64 tokens; classes for prompts, and 1000 for none, as in ImageNet."""
+    transformer = DiTTransformer2DModel(
+        sample_size=16,
+        out_channels=8,
+        num_layers=num_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+    )
+    pipe = DiTPipeline(
+        transformer=transformer, scheduler=DDIMScheduler(**NOISE, clip_sample=False), vae=_vae(4)
+    )
+    return _finish(pipe, seed)
+
+
+@untouched_generator
+def tiny_wan(
+    *, two: bool = False, per_token: bool = False, num_layers: int = 3, seed: int = 0
+) -> WanPipeline:
+    """Wan: 5 frames of 64 x 96 pixels are 2 latent frames of 4 x 6 tokens.
+
+    two: as Wan 2.2, a second denoiser for the low noise; each has a turn from two steps on.
+    per_token: as Wan 2.2 TI2V, a timestep for every token.
+    """
+    transformers = [
+        WanTransformer3DModel(
+            num_layers=num_layers,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            text_dim=64,
+            freq_dim=32,
+            ffn_dim=64,
+        )
+        for _ in range(1 + two)
+    ]
+    pipe = WanPipeline(
+        transformer=transformers[0],
+        transformer_2=transformers[1] if two else None,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        vae=AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        text_encoder=_t5(64, UMT5EncoderModel, UMT5Config),
+        tokenizer=_t5_tokenizer(),
+        boundary_ratio=0.875 if two else None,
+        expand_timesteps=per_token,
+    )
+    return _finish(pipe, seed)
+
+
+@untouched_generator
+def tiny_qwen(*, num_layers: int = 3, seed: int = 0) -> QwenImagePipeline:
+    """Qwen-Image: joint blocks; 64 image tokens at 128 x 128 pixels."""
+    transformer = QwenImageTransformer2DModel(
+        num_layers=num_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        axes_dims_rope=(4, 6, 6),
+    )
+    tokenizer = _qwen_tokenizer()
+    pipe = QwenImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        vae=AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        text_encoder=_qwen_text(len(tokenizer)),
+        tokenizer=tokenizer,
+    )
+    return _finish(pipe, seed)
+
+
+@untouched_generator
+def tiny_ddpm(*, sample_size: int | tuple[int, int] = 16, seed: int = 0) -> DDPMPipeline:
+    """DDPM: no text and no latents; attention at both levels, 256 and 64 tokens, and between."""
+    unet = UNet2DModel(
+        sample_size=sample_size,
+        block_out_channels=(16, 32),
+        down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+    )
+    return _finish(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()), seed)
+
+
+def denoisers(pipe: DiffusionPipeline) -> list[nn.Module]:
+    """The models that the pipeline denoises with, in the order in which they have their turns."""
+    models = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
+    return [model for model in models if model is not None]
+
+
 def generate(
     pipe: DiffusionPipeline,
-    prompts: str | Sequence[str] = "a cat",
+    prompts: str | Sequence[str | int] = "a cat",
     steps: int = 2,
     seed: int = 0,
     **options: Any,
 ) -> Tensor:
-    """Latents of a run, [B, C, H, W].  Image i has a generator of its own, seeded seed + i."""
+    """Latents of a run, [B, ...].  Image i has a generator of its own, seeded seed + i.
+
+    They are [B, C, H, W]; of Wan [B, C, F, H, W]; of Flux and Qwen-Image packed, [B, N, C]; DDPM
+    has pictures instead. DiT takes classes: a string stands for one of them.
+    """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     images = len(prompts) * options.get("num_images_per_prompt", 1)
-    options.setdefault(
-        "generator", [torch.Generator().manual_seed(seed + image) for image in range(images)]
-    )
-    options.setdefault("output_type", "latent")
-    if isinstance(pipe, StableDiffusion3Pipeline):
-        # The default of 256 text tokens would outweigh the image in a model of this size.
-        options.setdefault("max_sequence_length", 16)
-    images_out = pipe(prompts, num_inference_steps=steps, **options).images
-    return images_out if isinstance(images_out, Tensor) else torch.as_tensor(images_out)
+    options = {
+        "generator": [torch.Generator().manual_seed(seed + image) for image in range(images)],
+        "num_inference_steps": steps,
+        "output_type": "latent",
+        **CALLS.get(type(pipe), {}),
+        **options,
+    }
+    asked: Any = prompts
+    if isinstance(pipe, DDPMPipeline):
+        asked = len(prompts)
+    elif isinstance(pipe, DiTPipeline):
+        asked = [text if isinstance(text, int) else sum(map(ord, text)) % 1000 for text in prompts]
+        if options["output_type"] == "latent":
+            return _dit_latents(pipe, asked, options)
+    elif isinstance(pipe, QwenImagePipeline) and options.get("true_cfg_scale", 4.0) > 1:
+        # It guides only with a negative prompt, and a single one would not do for a batch.
+        options.setdefault("negative_prompt", [""] * len(prompts))
+    output = pipe(asked, **options)
+    result = output.frames if isinstance(pipe, WanPipeline) else output.images
+    return result if isinstance(result, Tensor) else torch.as_tensor(result)
+
+
+def model_inputs(model: nn.Module, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    """Arguments of a direct call of a denoiser; no two rows of the batch are the same.
+
+    The grid is not square, 6 x 10 tokens where they are patches of 2 x 2; only DiT, which takes
+    nothing else, has a square one. Where text has a mask, the first row is shorter.
+    """
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    match model:
+        case UNet2DModel():
+            return {"sample": drawn(config.in_channels, 12, 20), "timestep": torch.tensor(500)}
+        case UNet2DConditionModel():
+            inputs = {
+                "sample": drawn(config.in_channels, 10, 14),
+                "timestep": torch.tensor(500),
+                "encoder_hidden_states": drawn(7, config.cross_attention_dim),
+            }
+            if config.addition_embed_type == "text_time":
+                sizes = torch.tensor([80.0, 112.0, 0.0, 0.0, 80.0, 112.0])
+                width = config.projection_class_embeddings_input_dim
+                inputs["added_cond_kwargs"] = {
+                    "text_embeds": drawn(width - 6 * config.addition_time_embed_dim),
+                    "time_ids": sizes.expand(batch, 6),
+                }
+            return inputs
+        case DiTTransformer2DModel():
+            return {
+                "hidden_states": drawn(config.in_channels, 12, 12),
+                "timestep": torch.full((batch,), 500),
+                "class_labels": torch.arange(batch),
+            }
+        case PixArtTransformer2DModel():
+            return {
+                "hidden_states": drawn(config.in_channels, 12, 20),
+                "timestep": torch.full((batch,), 500),
+                "encoder_hidden_states": drawn(7, config.caption_channels),
+                "encoder_attention_mask": _mask(batch, 7),
+            }
+        case WanTransformer3DModel():
+            return {
+                "hidden_states": drawn(config.in_channels, 3, 12, 20),
+                "timestep": torch.full((batch,), 500.0),
+                "encoder_hidden_states": drawn(7, config.text_dim),
+            }
+        case SD3Transformer2DModel():
+            return {
+                "hidden_states": drawn(config.in_channels, 12, 20),
+                "timestep": torch.full((batch,), 500.0),
+                "encoder_hidden_states": drawn(5, config.joint_attention_dim),
+                "pooled_projections": drawn(config.pooled_projection_dim),
+            }
+        case QwenImageTransformer2DModel():
+            return {
+                "hidden_states": drawn(60, config.in_channels),
+                "timestep": torch.full((batch,), 0.5),
+                "encoder_hidden_states": drawn(7, config.joint_attention_dim),
+                "encoder_hidden_states_mask": _mask(batch, 7),
+                "img_shapes": [[(1, 6, 10)]] * batch,
+            }
+        case FluxTransformer2DModel():
+            cells = torch.cartesian_prod(torch.arange(6.0), torch.arange(10.0))
+            return {
+                "hidden_states": drawn(60, config.in_channels),
+                "timestep": torch.full((batch,), 0.5),
+                "guidance": torch.full((batch,), 3.5) if config.guidance_embeds else None,
+                "encoder_hidden_states": drawn(5, config.joint_attention_dim),
+                "pooled_projections": drawn(config.pooled_projection_dim),
+                "txt_ids": torch.zeros(5, 3),
+                "img_ids": functional.pad(cells, (1, 0)),  # 0, row, column
+            }
+    raise TypeError(f"no inputs for a {type(model).__name__}")
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -215,6 +496,24 @@ def _finish(pipe: Any, seed: int) -> Any:
             randomise(component, seed + sum(map(ord, name))).eval().requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _dit_latents(pipe: DiTPipeline, labels: list[int], options: dict[str, Any]) -> Tensor:
+    """What it hands to its VAE: it has no output type for latents, and clamps the picture."""
+    seen: list[Tensor] = []
+    hook = pipe.vae.post_quant_conv.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    try:
+        pipe(labels, **options)
+    finally:
+        hook.remove()
+    return seen[0] * pipe.vae.config.scaling_factor
+
+
+def _mask(batch: int, length: int) -> Tensor:
+    """Of texts that fill it, but for the first."""
+    mask = torch.ones(batch, length)
+    mask[0, length // 2 :] = 0
+    return mask
 
 
 def _plain(layers: int | Sequence[int]) -> int | tuple[int, ...]:
@@ -280,9 +579,13 @@ def _clip(model: type[nn.Module]) -> nn.Module:
     )
 
 
-def _t5(width: int) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(
+def _t5(
+    width: int,
+    model: type[nn.Module] = T5EncoderModel,
+    config: type[PreTrainedConfig] = T5Config,
+) -> nn.Module:
+    return model(
+        config(
             vocab_size=98,
             d_model=width,
             d_kv=16,
@@ -291,5 +594,54 @@ def _t5(width: int) -> T5EncoderModel:
             num_heads=2,
             feed_forward_proj="gated-gelu",
             is_encoder_decoder=False,
+        )
+    )
+
+
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    """Each word of the pipeline's template is a token, as in the real one; other text goes by letters.
+
+    The pipeline drops the first 34 tokens, which are those before the prompt.
+    """
+    # In the letters of byte-level BPE, where a space is Ġ.
+    words = (
+        "system Describe Ġthe Ġimage Ġby Ġdetailing Ġcolor Ġshape Ġsize Ġtexture Ġquantity Ġtext "
+        "Ġspatial Ġrelationships Ġof Ġobjects Ġand Ġbackground user assistant"
+    )
+    merges = list(
+        dict.fromkeys(
+            (word[:end], word[end]) for word in words.split() for end in range(1, len(word))
+        )
+    )
+    pieces = [*_byte_letters(), *(start + letter for start, letter in merges)]
+    return Qwen2Tokenizer(
+        vocab={piece: index for index, piece in enumerate(pieces)},
+        merges=merges,
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+
+
+def _qwen_text(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": vocabulary,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]},
+                "bos_token_id": None,
+                "eos_token_id": None,
+            },
+            vision_config={  # never shown a picture
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 1,
+                "out_hidden_size": 64,
+                "fullatt_block_indexes": [0],
+            },
         )
     )

@@ -97,6 +97,11 @@ def hook_on(block: nn.Module) -> str | None:
     return next(iter(registry.hooks), None) if registry is not None else None
 
 
+def compiled_alone(block: nn.Module) -> bool:
+    """Whether this module was compiled by itself (`compile_repeated_blocks`)."""
+    return block._compiled_call_impl is not None
+
+
 def _is(candidate: object, function: Forward) -> bool:
     return getattr(candidate, "__func__", None) is function
 

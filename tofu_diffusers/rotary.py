@@ -87,6 +87,9 @@ class Product(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.unflatten:
+            # The method is Python around a call to its parent class, which Dynamo cannot trace from here.
+            return torch.unflatten(*args, **(kwargs or {}))
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         named = dict(zip(PARAMETERS, args, strict=False)) | (kwargs or {})

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .attach import checkpoints_blocks, hook_on
+from .attach import checkpoints_blocks, compiled_alone, hook_on
 from .clock import is_watched, noise_level, noise_levels, watch
 from .config import TofuConfig
 from .families.base import Family
@@ -330,14 +330,14 @@ class Session:
             if self.known is None or ids is not self.ids:
                 self.known, self.ids = family.grids(model, named), ids
             return self.known
-        if self.known is not None:
-            return self.known
         if not self.told:
             raise RuntimeError(
                 f"a compiled {type(model).__name__} must be told its steps, or it cannot be known which "
                 "tokens are neighbours: call handle.step(i, n) before each step of a bare model, or "
                 "apply tofu to the whole pipeline"
             )
+        if self.known is not None:
+            return self.known
         self.blind, self.unread = True, ids
         return {0: TokenGrid(1, ids.shape[-2])}
 
@@ -384,7 +384,8 @@ class Session:
 
     def update_cache(self, unit: Unit) -> UpdateCache | None:
         """The unit's cached updates under this condition, if its restore has any."""
-        return unit.updates.get(self.condition)
+        # Nothing else depends on the condition: compiled, it must not be looked at without need.
+        return unit.updates.get(self.condition) if unit.restore in CACHED else None
 
     def context_cache(self, projection: Projection) -> Tensor | None:
         """The projection's remembered rows [B, N, C] under this condition."""
@@ -465,7 +466,9 @@ class Session:
                 f"scope 'span' cannot run with {reason}, which acts between the blocks of a "
                 "span; use scope='block'"
             )
-        self.split = reason is not None
+        # Compiled one by one, blocks share a graph only if none of them is the first or last of something.
+        alone = self.config.scope == "block" and any(map(compiled_alone, self.blocks))
+        self.split = reason is not None or alone
 
     def _find_scheduler(self, named: dict[str, Any]) -> None:
         """Follow a scheduler swapped after apply_tofu, and see which of its steps are really run.

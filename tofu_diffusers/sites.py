@@ -130,7 +130,8 @@ def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     site: Site = module.__dict__["_tofu"]
     session, family = site.session, site.session.family
     unit = site.alone if session.split else site.span
-    first, last = site.first or session.split, site.last or session.split
+    # In this order: compiled, where runs are split it must not matter where in one the block stands.
+    first, last = session.split or site.first, session.split or site.last
     named = bind(site.names, args, kwargs)
     x = family.hidden(named)
     if first:

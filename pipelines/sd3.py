@@ -1,24 +1,21 @@
 """Stable Diffusion 3 and 3.5: `python -m pipelines.sd3 --prompt "a red apple" --ratio 0.5`."""
 
 import sys
-from collections.abc import Sequence
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from pipelines.recipe import run
+from pipelines.recipe import Recipe, run
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(
-        argv,
-        StableDiffusion3Pipeline,
-        description=__doc__,
-        model="stabilityai/stable-diffusion-3.5-medium",
-        steps=28,
-        gpu_dtype=torch.bfloat16,
-    )
-
+RECIPE = Recipe(
+    description=__doc__,
+    pipelines=(StableDiffusion3Pipeline,),
+    family="sd3",
+    model="stabilityai/stable-diffusion-3.5-medium",
+    steps=28,
+    gpu_dtype=torch.bfloat16,
+    multiple=16,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(RECIPE))

@@ -1,24 +1,21 @@
 """Stable Diffusion XL: `python -m pipelines.sdxl --prompt "a red apple" --ratio 0.5`."""
 
 import sys
-from collections.abc import Sequence
 
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from pipelines.recipe import run
+from pipelines.recipe import Recipe, run
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(
-        argv,
-        StableDiffusionXLPipeline,
-        description=__doc__,
-        model="stabilityai/stable-diffusion-xl-base-1.0",
-        steps=30,
-        gpu_dtype=torch.float16,
-    )
-
+RECIPE = Recipe(
+    description=__doc__,
+    pipelines=(StableDiffusionXLPipeline,),
+    family="unet",
+    model="stabilityai/stable-diffusion-xl-base-1.0",
+    steps=30,
+    gpu_dtype=torch.float16,
+    multiple=8,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(RECIPE))

@@ -13,7 +13,7 @@ from .fold import FOLDS, reduce
 from .grid import TokenGrid
 from .methods import METHODS, Evidence, Method
 from .plan import Plan
-from .profiles import profile
+from .profiles import default_config, profile
 from .restore import RESTORES, restore
 from .schedule import Schedule
 from .summary import Summary
@@ -35,6 +35,7 @@ __all__ = [
     "TokenGrid",
     "__version__",
     "apply_tofu",
+    "default_config",
     "profile",
     "reduce",
     "remove_tofu",

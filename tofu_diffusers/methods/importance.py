@@ -28,7 +28,8 @@ class Importance(Method):
         age_exponent: 0 ignores age. None: 2 for change, else 0.
         max_age: no token waits longer than this many steps; None: no bound. With it at most
             1 - 1/max_age of the tokens can be removed.
-        window: assign removed tokens only inside tiles: an int, or (frames, rows, columns).
+        window: assign removed tokens only inside tiles: an int, or (frames, rows, columns)
+            with None for a whole side.
     """
 
     name = "importance"
@@ -36,7 +37,7 @@ class Importance(Method):
     source: Source = "change"
     age_exponent: float | None = None
     max_age: int | None = None
-    window: int | tuple[int, int, int] | None = None
+    window: int | tuple[int | None, int | None, int | None] | None = None
 
     def __post_init__(self) -> None:
         if self.source not in get_args(Source):

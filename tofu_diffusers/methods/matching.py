@@ -16,12 +16,18 @@ from ..rows import take
 from .base import as_sides
 
 Window = tuple[int, int, int]
+WHOLE_SIDE = 2**31
 
 
 def as_window(value: object) -> Window | None:
-    """The `window` option: None, an int for every axis, or (frames, rows, columns)."""
+    """The `window` option: None, an int for every axis, or (frames, rows, columns).
+
+    A None among the three is the whole side: (1, None, None) matches inside every frame of a video.
+    """
     if value is None:
         return None
+    if isinstance(value, (tuple, list)):
+        value = [WHOLE_SIDE if side is None else side for side in value]
     frames, rows, columns = as_sides("window", value, 3)
     return frames, rows, columns
 

@@ -27,7 +27,8 @@ class Pitome(Method):
         alpha: weight of the push of tokens less similar than the margin.
         protect: False lets all tokens take part (the paper's ablation): A and B are the halves
             of the whole order, and the k best pairs fold.
-        window: energy and matching only inside tiles: an int, or (frames, rows, columns).
+        window: energy and matching only inside tiles: an int, or (frames, rows, columns)
+            with None for a whole side.
     """
 
     name = "pitome"
@@ -36,7 +37,7 @@ class Pitome(Method):
     margin: float = 0.9
     alpha: float = 1.0
     protect: bool = True
-    window: int | tuple[int, int, int] | None = None
+    window: int | tuple[int | None, int | None, int | None] | None = None
 
     def __post_init__(self) -> None:
         for field, value, most in (("margin", self.margin, 1.0), ("alpha", self.alpha, None)):

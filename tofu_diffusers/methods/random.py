@@ -18,13 +18,14 @@ class Random(Method):
     """The same kept set for the whole batch, new at every step.
 
     Options:
-        window: assign removed tokens only inside tiles: an int, or (frames, rows, columns).
+        window: assign removed tokens only inside tiles: an int, or (frames, rows, columns)
+            with None for a whole side.
     """
 
     name = "random"
     same_for_all = True
 
-    window: int | tuple[int, int, int] | None = None
+    window: int | tuple[int | None, int | None, int | None] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", as_window(self.window))

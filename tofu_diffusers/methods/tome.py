@@ -30,7 +30,8 @@ class Tome(Method):
         frame_stride: cell length in frames.
         random: take the destination at a seeded place in each cell, new at every step, instead
             of the first.
-        window: match only inside tiles: an int, or (frames, rows, columns).
+        window: match only inside tiles: an int, or (frames, rows, columns)
+            with None for a whole side.
     """
 
     name = "tome"
@@ -38,7 +39,7 @@ class Tome(Method):
     stride: int | tuple[int, int] = (2, 2)
     frame_stride: int = 1
     random: bool = False
-    window: int | tuple[int, int, int] | None = None
+    window: int | tuple[int | None, int | None, int | None] | None = None
 
     def __post_init__(self) -> None:
         stride, window = as_sides("stride", self.stride, 2), as_window(self.window)

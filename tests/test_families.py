@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from tests import families_table, tiny
-from tofu_diffusers import FAMILIES, apply_tofu, remove_tofu
+from tofu_diffusers import FAMILIES, Handle, apply_tofu, remove_tofu
 
 BUILDERS = {
     "unet": tiny.tiny_sd,
@@ -498,6 +499,71 @@ def test_reference_pictures_of_an_edit_stay(name, options):
     assert torch.isfinite(out).all()
     if "method" not in options:
         assert drift(out, expected) < 1e-4
+
+
+@pytest.mark.parametrize("context", ["none", "fresh"])
+def test_references_with_a_timestep_of_their_own(context):
+    """Qwen-Image-Edit 2511: references are modulated as clean, by an index for every token."""
+    plain, inputs, _ = references("qwen")
+    model = type(plain).from_config({**plain.config, "zero_cond_t": True})
+    tiny.randomise(model).eval()
+    options = {"method": "tome", "fold": "prune", "context": context, "ratio": 0.5}
+    together, _ = run(model, inputs, **options)
+    assert drift(together, run(plain, inputs, **options)[0]) > 1e-3
+    for image in range(2):
+        own = {
+            key: value[image : image + 1] if isinstance(value, list) else of_image(value, image, 2)
+            for key, value in inputs.items()
+        }
+        alone, _ = run(model, own, **options)
+        torch.testing.assert_close(together[image : image + 1], alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["attention", "key_norm", "change", "cfg"])
+def test_importance_from_every_source(case, source):
+    _, model, inputs = case
+    options = {"method": "importance", "method_options": {"source": source}, "ratio": 0.5}
+    if source == "cfg":
+        with pytest.raises(ValueError, match="needs classifier-free guidance"):
+            run(model, inputs, 3, True, **options)
+        return
+    out, handle = run(model, inputs, 4, True, **options)
+    assert torch.isfinite(out).all()
+    for plan in plans_of(handle).values():
+        plan.check()
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("context", ["fresh", "cached"])
+def test_lora_on_projections_added_before_or_after_is_the_same(name, context):
+    config = LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
+    options = {"method": "random", "restore": "temporal", "context": context, "first_steps": 1}
+    outputs = []
+    for before in (True, False):
+        model = tiny.denoisers(BUILDERS[name]())[0]
+        inputs = tiny.model_inputs(model)
+        if not before:
+            apply_tofu(model, ratio=0.5, **options)
+        torch.manual_seed(0)
+        model.add_adapter(config)
+        for module, weight in model.named_parameters():
+            if "lora" in module:
+                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+        handle = apply_tofu(model, ratio=0.5, **options) if before else handle_of(model)
+        for step in range(3):
+            handle.step(step, 3)
+            out = model(**inputs)[0]
+        outputs.append(out)
+        remove_tofu(model)
+        assert drift(out, model(**inputs)[0]) < 1e-4  # still inputs are reproduced
+        model.disable_adapters()
+        assert drift(out, model(**inputs)[0]) > 1e-2
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+def handle_of(model):
+    root = model.__dict__["_tofu"]
+    return Handle([(model, root.session)])
 
 
 def test_flux_with_an_ip_adapter():

@@ -57,6 +57,13 @@ class QwenFamily(Family):
         rotary = (image[given.to(image.device)], text)
         return {**self.select(kwargs, plan.kept), "image_rotary_emb": rotary}
 
+    def row(self, kwargs: Kwargs, row: int, batch: int) -> Kwargs:
+        own = super().row(kwargs, row, batch)
+        temb = kwargs.get("temb")
+        if temb is not None and temb.shape[0] == 2 * batch:  # of the image, then of its references
+            own["temb"] = temb[row::batch]
+        return own
+
     def refusal(self, scope: str, named: Kwargs) -> str | None:
         shapes = named["img_shapes"]
         if all(shape == shapes[0] for shape in shapes):

@@ -1,9 +1,9 @@
 """A first measurement on an embedded pipeline: step time, FLOPs and drift, all in one run.
 
 `python -m eval.quick` generates the same prompts and seeds with every setting, in turns, writes
-`eval/results/quick.json` and rebuilds the README's table from it. Drift is the PSNR to the unreduced
-picture of the same seed. Two rows are what every saving must beat: random pruning, and simply running
-fewer steps.
+`eval/results/quick.json` (`quick_mmdit.json` for `--model mmdit`) and rebuilds the README's tables from
+the results of all models. Drift is the PSNR to the unreduced picture of the same seed. Two rows are what
+every saving must beat: random pruning, and simply running fewer steps.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ import diffusers
 import numpy as np
 import torch
 
-from pipelines.emoji import MODELS, load_pipeline, weights_hash
+from pipelines.emoji import MODELS, denoiser, load_pipeline, weights_hash
 from tofu_diffusers import __version__, apply_tofu
 
 ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "eval" / "results" / "quick.json"
+RESULTS = {
+    "unet": ROOT / "eval" / "results" / "quick.json",
+    "mmdit": ROOT / "eval" / "results" / "quick_mmdit.json",
+}
 README = ROOT / "README.md"
 MARKS = ("<!-- measured -->", "<!-- /measured -->")
 
@@ -75,9 +78,9 @@ class Bench:
         self.steps, self.guidance, self.seed = steps, guidance, seed
         self.prompts = list(PROMPTS[:size])
         self.times_ms: list[float] = []
-        denoiser = self.pipe.unet
-        denoiser.register_forward_pre_hook(lambda *_: self._tick(-1))
-        denoiser.register_forward_hook(lambda *_: self._tick(1))
+        timed = denoiser(self.pipe)
+        timed.register_forward_pre_hook(lambda *_: self._tick(-1))
+        timed.register_forward_hook(lambda *_: self._tick(1))
 
     def _tick(self, sign: int) -> None:
         now = time.perf_counter() * 1e3
@@ -149,7 +152,7 @@ def measure(
 
 
 def table(result: dict[str, Any]) -> str:
-    """The README's block: best drift first."""
+    """One model's part of the README's block: best drift first."""
     setting = result["setting"]
     lines = [
         f"Embedded pipeline `{setting['model']}` at ratio {setting['ratio']:g}: {setting['n']} prompts "
@@ -173,21 +176,24 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['name']} | {row['flops_ratio']:.2f}x | {speed} | {statistics.mean(values):.1f} "
             f"({min(values):.1f}) | {row['cache_mib']:.1f} |"
         )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Rebuilt by `python -m eval.quick`; the numbers are in `eval/results/quick.json`.",
-        ]
-    )
+    model = setting["model"]
+    command = "python -m eval.quick" + ("" if model == "unet" else f" --model {model}")
+    numbers = RESULTS[model].relative_to(ROOT).as_posix()
+    return "\n".join([*lines, "", f"Rebuilt by `{command}`; the numbers are in `{numbers}`."])
 
 
-def write_readme(result: dict[str, Any]) -> None:
+def tables() -> str:
+    """Of every model that was measured."""
+    results = (path for path in RESULTS.values() if path.exists())
+    return "\n\n".join(table(json.loads(path.read_text())) for path in results)
+
+
+def write_readme() -> None:
     """Replace what stands between the marks."""
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    README.write_text(f"{before}{MARKS[0]}\n{table(result)}\n{MARKS[1]}{after}", encoding="utf-8")
+    README.write_text(f"{before}{MARKS[0]}\n{tables()}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -199,7 +205,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=len(PROMPTS), help="prompts, at most 8")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--table", action="store_true", help="only rebuild the README's table")
+    parser.add_argument("--table", action="store_true", help="only rebuild the README's tables")
     args = parser.parse_args()
     if not args.table:
         bench = Bench(args.model, args.steps, args.guidance, args.seed, args.size)
@@ -219,11 +225,11 @@ def main() -> None:
             "diffusers": diffusers.__version__,
             "tofu_diffusers": __version__,
         }
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
-    result = json.loads(RESULT.read_text())
-    write_readme(result)
-    print(table(result))
+        path = RESULTS[args.model]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+    write_readme()
+    print(tables())
 
 
 if __name__ == "__main__":

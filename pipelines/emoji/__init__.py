@@ -8,38 +8,60 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
-# Name -> folder in diffusers' standard format.
-MODELS = {"unet": Path(__file__).parent / "weights"}
+HERE = Path(__file__).parent
+WEIGHTS, MMDIT = HERE / "weights", HERE / "mmdit"
+# Name -> the folders that a pipeline is made of. The second has only its transformer and scheduler for
+# itself, so that text encoder and VAE are stored once.
+MODELS = {
+    "unet": (WEIGHTS,),
+    "mmdit": (
+        *(MMDIT / part for part in ("transformer", "scheduler")),
+        *(WEIGHTS / part for part in ("text_encoder", "tokenizer", "vae")),
+    ),
+}
 
 
 def load_pipeline(model: str = "unet", dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """An embedded pipeline, without any network; float32 unless told otherwise."""
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; choose one of {', '.join(sorted(MODELS))}")
-    folder = MODELS[model]
-    if not (folder / "model_index.json").exists():
-        raise FileNotFoundError(
-            f"no weights at {folder}; make them: python -m pipelines.emoji.train --stage export "
-            "(after its other stages)"
-        )
+    for folder in MODELS[model]:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no weights at {folder}; make them: python -m pipelines.emoji.train --stage export "
+                "(after its other stages)"
+            )
     import torch
     from diffusers import DiffusionPipeline
 
+    from pipelines.emoji.sd3 import assemble
+
+    dtype = dtype or torch.float32
+    folders = MODELS[model]
+    if model == "mmdit":
+        return assemble(*folders, dtype=dtype)
     pipe: DiffusionPipeline = DiffusionPipeline.from_pretrained(
-        folder, dtype=dtype or torch.float32, local_files_only=True
+        *folders, dtype=dtype, local_files_only=True
     )
     return pipe
 
 
+def denoiser(pipe: Any) -> ModelMixin:
+    """What a pipeline calls at every step: its UNet or its transformer."""
+    model: ModelMixin = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    return model
+
+
 def weights_hash(model: str = "unet") -> str:
-    """First 16 hex digits of the SHA-256 over an embedded pipeline's weight files, by name."""
+    """First 16 hex digits of the SHA-256 over an embedded pipeline's weight files, shared ones too."""
     digest = hashlib.sha256()
-    for path in sorted(MODELS[model].rglob("*.safetensors")):
-        digest.update(path.read_bytes())
+    for folder in MODELS[model]:
+        for path in sorted(folder.rglob("*.safetensors")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

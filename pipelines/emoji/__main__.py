@@ -14,19 +14,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pipelines.emoji import MODELS, load_pipeline
+from pipelines.emoji import MODELS, denoiser, load_pipeline
 from pipelines.emoji.sheet import sheet
+from pipelines.recipe import add_choices, chosen
 from tofu_diffusers import apply_tofu
 
 PROMPTS = ["a red apple", "a smiling face", "a blue car"]
-CHOICES = ("method", "fold", "restore", "scope", "context")
 
 
 class StepTimer:
     """Times a denoiser's calls through hooks that it takes away again."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
-        self.denoiser, self.times_ms = denoiser, list[float]()
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.times_ms = module, list[float]()
 
     def _now_ms(self) -> float:
         if torch.cuda.is_available():
@@ -41,8 +41,8 @@ class StepTimer:
             self.times_ms.append(self._now_ms() - self.start)
 
         self.hooks = [
-            self.denoiser.register_forward_pre_hook(before),
-            self.denoiser.register_forward_hook(after),
+            self.module.register_forward_pre_hook(before),
+            self.module.register_forward_hook(after),
         ]
         return self
 
@@ -71,9 +71,8 @@ def generate(pipe: Any, prompt: str, args: argparse.Namespace, label: str) -> Im
 
 def compare(pipe: Any, args: argparse.Namespace, options: dict[str, Any]) -> None:
     """Each prompt both ways, in turn, from the same seed; a table and a picture."""
-    denoiser = pipe.unet
     label = f"tofu r={args.ratio:g} {args.method or ''}".strip()
-    plain, reduced = StepTimer(denoiser), StepTimer(denoiser)
+    plain, reduced = StepTimer(denoiser(pipe)), StepTimer(denoiser(pipe))
     rows, quality = [], []
     for i, prompt in enumerate([args.prompts[0], *args.prompts]):
         with plain:
@@ -114,15 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pipelines.emoji", description=__doc__)
     parser.add_argument("prompts", nargs="*", default=PROMPTS, help=f"default: {PROMPTS}")
     parser.add_argument("--ratio", type=float, default=0.5, help="fraction of tokens removed")
-    for name in CHOICES:
-        parser.add_argument(f"--{name}", help="default: the family's profile")
+    add_choices(parser)
     parser.add_argument("--model", choices=sorted(MODELS), default="unet")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (%(default)s)")
     args = parser.parse_args(argv)
-    options = {name: value for name in CHOICES if (value := getattr(args, name)) is not None}
+    options = chosen(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
     try:

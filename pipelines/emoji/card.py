@@ -1,12 +1,13 @@
-"""Measure the embedded pipeline and write its model card: `python -m pipelines.emoji.card`.
+"""Measure an embedded pipeline and write its model card: `python -m pipelines.emoji.card --model unet`.
 
-Writes samples.png, card.json (all figures) and the block of README.md between the figure marks.
+Writes samples.png, card.json (all figures) and the model's block of README.md, between its figure marks.
 """
 
 import argparse
 import json
 import platform
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,65 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.emoji import data, load_pipeline, weights_hash
+from pipelines.emoji import (
+    HERE,
+    MMDIT,
+    MODELS,
+    WEIGHTS,
+    data,
+    denoiser,
+    load_pipeline,
+    weights_hash,
+)
+from pipelines.emoji.ceiling import ceiling
 from pipelines.emoji.data import Emoji
 from pipelines.emoji.scorer import EmojiScorer
 from pipelines.emoji.sheet import sheet
-from pipelines.emoji.train import WEIGHTS
-from pipelines.emoji.unet import ceiling
 
-HERE = Path(__file__).parent
-MARKS = ("<!-- figures: python -m pipelines.emoji.card -->", "<!-- /figures -->")
+README = HERE / "README.md"
+END = "<!-- /figures -->"
 SHOWN = (
     "a red apple", "a smiling face", "a blue car", "a yellow star",
     "a cat face", "a red heart", "a green tree", "a pizza",
     "a blue apple", "a purple car", "a red fish", "a rocket",
 )  # fmt: skip
 STEPS, GUIDANCE, SEED, COUNT = 20, 4.0, 0, 20
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    folder: of its samples.png and card.json; weights: of all weights of its own; parts: those that have
+    these weights; stages: those that trained them.
+    """
+
+    folder: Path
+    weights: Path
+    parts: tuple[str, ...]
+    stages: tuple[str, ...]
+    sampler: str
+    mark: str
+
+
+SUBJECTS = {
+    "unet": Subject(
+        folder=HERE,
+        weights=WEIGHTS,
+        parts=("text_encoder", "vae", "unet"),
+        stages=("vae", "text", "unet64", "unet128"),
+        sampler="DDIM",
+        mark="<!-- figures: python -m pipelines.emoji.card -->",
+    ),
+    "mmdit": Subject(
+        folder=MMDIT,
+        weights=MMDIT,
+        parts=("transformer",),
+        stages=("mmdit64", "mmdit128"),
+        sampler="flow-matching Euler",
+        mark="<!-- figures: python -m pipelines.emoji.card --model mmdit -->",
+    ),
+}
 
 
 def generate(pipe: Any, prompts: list[str]) -> list[Image.Image]:
@@ -44,15 +89,17 @@ def generate(pipe: Any, prompts: list[str]) -> list[Image.Image]:
     return pictures
 
 
-def training(log: Path) -> dict[str, dict[str, Any]]:
-    """The last figures of each stage in the log."""
-    stages: dict[str, dict[str, Any]] = {}
+def training(log: Path, stages: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The last figures of these stages in the log."""
+    last: dict[str, dict[str, Any]] = {}
     for line in log.read_text().splitlines():
         row = json.loads(line)
-        stage = stages.setdefault(row.pop("stage"), {})
-        stage |= {"minutes": round(row.pop("minutes"), 1), "steps": row.pop("step")}
-        stage[row.pop("split")] = row
-    return stages
+        name = row.pop("stage")
+        if name in stages:
+            stage = last.setdefault(name, {})
+            stage |= {"minutes": round(row.pop("minutes"), 1), "steps": row.pop("step")}
+            stage[row.pop("split")] = row
+    return last
 
 
 def alignment(pipe: Any, emoji: Emoji, scorer: EmojiScorer) -> dict[str, dict[str, float]]:
@@ -78,15 +125,18 @@ def alignment(pipe: Any, emoji: Emoji, scorer: EmojiScorer) -> dict[str, dict[st
     return result
 
 
-def measure(work: Path) -> dict[str, Any]:
-    pipe, emoji, scorer = load_pipeline(), data.load(work / "emoji.npz"), EmojiScorer.load()
+def measure(model: str, work: Path) -> dict[str, Any]:
+    subject = SUBJECTS[model]
+    pipe, emoji, scorer = load_pipeline(model), data.load(work / "emoji.npz"), EmojiScorer.load()
     pictures = generate(pipe, list(SHOWN))
     cuts = range(0, len(SHOWN), 4)
     canvas = sheet([pictures[i : i + 4] for i in cuts], [SHOWN[i : i + 4] for i in cuts], cell=128)
-    canvas.save(HERE / "samples.png", optimize=True)
-    parts = {name: getattr(pipe, name) for name in ("text_encoder", "vae", "unet")}
+    canvas.save(subject.folder / "samples.png", optimize=True)
+    parts = {name: getattr(pipe, name) for name in subject.parts}
+    files = subject.weights.rglob("*.safetensors")
     return {
-        "weights_sha256": weights_hash(),
+        "model": model,
+        "weights_sha256": weights_hash(model),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "machine": platform.machine(),
@@ -95,16 +145,17 @@ def measure(work: Path) -> dict[str, Any]:
         "concepts": len(set(emoji.names)),
         "held_out_concepts": len({emoji.names[i] for i in emoji.held_out.nonzero()[0]}),
         "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()},
-        "weights_mb": round(sum(f.stat().st_size for f in WEIGHTS.rglob("*.safetensors")) / 1e6, 2),
-        "counted": {k: round(v, 3) for k, v in ceiling(pipe.unet, 32).items()},
-        "training": training(work / "log.jsonl"),
+        "weights_mb": round(sum(f.stat().st_size for f in files) / 1e6, 2),
+        "counted": {k: round(v, 3) for k, v in ceiling(denoiser(pipe), 32).items()},
+        "training": training(work / "log.jsonl", subject.stages),
         "retrieval": scorer.retrieval,
         "alignment": alignment(pipe, emoji, scorer),
     }
 
 
 def block(card: dict[str, Any]) -> str:
-    """The figures as Markdown."""
+    """The figures as Markdown; those of data and scorer stand in the first pipeline's block only."""
+    first = card["model"] == "unet"
     lines = ["| stage | minutes | steps | training loss | held-out |", "|---|---|---|---|---|"]
     for stage, row in card["training"].items():
         held = ", ".join(f"{k} {v:.4g}" for k, v in row.get("held_out", {}).items())
@@ -112,10 +163,13 @@ def block(card: dict[str, Any]) -> str:
         lines.append(f"| {stage} | {row['minutes']} | {row['steps']:,} | {loss} | {held} |")
     sizes = ", ".join(f"{k} {v / 1e6:.2f} M" for k, v in card["parameters"].items())
     counted = card["counted"]
+    lines.append("")
+    if first:
+        lines.append(
+            f"- Data: {card['images']:,} pictures of {card['concepts']:,} concepts, "
+            f"{card['held_out_concepts']} concepts held out."
+        )
     lines += [
-        "",
-        f"- Data: {card['images']:,} pictures of {card['concepts']:,} concepts, "
-        f"{card['held_out_concepts']} concepts held out.",
         f"- Parameters: {sizes}; {card['weights_mb']} MB of fp16 weights "
         f"(sha256 {card['weights_sha256']}).",
         f"- Denoiser at {counted['tokens']:,.0f} tokens: {counted['gflops']:.2f} GFLOPs a call, "
@@ -130,37 +184,44 @@ def block(card: dict[str, Any]) -> str:
         f"| {row['real_wrong_name']} | {row['n']} |"
         for side, row in card["alignment"].items()
     ]
-    lines += [
-        "",
-        "| held-out retrieval | R@1 | R@5 | chance | n |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {style} | {row['R@1']:.2f} | {row['R@5']:.2f} | {row['chance']:.3f} | {row['n']} |"
-        for style, row in card["retrieval"].items()
-        if isinstance(row, dict)
-    ]
+    if first:
+        lines += [
+            "",
+            "| held-out retrieval | R@1 | R@5 | chance | n |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {style} | {row['R@1']:.2f} | {row['R@5']:.2f} | {row['chance']:.3f} | {row['n']} |"
+            for style, row in card["retrieval"].items()
+            if isinstance(row, dict)
+        ]
     sampling = card["sampling"]
     lines += [
         "",
         f"Measured with torch {card['torch']}, diffusers {card['diffusers']}, "
-        f"{sampling['steps']} DDIM steps, guidance {sampling['guidance']:g}, "
+        f"{sampling['steps']} {SUBJECTS[card['model']].sampler} steps, guidance {sampling['guidance']:g}, "
         f"seeds from {sampling['first_seed']} on, no selection.",
     ]
     return "\n".join(lines)
 
 
+def write_readme(card: dict[str, Any]) -> None:
+    """Replace what stands between the model's marks."""
+    mark = SUBJECTS[card["model"]].mark
+    head, rest = README.read_text(encoding="utf-8").split(mark)
+    tail = rest.split(END, maxsplit=1)[1]
+    README.write_text(f"{head}{mark}\n{block(card)}\n{END}{tail}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(MODELS), default="unet")
     parser.add_argument("--work", type=Path, default=data.WORK, help="training data and log")
     args = parser.parse_args()
-    card = measure(args.work)
-    (HERE / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    readme = HERE / "README.md"
-    text = readme.read_text()
-    head, rest = text.split(MARKS[0])
-    tail = rest.split(MARKS[1])[1]
-    readme.write_text(f"{head}{MARKS[0]}\n{block(card)}\n{MARKS[1]}{tail}")
+    card = measure(args.model, args.work)
+    path = SUBJECTS[args.model].folder / "card.json"
+    path.write_text(json.dumps(card, indent=1) + "\n")
+    write_readme(card)
     print(block(card))
 
 

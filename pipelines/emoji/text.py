@@ -37,16 +37,25 @@ def new_tokenizer(emoji: Emoji) -> CLIPTokenizer:
     trained.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    split = trained.pre_tokenizer.pre_tokenize_str
+    pieces = [piece for text in words for piece, _ in split(text.lower())]
+    # Pairs that are equally frequent are merged in the order of their letters' ids. The trainer would draw
+    # the ids of last letters anew in every process, and "car" could be "cat" to the next stage.
+    alphabet = sorted({c for piece in pieces for c in piece})
+    last = sorted({piece[-1] for piece in pieces}, key=lambda c: (c == "i", c))  # as in weights/
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=VOCABULARY,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        special_tokens=[*alphabet, *(f"{c}</w>" for c in last)],
     )
     trained.train_from_iterator(words, trainer)
     merges = [tuple(pair) for pair in _merges(trained)]
     # Every letter must also stand inside a word and at its end, or a typo becomes "unknown".
     letters = sorted({c for text in words for c in text if not c.isspace()})
-    pieces = dict.fromkeys([*letters, *(f"{c}</w>" for c in letters)])
-    pieces |= dict.fromkeys(sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__))
-    vocab = {piece: i for i, piece in enumerate([*pieces, START, END])}
+    known = dict.fromkeys([*letters, *(f"{c}</w>" for c in letters)])
+    known |= dict.fromkeys(sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__))
+    vocab = {piece: i for i, piece in enumerate([*known, START, END])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
 
 

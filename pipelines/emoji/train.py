@@ -1,20 +1,23 @@
-"""Train the emoji pipeline: `python -m pipelines.emoji.train --stage all --minutes 120`."""
+"""Train the emoji pipelines: `python -m pipelines.emoji.train --stage all --minutes 120`."""
 
 import argparse
 from pathlib import Path
 
 import torch
 
-from pipelines.emoji import data
+from pipelines.emoji import HERE, data
+from pipelines.emoji.ceiling import ceiling
 from pipelines.emoji.export import export
 from pipelines.emoji.loop import Budget
+from pipelines.emoji.mmdit import train_mmdit
 from pipelines.emoji.text import train_text
-from pipelines.emoji.unet import ceiling, new_unet, train_unet
+from pipelines.emoji.unet import new_unet, train_unet
 from pipelines.emoji.vae import cache_latents, load_latents, train_vae
 
-WEIGHTS = Path(__file__).parent / "weights"
-STAGES = ("vae", "text", "unet64", "unet128", "export")
-SHARES = {"vae": 0.11, "text": 0.04, "unet64": 0.5, "unet128": 0.35}  # of the minutes of "all"
+STAGES = ("vae", "text", "unet64", "unet128", "mmdit64", "mmdit128", "export")
+SHARES = {  # of the minutes of "all"
+    "vae": 0.07, "text": 0.03, "unet64": 0.27, "unet128": 0.18, "mmdit64": 0.27, "mmdit128": 0.18,
+}  # fmt: skip
 
 
 def run_stage(stage: str, budget: Budget, work: Path, device: torch.device) -> None:
@@ -33,8 +36,12 @@ def run_stage(stage: str, budget: Budget, work: Path, device: torch.device) -> N
         print(ceiling(new_unet(), 32))
         batch, rate = (16, 8e-4) if stage == "unet64" else (8, 6e-4)
         train_unet(emoji, latents, work, budget, device, stage, batch * scale, rate, shards)
+    elif stage.startswith("mmdit"):
+        latents = load_latents(work)
+        batch, rate = (16, 1e-3) if stage == "mmdit64" else (8, 5e-4)
+        train_mmdit(emoji, latents, work, budget, device, stage, batch * scale, rate, shards)
     else:
-        export(emoji, work, WEIGHTS)
+        export(emoji, work, HERE)
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ def new_vae() -> AutoencoderKL:
         norm_num_groups=1,
         sample_size=128,
         scaling_factor=1.0,
+        shift_factor=0.0,  # a StableDiffusion3Pipeline adds it, None or not
         mid_block_add_attention=False,
     )
     # Start as a plain autoencoder: with the noise of a unit posterior it first learns to ignore z.

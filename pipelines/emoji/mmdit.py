@@ -1,0 +1,118 @@
+"""The second denoiser: a joint-attention transformer as in Stable Diffusion 3, on the same latents.
+
+It shares autoencoder and text encoder with the UNet's pipeline, and is trained by flow matching, first on
+16 x 16 latents (256 tokens), then on 32 x 32 (1,024).
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection
+
+from pipelines.emoji.data import Emoji
+from pipelines.emoji.denoise import train_denoiser
+from pipelines.emoji.loop import Budget, Loop, autocast, averaged
+from pipelines.emoji.sd3 import with_projection
+from pipelines.emoji.text import WIDTH, new_tokenizer, tokens, trained_text_encoder
+from pipelines.emoji.vae import Latents
+
+HEADS, HEAD_WIDTH, LAYERS = 5, 32, 5
+
+
+def new_transformer(side: int = 32) -> SD3Transformer2DModel:
+    """For latents of that side, or others: positions are fractions of the picture.
+
+    The table of positions is half again as long as the picture's side. For half the side it has half as
+    many rows at twice the distance, so a small picture lies where the large one will.
+    """
+    return SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD_WIDTH,
+        num_attention_heads=HEADS,
+        caption_projection_dim=HEADS * HEAD_WIDTH,
+        # A StableDiffusion3Pipeline has two text encoders side by side; here it is one, twice.
+        joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=side * 3 // 2,
+        qk_norm="rms_norm",
+    )
+
+
+def new_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=1.5)
+
+
+def encode(text: CLIPTextModelWithProjection, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What a StableDiffusion3Pipeline makes of a text with this encoder in both places.
+
+    Its words are the last hidden states but one.  [B, T] -> [B, T, 2 C], [B, 2 C]
+    """
+    with autocast(ids.device):
+        out = text(ids, output_hidden_states=True)
+    words, pooled = out.hidden_states[-2].float(), out.text_embeds.float()
+    return words.repeat(1, 1, 2), pooled.repeat(1, 2)
+
+
+def flow_loss(
+    transformer: nn.Module,
+    latents: Tensor,
+    words: Tensor,
+    pooled: Tensor,
+    sigma: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """Rectified flow (Esser et al. 2024): from x + sigma (noise - x), predict noise - x."""
+    mix = sigma.view(-1, 1, 1, 1)
+    with autocast(latents.device):
+        output = transformer(
+            (1 - mix) * latents + mix * noise, words, pooled, sigma * 1000, return_dict=False
+        )[0]
+    return (output.float() - (noise - latents)).square().mean()
+
+
+def train_mmdit(
+    emoji: Emoji,
+    latents: Latents,
+    work: Path,
+    budget: Budget,
+    device: torch.device,
+    stage: str,
+    batch: int,
+    lr: float,
+    shards: int = 1,
+    stop_after: int | None = None,
+) -> Loop:
+    """Stage mmdit64 trains on the small latents, mmdit128 on the large; the text encoder is frozen."""
+    first = stage == "mmdit64"
+    torch.manual_seed(4)
+    data = latents.small if first else latents.large
+    transformer = new_transformer(data.shape[-1])
+    tokenizer = new_tokenizer(emoji)
+    text = with_projection(trained_text_encoder(emoji, work, "unet64")).to(device)
+    text.requires_grad_(False)
+    if not first:
+        transformer.load_state_dict(averaged(work / "mmdit64.pt", "mmdit."), strict=False)
+    loop = Loop(
+        stage,
+        nn.ModuleDict({"mmdit": transformer}),
+        work,
+        budget,
+        lr,
+        device,
+        seed=4 if first else 5,
+        shards=shards,
+    )
+
+    def loss(x: Tensor, captions: list[str], level: Tensor, noise: Tensor) -> Tensor:
+        words, pooled = encode(text, tokens(tokenizer, captions).to(device))
+        sigma = torch.special.ndtri(level.clamp(1e-3, 1 - 1e-3)).sigmoid()  # logit-normal
+        return flow_loss(transformer, x, words, pooled, sigma, noise)
+
+    train_denoiser(loop, emoji, latents, data, batch // shards, loss, stop_after)
+    return loop

@@ -142,7 +142,8 @@ class Handle:
             index: Of the step, from 0.
             total: Steps in this generation.
             conditions: Into how many equal parts the batch falls by guidance (2: unconditional rows,
-                then conditional ones; DiT has them the other way round). Guidance in two calls is `conditions=1`, conditional call first.
+                then conditional ones; DiT has them the other way round). Guidance in two calls is
+                `conditions=1`, conditional call first.
 
         Raises:
             RuntimeError: if the handle was removed.

@@ -293,6 +293,7 @@ def test_a_pipeline_changed_by_tomesd_is_refused():
         apply_tofu(pipe, ratio=0.5)
     assert fingerprint(pipe)[0] == before
     tomesd.remove_patch(pipe)
+    apply_tofu(pipe, ratio=0.5).remove()
 
 
 def test_removing_nothing_is_fine():

@@ -78,10 +78,9 @@ def components(target: object) -> dict[str, Any]:
 
 
 def changed_by_tomesd(model: nn.Module) -> bool:
-    """Whether tomesd has patched this model (it swaps the classes of its blocks)."""
-    return hasattr(model, "_tome_info") or any(
-        type(module).__name__ == "ToMeBlock" for module in model.modules()
-    )
+    """Whether tomesd has patched this model: it swaps the classes of its blocks."""
+    # Not by the attribute `_tome_info`, which remove_patch leaves on the model.
+    return any(type(module).__name__ == "ToMeBlock" for module in model.modules())
 
 
 def checkpoints_blocks(model: nn.Module) -> bool:

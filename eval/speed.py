@@ -1,0 +1,231 @@
+"""How long a step takes: each setting in turns with the unreduced pipeline, in one run, after warm-up."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from eval.settings import DENOISERS, Setting, denoiser_of
+
+UNREDUCED = Setting("unreduced")
+
+
+@dataclass
+class Timer:
+    """Times every call of a module, by CUDA events on a GPU and by the clock elsewhere.
+
+    Hooks go on the module itself, so that what is put inside of it later is timed along.
+    """
+
+    module: nn.Module
+    marks: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def _now(self) -> Any:
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> Timer:
+        def before(*_: Any) -> None:
+            self.start = self._now()
+
+        def after(*_: Any) -> None:
+            self.marks.append((self.start, self._now()))
+
+        self.hooks = [
+            self.module.register_forward_pre_hook(before),
+            self.module.register_forward_hook(after),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def calls_ms(self) -> list[float]:
+        """Of every call so far; waits for the device."""
+        if not torch.cuda.is_available():
+            return [(end - start) * 1e3 for start, end in self.marks]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in self.marks]
+
+
+def counted_flops(pipe: Any, generate: Callable[[], object]) -> int:
+    """FLOPs of the denoiser in one generation, by torch's FlopCounterMode on what really runs.
+
+    On a CPU attention runs unfused meanwhile, because the counter does not see its fused form.
+    """
+    denoiser, total = denoiser_of(pipe), 0
+    counter = FlopCounterMode(display=False)
+
+    def before(*_: Any) -> None:
+        counter.__enter__()
+
+    def after(*_: Any) -> None:
+        nonlocal total
+        counter.__exit__(None, None, None)
+        total += counter.get_total_flops()
+
+    hooks = [
+        denoiser.register_forward_pre_hook(before),
+        denoiser.register_forward_hook(after, always_call=True),
+    ]
+    unfused: AbstractContextManager[object] = (
+        nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH)
+    )
+    try:
+        with unfused:
+            generate()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def generation(pipe: Any, prompts: Sequence[str], seed: int, call: dict[str, Any]) -> Any:
+    """One batch of pictures, a seed each; what the pipeline returns."""
+    seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    return pipe(list(prompts), generator=seeds, **call)
+
+
+@dataclass
+class Bench:
+    """One pipeline, the prompts and the call that are timed.
+
+    Args:
+        compiled: Compile the denoiser; every setting then gets a copy of it, so that neither the setting
+            nor the unreduced one is compiled again when they take turns.
+    """
+
+    pipe: Any
+    prompts: Sequence[str]
+    seed: int
+    call: dict[str, Any]
+    compiled: bool = False
+
+    def _copy(self) -> Any:
+        """The pipeline, or one around a compiled copy of its denoiser."""
+        if not self.compiled:
+            return self.pipe
+        pipe = copy.copy(self.pipe)
+        name = next(n for n in DENOISERS if getattr(self.pipe, n, None) is not None)
+        own = copy.deepcopy(getattr(self.pipe, name))
+        object.__setattr__(pipe, name, own)
+        own.compile()
+        return pipe
+
+    def once(self, pipe: Any, setting: Setting) -> tuple[list[float], float]:
+        """Times of the denoiser's calls, and of the whole generation, in ms."""
+        with setting.applied(pipe) as changes:
+            return self.timed(pipe, changes)
+
+    def timed(self, pipe: Any, changes: dict[str, Any]) -> tuple[list[float], float]:
+        """One generation inside an applied setting."""
+        with Timer(denoiser_of(pipe)) as timer:
+            start = time.perf_counter()
+            generation(pipe, self.prompts, self.seed, self.call | changes)
+            calls = timer.calls_ms()
+            return calls, (time.perf_counter() - start) * 1e3
+
+    def compare(self, setting: Setting, rounds: int) -> dict[str, Any]:
+        """A row: this setting and the unreduced pipeline in turns, after one warm-up of each."""
+        plain, own = self._copy(), self._copy()
+        calls: list[list[float]] = []
+        steps_ms, ends, ratios, whole = [], [], [], []
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        apart = own is not plain
+        with setting.applied(own) if apart else nullcontext({}) as changes:
+            for turn in range(rounds + 1):
+                base, base_end = self.once(plain, UNREDUCED)
+                ours, end = self.timed(own, changes) if apart else self.once(own, setting)
+                if turn == 0:
+                    continue
+                calls.append(ours)
+                ratios.append(sum(base) / sum(ours))
+                steps_ms += ours
+                ends.append(end)
+                whole.append(base_end / end)
+        return {
+            "setting": setting.to_dict(),
+            "compiled": self.compiled,
+            "rounds": rounds,
+            "calls": len(calls[0]),
+            "step_ms": spread(steps_ms),
+            "denoiser_ms": spread([sum(each) for each in calls]),
+            "end_to_end_ms": spread(ends),
+            "speed": spread(ratios),
+            "end_to_end_speed": spread(whole),
+            "peak_mib": torch.cuda.max_memory_allocated() / 2**20
+            if torch.cuda.is_available()
+            else None,
+        }
+
+    def flops(self, setting: Setting) -> int:
+        """Counted FLOPs of one generation."""
+        with setting.applied(self.pipe) as changes:
+            return counted_flops(
+                self.pipe,
+                lambda: generation(self.pipe, self.prompts, self.seed, self.call | changes),
+            )
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, p20 and p80."""
+    low, high = np.percentile(values, [20, 80])
+    return {"value": statistics.median(values), "low": float(low), "high": float(high)}
+
+
+def measure(
+    bench: Bench, settings: Sequence[Setting], rounds: int, out: Path, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A row a setting, each written as soon as it is measured; rows already there are kept.
+
+    Raises:
+        ValueError: if the file's rows were measured under other circumstances.
+    """
+    done: list[dict[str, Any]] = []
+    if out.exists():
+        data = json.loads(out.read_text(encoding="utf-8"))
+        if data["about"] != about:
+            raise ValueError(
+                f"{out} holds times measured otherwise ({data['about']}, now {about}); "
+                "times are compared within one run only: choose another --out"
+            )
+        done = data["rows"]
+    known = {json.dumps([row["setting"], row["compiled"]], sort_keys=True) for row in done}
+    base = bench.flops(UNREDUCED)
+    for setting in settings:
+        key = json.dumps([setting.to_dict(), bench.compiled], sort_keys=True)
+        if setting.kind == "unreduced" or key in known:
+            continue
+        row = bench.compare(setting, rounds)
+        row["flops_ratio"] = base / bench.flops(setting)
+        done.append(row)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_suffix(".part")
+        part.write_text(json.dumps({"about": about, "rows": done}, indent=2) + "\n")
+        part.replace(out)
+    return done
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What only this command takes; the pipeline, prompts and call are those of `generate`."""
+    parser.add_argument("--rounds", type=int, default=5, help="measured turns (%(default)s)")
+    parser.add_argument("--compiled", action="store_true", help="compile the denoiser")

@@ -66,6 +66,8 @@ class Family(ABC):
     """Whether queries and keys are rotated by position, between projection and product."""
     shared_positions: ClassVar[bool] = False
     """Whether positions have no batch axis, so that all rows of a call must keep the same tokens."""
+    between: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the root that, when given, act between blocks of a run."""
     blocks_are_attentions: ClassVar[bool] = False
     """Whether a block is nothing but an attention, so that scope "attention" is scope "block"."""
 
@@ -106,7 +108,7 @@ class Family(ABC):
 
     def splits_runs(self, named: Kwargs) -> str | None:
         """What in this call stands between blocks of a run, so that they must be run one by one."""
-        return None
+        return next((name for name in self.between if named.get(name) is not None), None)
 
     def refusal(self, scope: str, named: Kwargs) -> str | None:
         """Why this call cannot be run with reduced tokens in this scope, and a way out; or None."""
@@ -168,6 +170,12 @@ class Family(ABC):
         if self.output_index is None:
             return x
         return tuple(x if i == self.output_index else part for i, part in enumerate(out))
+
+
+def patch_grid(model: Any, sample: Tensor) -> dict[int, TokenGrid]:
+    """The one grid of a denoiser that cuts latents [B, C, H, W] into square patches."""
+    height, width = (side // model.config.patch_size for side in sample.shape[-2:])
+    return {0: TokenGrid(height, width)}
 
 
 def gather_rows(x: Tensor, positions: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ class FluxFamily(Family):
     packed = True
     ids_name = "img_ids"
     output_index = 1
+    between = ("controlnet_block_samples", "controlnet_single_block_samples")
     guidance_in_batch = False
     timestep_scale = 1e-3
     rotary = True
@@ -56,12 +57,6 @@ class FluxFamily(Family):
         text = cos.shape[0] - plan.assign.shape[1]
         rows = torch.cat([torch.arange(text, device=image.device), image + text]).to(cos.device)
         return {**kwargs, "image_rotary_emb": (cos[rows], sin[rows])}
-
-    def splits_runs(self, named: Kwargs) -> str | None:
-        for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
-            if named.get(name) is not None:
-                return name
-        return None
 
     def example(self, model: Any) -> Kwargs:
         config = model.config

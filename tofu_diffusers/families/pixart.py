@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..grid import TokenGrid
-from .base import Kwargs, Run, register_family
+from .base import Kwargs, Run, patch_grid, register_family
 from .basic import BasicFamily
 
 
@@ -23,9 +23,7 @@ class PixArtFamily(BasicFamily):
         return [Run.of(model, "transformer_blocks")]
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
-        height, width = self.sample(named).shape[-2:]
-        patch = model.config.patch_size
-        return {0: TokenGrid(height // patch, width // patch)}
+        return patch_grid(model, self.sample(named))
 
     def example(self, model: Any) -> Kwargs:
         config = model.config

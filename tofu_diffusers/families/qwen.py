@@ -21,6 +21,7 @@ class QwenFamily(Family):
     sample_name = "hidden_states"
     packed = True
     output_index = 1
+    between = ("controlnet_block_samples",)
     guidance_in_batch = False
     timestep_scale = 1e-3
     rotary = True
@@ -71,10 +72,6 @@ class QwenFamily(Family):
         return (
             f"all pictures of a batch must have one size, not {shapes}; run them one after another"
         )
-
-    def splits_runs(self, named: Kwargs) -> str | None:
-        name = "controlnet_block_samples"
-        return name if named.get(name) is not None else None
 
     def example(self, model: Any) -> Kwargs:
         config = model.config

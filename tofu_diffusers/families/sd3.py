@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import TokenGrid
-from .base import Family, Kwargs, Run, register_family
+from .base import Family, Kwargs, Run, patch_grid, register_family
 
 
 @register_family
@@ -19,6 +19,7 @@ class SD3Family(Family):
     classes = ("SD3Transformer2DModel",)
     sample_name = "hidden_states"
     output_index = 1
+    between = ("block_controlnet_hidden_states", "skip_layers")
 
     def runs(self, model: Any) -> list[Run]:
         return [Run.of(model, "transformer_blocks")]
@@ -28,9 +29,7 @@ class SD3Family(Family):
         return {name: getattr(block, name) for name in names}
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
-        height, width = self.sample(named).shape[-2:]
-        patch = model.config.patch_size
-        return {0: TokenGrid(height // patch, width // patch)}
+        return patch_grid(model, self.sample(named))
 
     def attention_inputs(self, block: Any, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:
         normed = block.norm1(x, emb=kwargs["temb"])
@@ -38,12 +37,6 @@ class SD3Family(Family):
         if getattr(block, "use_dual_attention", False):
             inputs["attn2"] = normed[5]
         return inputs
-
-    def splits_runs(self, named: Kwargs) -> str | None:
-        for name in ("block_controlnet_hidden_states", "skip_layers"):
-            if named.get(name) is not None:
-                return name
-        return None
 
     def example(self, model: Any) -> Kwargs:
         config = model.config

@@ -145,3 +145,17 @@ def test_full_size_models_are_counted_without_weights(cls, config, tera, least):
         # The example has a batch of two.
         assert summary.flops_whole / 2e12 == pytest.approx(tera, rel=0.02)
     assert summary.flops_whole / summary.flops_run > least
+
+
+def test_computed_says_where_the_work_went():
+    pipe = tiny.tiny_sd()
+    with apply_tofu(pipe, ratio=0.5, levels=(0,), max_age=4) as handle:
+        assert handle.computed() == {}
+        tiny.generate(pipe, ["a cat", "a dog"], steps=6, height=120, width=136)
+        maps = handle.computed()
+    shares = maps[0]
+    assert shares.shape == (2, 1, 15, 17) and not torch.equal(shares[0], shares[1])
+    # Two steps of six ran whole, and four on the 128 tokens of 255 that ratio 0.5 keeps.
+    expected = torch.full((2,), (2 * 255 + 4 * 128) / 6)
+    torch.testing.assert_close(shares.flatten(1).sum(1), expected)
+    assert shares.min() > 2.9 / 6  # max_age 4: every token is computed at least once more

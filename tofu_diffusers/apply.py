@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .attach import changed_by_tomesd, components, detach, state_of, unwrap
 from .clock import unwatch, watch
@@ -134,6 +134,28 @@ class Handle:
         """
         self._check()
         return [row for _, session in self._sessions for row in site_stats(session)]
+
+    def computed(self, denoiser: int = 0) -> dict[int, Tensor]:
+        """At which share of the last generation's steps each token was computed, by grid level.
+
+        Where units do not share plans (`share`), by those of a level's first unit.
+
+        Args:
+            denoiser: Which of the pipeline's denoisers.
+
+        Returns:
+            Level -> [I, F, H, W] float32 in [0, 1], an image each; empty before the first step.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+        """
+        self._check()
+        session = self._sessions[denoiser][1]
+        steps = max(1, len(session.history))
+        return {
+            level: (counts / steps).view(-1, *session.grids[level].sides)
+            for level, counts in session.computed.items()
+        }
 
     def step(self, index: int, total: int, *, conditions: int = 1) -> None:
         """Tell a bare model its denoising step; call it before the step's forward(s).

@@ -108,6 +108,7 @@ class Session:
     conditions: str = "1"
     history: list[StepRecord] = field(default_factory=list)
     held: int = 0
+    computed: dict[int, Tensor] = field(default_factory=dict)
     schedulers: list[Any] = field(default_factory=list)
 
     # Within calls.
@@ -148,6 +149,7 @@ class Session:
         # Anew: a tensor made in inference mode cannot be written outside of it.
         self.step = None
         self.history = []
+        self.computed = {}
         self.calls = self.done = 0
         self.held = 0
         self.known = self.unread = None
@@ -259,8 +261,25 @@ class Session:
     def _note_step(self) -> None:
         if self.calls:
             self.history.append(self._record())
+            self._count_computed()
             self.done += 1
             self._look_back()
+
+    def _count_computed(self) -> None:
+        """Add to every token's count of steps at which it was computed, by the first plan of its level."""
+        for level, grid in self.grids.items():
+            shelf = next((shelf for shelf in self.shelves if shelf.level == level), None)
+            if shelf is None or self.step is None:
+                continue
+            counts = self.computed.get(level)
+            if counts is None or counts.shape != (self.images, grid.tokens):
+                counts = torch.zeros(self.images, grid.tokens, device=self.step.device)
+                self.computed[level] = counts
+            kept = shelf.kept()
+            if kept:
+                counts.scatter_add_(1, kept[0], torch.ones_like(kept[0], dtype=counts.dtype))
+            else:
+                counts += 1
 
     # ---- within a call -------------------------------------------------------------------------
 

@@ -1,4 +1,9 @@
-"""How long a step takes: each setting in turns with the unreduced pipeline, in one run, after warm-up."""
+"""How long a step takes: each setting in turns with the unreduced pipeline, in one run, after warm-up.
+
+    python -m eval speed --setting '{"name": "half", "kind": "tofu", "options": {"ratio": 0.5}}' --out a.json
+
+Step time and end-to-end time, medians with p20 and p80, counted FLOPs, peak memory on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from eval import generate
+from eval.manifest import provenance
+from eval.prompts import first, load_prompts
 from eval.settings import DENOISERS, Setting, denoiser_of
 
 UNREDUCED = Setting("unreduced")
@@ -98,7 +106,7 @@ def counted_flops(pipe: Any, generate: Callable[[], object]) -> int:
     return total
 
 
-def generation(pipe: Any, prompts: Sequence[str], seed: int, call: dict[str, Any]) -> Any:
+def one_batch(pipe: Any, prompts: Sequence[str], seed: int, call: dict[str, Any]) -> Any:
     """One batch of pictures, a seed each; what the pipeline returns."""
     seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     return pipe(list(prompts), generator=seeds, **call)
@@ -139,7 +147,7 @@ class Bench:
         """One generation inside an applied setting."""
         with Timer(denoiser_of(pipe)) as timer:
             start = time.perf_counter()
-            generation(pipe, self.prompts, self.seed, self.call | changes)
+            one_batch(pipe, self.prompts, self.seed, self.call | changes)
             calls = timer.calls_ms()
             return calls, (time.perf_counter() - start) * 1e3
 
@@ -182,7 +190,7 @@ class Bench:
         with setting.applied(self.pipe) as changes:
             return counted_flops(
                 self.pipe,
-                lambda: generation(self.pipe, self.prompts, self.seed, self.call | changes),
+                lambda: one_batch(self.pipe, self.prompts, self.seed, self.call | changes),
             )
 
 
@@ -226,6 +234,29 @@ def measure(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this command takes; the pipeline, prompts and call are those of `generate`."""
+    """The pipeline, prompts and call as of `generate`; `--out` is a JSON file."""
+    generate.add_run_arguments(parser)
+    parser.add_argument(
+        "--setting",
+        nargs="+",
+        required=True,
+        help="name, kind and options as JSON, or a file with them; one or more",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measured turns (%(default)s)")
     parser.add_argument("--compiled", action="store_true", help="compile the denoiser")
+
+
+def main(args: argparse.Namespace) -> None:
+    """`python -m eval speed`. A mistake in the arguments is a ValueError."""
+    settings = [generate.setting_of(text) for text in args.setting]
+    loaded = generate.load(args.pipeline, args.dtype)
+    prompts = first(load_prompts(args.prompts), args.n or args.batch_size)
+    bench = Bench(loaded.pipe, prompts, args.seed, generate.call_of(args), args.compiled)
+    about = {"pipeline": loaded.identity(), "n": len(prompts), "call": bench.call}
+    about |= provenance(loaded.device)
+    for row in measure(bench, settings, args.rounds, args.out, about):
+        speed, flops = row["speed"], row["flops_ratio"]
+        print(
+            f"{row['setting']['name']:24} {row['step_ms']['value']:9.1f} ms a step, "
+            f"{speed['value']:.2f}x ({speed['low']:.2f}-{speed['high']:.2f}), FLOPs {flops:.2f}x"
+        )

@@ -1,6 +1,8 @@
 """The README is right: its Python runs, its commands exist, its tables name all there is."""
 
+import argparse
 import functools
+import importlib
 import importlib.util
 import re
 import shlex
@@ -10,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from eval.__main__ import COMMANDS
 from tests.tiny import tiny_sd, tiny_sdxl
 from tofu_diffusers import FOLDS, METHODS, RESTORES, TofuConfig, apply_tofu
 from tofu_diffusers.config import CONTEXTS, SCOPES
@@ -74,6 +77,10 @@ def test_commands_exist(line):
         assert spec is not None
         if spec.submodule_search_locations is not None:
             assert importlib.util.find_spec(f"{words[2]}.__main__") is not None
+        if words[2] == "eval":
+            parser = argparse.ArgumentParser(exit_on_error=False)
+            importlib.import_module(COMMANDS[words[3]][0]).add_arguments(parser)
+            parser.parse_args(words[4:])
     else:
         assert words == ["pip", "install", "."], f"nothing checks this command: {line}"
 

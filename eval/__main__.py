@@ -1,0 +1,40 @@
+"""`python -m eval <command>`: generate, score, speed, report, or all of it by sweep."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# Imported when asked for: a machine that only generates needs none of the packages that plot or score.
+COMMANDS = {
+    "sweep": ("eval.sweep", "all of the following, for methods at ratios and what they must beat"),
+    "generate": ("eval.generate", "the images of one setting"),
+    "score": ("eval.scores", "what a setting cost in quality"),
+    "speed": ("eval.speed", "how long a step takes, in turns with the unreduced pipeline"),
+    "report": ("eval.report", "a page with plots, pictures and tables"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """A mistake in the arguments ends with exit code 2, and with what is on disk as it was."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="eval", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    parsers = {name: commands.add_parser(name, help=text) for name, (_, text) in COMMANDS.items()}
+    wanted = given[0] if given else None
+    if wanted in COMMANDS:
+        module = importlib.import_module(COMMANDS[wanted][0])
+        command = parsers[wanted]
+        command.description = module.__doc__
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        module.add_arguments(command)
+    args = parser.parse_args(given)
+    try:
+        module.main(args)
+    except (ImportError, OSError, ValueError) as error:
+        parsers[args.command].error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

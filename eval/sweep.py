@@ -1,0 +1,239 @@
+"""How much faster, and what did it cost? Every method at every ratio, beside what it must beat.
+
+    python -m eval sweep --pipeline unet --n 8 --ratios 0.25 0.5 --methods default tome tofu --out runs/a
+
+Generates, scores, times and reports; stopped anywhere, the same command goes on. Beside the methods run
+random pruning at the same ratios, fewer steps (with the pipeline's scheduler and a second-order multistep
+one) and whole-step caching (repeated, extrapolated) at the counted FLOPs of each method, tomesd where it
+runs, and diffusers' Pyramid Attention Broadcast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval import generate, report, scores
+from eval.features import load_extractor
+from eval.generate import Loaded
+from eval.manifest import Manifest, write_whole
+from eval.prompts import first, load_prompts
+from eval.settings import Setting
+from eval.speed import UNREDUCED, Bench, measure
+from tofu_diffusers import METHODS
+
+FORMAT = 1
+DEFAULT = "default"
+FLOOR = "random"
+
+
+def tofu_settings(methods: Sequence[str], ratios: Iterable[float]) -> list[Setting]:
+    """Each method at each ratio, and random pruning; "default" is the denoiser's profile.
+
+    Raises:
+        ValueError: on an unknown method.
+    """
+    for method in methods:
+        if method != DEFAULT and method not in METHODS:
+            raise ValueError(
+                f"unknown method {method!r}; choose from {', '.join([DEFAULT, *sorted(METHODS)])}"
+            )
+    return [
+        Setting(
+            f"{method}-{ratio:g}",
+            "tofu",
+            {"ratio": ratio} | ({} if method == DEFAULT else {"method": method}),
+        )
+        for ratio in sorted(set(ratios))
+        if ratio > 0
+        for method in dict.fromkeys([*methods, FLOOR])
+    ]
+
+
+def baselines(steps: int, speedups: Iterable[float]) -> list[Setting]:
+    """Fewer steps and whole-step caching at these savings, rounded to whole steps."""
+    counts = sorted({round(steps / speedup) for speedup in speedups} - {0, steps}, reverse=True)
+    settings = []
+    for count in counts:
+        cache = {"total": steps, "computed": count, "first": min(2, count)}
+        settings += [
+            Setting(f"steps-{count}", "fewer_steps", {"steps": count}),
+            Setting(
+                f"multistep-{count}", "fewer_steps", {"steps": count, "scheduler": "multistep"}
+            ),
+            Setting(f"repeat-{count}", "step_cache", {**cache, "order": 0}),
+            Setting(f"line-{count}", "step_cache", {**cache, "order": 1}),
+        ]
+    return settings
+
+
+def others(pipe: Any, ratios: Iterable[float]) -> list[Setting]:
+    """What other packages offer: tomesd for UNets, and attention reused between steps."""
+    settings = [Setting("pab-2", "pab", {"skip": 2})]
+    if getattr(pipe, "unet", None) is not None:
+        # More than 0.75 is not to be had from its 2 x 2 cells.
+        wanted = (ratio for ratio in sorted(set(ratios)) if 0 < ratio <= 0.75)
+        settings += [Setting(f"tomesd-{ratio:g}", "tomesd", {"ratio": ratio}) for ratio in wanted]
+    return settings
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep folder and what is in it.
+
+    Args:
+        folder: Holds a run folder a setting, scores/, speed.json, flops.json, results.json, report.html.
+        call: Arguments of every call of the pipeline.
+        rounds: Of timing; 0 leaves it out.
+    """
+
+    folder: Path
+    loaded: Loaded
+    prompts: list[str]
+    seed: int
+    batch_size: int
+    call: dict[str, Any]
+    rounds: int
+
+    def bench(self) -> Bench:
+        """The pipeline on one batch of the prompts."""
+        prompts = self.prompts[: self.batch_size]
+        return Bench(self.loaded.pipe, prompts, self.seed, self.call)
+
+    def flops(self, settings: Sequence[Setting]) -> dict[str, float]:
+        """Counted FLOPs of the unreduced denoiser over those of each setting; what is counted is kept."""
+        path = self.folder / "flops.json"
+        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        bench = Bench(self.loaded.pipe, self.prompts[:1], self.seed, self.call)
+        base: int | None = None
+        for setting in settings:
+            if setting.name in known:
+                continue
+            base = base or bench.flops(UNREDUCED)
+            known[setting.name] = base / bench.flops(setting)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, (json.dumps(known, indent=2) + "\n").encode())
+        return {setting.name: known[setting.name] for setting in settings}
+
+    def run(self, setting: Setting) -> Manifest:
+        """The images of one setting."""
+        return generate.generate(
+            self.loaded,
+            setting,
+            self.prompts,
+            self.folder / setting.name,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            call=self.call,
+        )
+
+
+def rows(
+    sweep: Sweep,
+    settings: Sequence[Setting],
+    scored: dict[str, dict[str, Any]],
+    flops: dict[str, float],
+    speeds: dict[str, dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """A row a setting, as a report reads them."""
+    found = []
+    for setting in settings:
+        manifest = Manifest.load(sweep.folder / setting.name)
+        timed = speeds.get(setting.name)
+        found.append(
+            {
+                "id": f"{manifest.pipeline['name']}/{setting.name}",
+                "pipeline": manifest.pipeline["name"],
+                "weights": manifest.pipeline["weights"],
+                "setting": setting.to_dict(),
+                "n": len(manifest),
+                "seed": manifest.seeds[0],
+                "steps": manifest.call["num_inference_steps"],
+                **manifest.provenance,
+                "flops_ratio": flops[setting.name],
+                "speed": timed and timed["speed"],
+                "metrics": scored[setting.name]["metrics"],
+            }
+        )
+    return found
+
+
+def sweep_all(sweep: Sweep, settings: list[Setting], wild: Path | None) -> list[dict[str, Any]]:
+    """Generate, score and time all settings; writes results.json and returns its rows."""
+    flops = sweep.flops(settings)
+    matched = baselines(
+        sweep.call["num_inference_steps"],
+        (flops[each.name] for each in settings if flops[each.name] > 1),
+    )
+    settings = settings + [each for each in matched if each not in settings]
+    flops = sweep.flops(settings)
+    for setting in settings:
+        sweep.run(setting)
+    if not generate.processes().is_main_process:
+        return []
+    extractor = load_extractor("effnetlite0")
+    alignment = scores.default_alignment(Manifest.load(sweep.folder / UNREDUCED.name))
+    scored = {
+        setting.name: scores.score(
+            sweep.folder / setting.name,
+            sweep.folder / UNREDUCED.name,
+            extractor=extractor,
+            alignment=alignment,
+            real=wild,
+        )
+        for setting in settings
+    }
+    speeds: dict[str, dict[str, Any]] = {}
+    if sweep.rounds:
+        about = Manifest.load(sweep.folder / UNREDUCED.name).provenance | {"rounds": sweep.rounds}
+        timed = measure(sweep.bench(), settings, sweep.rounds, sweep.folder / "speed.json", about)
+        speeds = {row["setting"]["name"]: row for row in timed}
+    found = rows(sweep, settings, scored, flops, speeds)
+    text = json.dumps({"format": FORMAT, "rows": found}, indent=2) + "\n"
+    write_whole(sweep.folder / "results.json", text.encode())
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `generate` but the setting, and what to sweep over."""
+    generate.add_run_arguments(parser)
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[0.25, 0.5], help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[DEFAULT, "tofu", "tome", "pitome"],
+        help=f"{DEFAULT} is the denoiser's profile (%(default)s)",
+    )
+    parser.add_argument("--real", type=Path, help="real pictures for the distances: folder or .npy")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns of timing; 0: none (%(default)s)"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """`python -m eval sweep`. A mistake in the arguments is a ValueError, before anything is made."""
+    wrong = [ratio for ratio in args.ratios if not 0 <= ratio < 1]
+    if wrong:
+        raise ValueError(f"ratio {wrong[0]} is outside [0, 1)")
+    chosen = tofu_settings(args.methods, args.ratios)
+    prompts = first(load_prompts(args.prompts), args.n)
+    loaded = generate.load(args.pipeline, args.dtype)
+    sweep = Sweep(
+        args.out,
+        loaded,
+        prompts,
+        args.seed,
+        args.batch_size,
+        generate.call_of(args),
+        args.rounds,
+    )
+    settings = [UNREDUCED, *chosen, *others(loaded.pipe, args.ratios)]
+    if not sweep_all(sweep, settings, args.real):
+        return
+    report.main(argparse.Namespace(sweep=args.out, out=args.out / "report.html", prompts=4))

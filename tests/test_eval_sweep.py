@@ -1,0 +1,141 @@
+"""The whole of eval by one command, on a tiny pipeline: what is there at the end, and after a stop."""
+
+import json
+
+import pytest
+
+from eval import generate
+from eval.__main__ import main
+from eval.settings import Setting
+from eval.sweep import baselines, others, tofu_settings
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.tiny_sd().save_pretrained(path)
+    return path
+
+
+def command(folder, out, *more):
+    sizes = ["--height", "64", "--width", "96", "--steps", "5", "--guidance", "2"]
+    return [
+        "--pipeline",
+        str(folder),
+        "-n",
+        "3",
+        "--batch-size",
+        "2",
+        *sizes,
+        "--out",
+        str(out),
+        *more,
+    ]
+
+
+def test_a_sweep_from_one_command_and_again_after_a_stop(folder, tmp_path, monkeypatch):
+    out = tmp_path / "sweep"
+    words = [
+        "sweep",
+        *command(folder, out, "--ratios", "0.5", "--methods", "default", "--rounds", "1"),
+    ]
+
+    class Stop(Exception):
+        pass
+
+    made, inner = [], generate.generate
+
+    def stopping(*args, **kwargs):
+        made.append(args[1].name)
+        if len(made) == 4:
+            raise Stop
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(generate, "generate", stopping)
+    with pytest.raises(Stop):
+        main(words)
+    assert not (out / "results.json").exists()
+    monkeypatch.setattr(generate, "generate", inner)
+    assert main(words) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    names = [row["setting"]["name"] for row in rows]
+    assert names[:3] == ["unreduced", "default-0.5", "random-0.5"]
+    assert {"tomesd-0.5", "pab-2"} <= set(names)
+    kinds = {row["setting"]["kind"] for row in rows}
+    assert kinds == {"unreduced", "tofu", "tomesd", "pab", "fewer_steps", "step_cache"}
+    for row in rows:
+        assert row["n"] == 3 and len(row["weights"]) == 16 and row["commit"]
+        assert {"psnr_db", "ssim", "feature_distance", "fd-effnetlite0"} <= set(row["metrics"])
+        assert "alignment" not in " ".join(
+            row["metrics"]
+        )  # no scorer knows this pipeline's prompts
+        whole = row["setting"]["name"] == "unreduced"
+        assert (row["flops_ratio"] == 1) == whole or row["setting"]["kind"] == "pab"
+        assert (row["speed"] is None) == whole
+    page = (out / "report.html").read_text()
+    assert all(name in page for name in names)
+    results, first = (out / "results.json").read_bytes(), (out / "speed.json").read_bytes()
+    assert main(words) == 0  # nothing is made or measured again
+    assert (out / "results.json").read_bytes() == results
+    assert (out / "speed.json").read_bytes() == first
+
+
+def test_the_steps_run_alone(folder, tmp_path, capsys):
+    half = Setting("half", "tofu", {"ratio": 0.5, "method": "tome"}).to_dict()
+    assert main(["generate", *command(folder, tmp_path / "unreduced")]) == 0
+    assert (
+        main(["generate", *command(folder, tmp_path / "half", "--setting", json.dumps(half))]) == 0
+    )
+    assert main(["score", "--run", str(tmp_path / "half")]) == 0
+    assert "psnr_db" in capsys.readouterr().out
+    speed = ["--setting", json.dumps(half), "--rounds", "1"]
+    assert main(["speed", *command(folder, tmp_path / "speed.json", *speed)]) == 0
+    assert "ms a step" in capsys.readouterr().out
+
+
+def test_baselines_are_matched_in_whole_steps():
+    settings = baselines(20, [1.25, 2.0, 2.04, 30.0])
+    steps = [s.options["steps"] for s in settings if s.kind == "fewer_steps"]
+    assert steps == [16, 16, 10, 10, 1, 1]
+    cached = [s.options for s in settings if s.kind == "step_cache"]
+    assert [c["computed"] for c in cached] == [16, 16, 10, 10, 1, 1]
+    assert cached[-1]["first"] == 1
+    assert len({s.name for s in settings}) == len(settings)
+    assert baselines(20, [1.0]) == []
+
+
+def test_every_ratio_has_its_floor_and_zero_is_the_reference():
+    settings = tofu_settings(["default", "tome", "tome"], [0.0, 0.5, 0.25, 0.5])
+    assert [s.name for s in settings] == [
+        *("default-0.25", "tome-0.25", "random-0.25"),
+        *("default-0.5", "tome-0.5", "random-0.5"),
+    ]
+    assert settings[0].options == {"ratio": 0.25}
+    assert settings[1].options == {"ratio": 0.25, "method": "tome"}
+    assert [s.name for s in others(tiny.tiny_sd3(), [0.5])] == ["pab-2"]
+    assert [s.name for s in others(tiny.tiny_sd(), [0.5, 0.9])] == ["pab-2", "tomesd-0.5"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ratios", "1.5"], "ratio 1.5 is outside"),
+        (["--methods", "magic"], "unknown method 'magic'; choose from default"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--pipeline", "/nowhere/model"], "/nowhere/model"),
+    ],
+)
+def test_mistakes_end_early(folder, tmp_path, capsys, words, message):
+    out = tmp_path / "sweep"
+    with pytest.raises(SystemExit, match="2"):
+        main(["sweep", *command(folder, out), *words])
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_no_command_and_an_unknown_one_are_refused(capsys):
+    for words in ([], ["magic"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+    assert "sweep" in capsys.readouterr().err

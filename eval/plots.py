@@ -314,20 +314,23 @@ def _overlap(label: np.ndarray, taken: list[list[float]]) -> float:
 
 
 def overlay_kept(image: Image.Image, kept: Any) -> Image.Image:
-    """The picture with removed tokens dark and grey.
+    """The picture, darker and greyer where tokens were computed less often.
 
     Args:
-        kept: [H, W] bool, the token grid; each token covers its share of the picture.
+        kept: [H, W], the token grid: bool, kept or removed at one step, or a share of steps in [0, 1]. Each
+            token covers its share of the picture.
 
     Raises:
         ValueError: if it is anything else.
     """
     mask = np.asarray(kept)
-    if mask.ndim != 2 or mask.dtype != bool:
+    share = mask.astype(np.float64) if mask.dtype.kind in "bf" else np.full(mask.shape, np.nan)
+    if mask.ndim != 2 or not ((share >= 0) & (share <= 1)).all():
         raise ValueError(
-            f"the mask of kept tokens is {mask.dtype} of shape {mask.shape}; give bool [H, W], for one "
-            "picture and one step"
+            f"the mask of kept tokens is {mask.dtype} of shape {mask.shape}; give bool [H, W], or shares "
+            "in [0, 1], for one picture"
         )
-    scaled = Image.fromarray(mask).convert("L").resize(image.size, Image.Resampling.NEAREST)
+    levels = np.round(share * 255).astype(np.uint8)
+    scaled = Image.fromarray(levels).resize(image.size, Image.Resampling.NEAREST)
     dark = image.convert("L").point(lambda level: int(level * 0.4)).convert("RGB")
     return Image.composite(image.convert("RGB"), dark, scaled)

@@ -17,18 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from eval import generate, report, scores
 from eval.features import load_extractor
 from eval.generate import Loaded
-from eval.manifest import Manifest, write_whole
+from eval.manifest import Manifest, image_name, image_path, write_whole
+from eval.plots import overlay_kept
 from eval.prompts import first, load_prompts
 from eval.settings import Setting
-from eval.speed import UNREDUCED, Bench, measure
-from tofu_diffusers import METHODS
+from eval.speed import UNREDUCED, Bench, measure, one_batch
+from tofu_diffusers import METHODS, apply_tofu
 
 FORMAT = 1
 DEFAULT = "default"
 FLOOR = "random"
+SHOWN = 4  # pictures of every setting in the report
 
 
 def tofu_settings(methods: Sequence[str], ratios: Iterable[float]) -> list[Setting]:
@@ -131,6 +135,22 @@ class Sweep:
             call=self.call,
         )
 
+    def overlay(self, setting: Setting, count: int) -> None:
+        """Into the run's kept/: its first pictures, dark where tokens were computed less often."""
+        folder = self.folder / setting.name / "kept"
+        count = min(count, self.batch_size, len(self.prompts))
+        if setting.kind != "tofu" or all((folder / image_name(i)).exists() for i in range(count)):
+            return
+        folder.mkdir(exist_ok=True)
+        with apply_tofu(self.loaded.pipe, **setting.options) as handle:
+            prompts = self.prompts[: self.batch_size]
+            one_batch(self.loaded.pipe, prompts, self.seed, self.call)
+            maps = handle.computed()
+        shares = maps[min(maps)].cpu()
+        for i in range(count):
+            with Image.open(image_path(self.folder / setting.name, i)) as image:
+                overlay_kept(image, shares[i, 0].numpy()).save(folder / image_name(i))
+
 
 def rows(
     sweep: Sweep,
@@ -192,6 +212,8 @@ def sweep_all(sweep: Sweep, settings: list[Setting], wild: Path | None) -> list[
         about = Manifest.load(sweep.folder / UNREDUCED.name).provenance | {"rounds": sweep.rounds}
         timed = measure(sweep.bench(), settings, sweep.rounds, sweep.folder / "speed.json", about)
         speeds = {row["setting"]["name"]: row for row in timed}
+    for setting in settings:
+        sweep.overlay(setting, SHOWN)
     found = rows(sweep, settings, scored, flops, speeds)
     text = json.dumps({"format": FORMAT, "rows": found}, indent=2) + "\n"
     write_whole(sweep.folder / "results.json", text.encode())
@@ -236,4 +258,4 @@ def main(args: argparse.Namespace) -> None:
     settings = [UNREDUCED, *chosen, *others(loaded.pipe, args.ratios)]
     if not sweep_all(sweep, settings, args.real):
         return
-    report.main(argparse.Namespace(sweep=args.out, out=args.out / "report.html", prompts=4))
+    report.main(argparse.Namespace(sweep=args.out, out=args.out / "report.html", prompts=SHOWN))

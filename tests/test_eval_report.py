@@ -317,7 +317,12 @@ def test_removed_tokens_are_dark_and_grey(height, width):
 
 def test_a_mask_of_another_form_is_refused():
     image = Image.new("RGB", (8, 8))
-    for wrong in (np.ones((4, 4)), np.ones(16, dtype=bool), np.ones((1, 4, 4), dtype=bool)):
+    for wrong in (
+        np.full((4, 4), 1.5),
+        np.ones((4, 4), int),
+        np.ones(16, dtype=bool),
+        np.ones((1, 4, 4), dtype=bool),
+    ):
         with pytest.raises(ValueError, match=re.escape(f"{wrong.dtype} of shape {wrong.shape}")):
             overlay_kept(image, wrong)
 

@@ -73,6 +73,10 @@ def test_a_sweep_from_one_command_and_again_after_a_stop(folder, tmp_path, monke
         whole = row["setting"]["name"] == "unreduced"
         assert (row["flops_ratio"] == 1) == whole or row["setting"]["kind"] == "pab"
         assert (row["speed"] is None) == whole
+    assert sorted(p.name for p in (out / "default-0.5" / "kept").iterdir()) == [
+        "00000.png",
+        "00001.png",
+    ]
     page = (out / "report.html").read_text()
     assert all(name in page for name in names)
     results, first = (out / "results.json").read_bytes(), (out / "speed.json").read_bytes()

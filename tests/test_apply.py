@@ -18,13 +18,15 @@ MAKERS = {
     "sd3": tiny.tiny_sd3,
     "sd35": partial(tiny.tiny_sd3, dual=True),
 }
+# The default profile where it is not whole: generations here are short.
+EARLY = {"first_steps": 2}
 SETTINGS = {
-    "default": {},
+    "default": EARLY,
     "tome": {"method": "tome"},
     "tofu_span": {"method": "tofu", "scope": "span"},
     "attention": {"method": "pitome", "scope": "attention", "fold": "mlerp", "restore": "mlerp"},
-    "cached": {"context": "cached"},
-    "fresh_attention": {"scope": "attention", "context": "fresh", "restore": "temporal"},
+    "cached": EARLY | {"context": "cached"},
+    "fresh_attention": EARLY | {"scope": "attention", "context": "fresh", "restore": "temporal"},
 }
 
 

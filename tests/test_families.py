@@ -23,6 +23,8 @@ BUILDERS = {
     "wan_per_token": lambda: tiny.tiny_wan(per_token=True),
     "unet2d": tiny.tiny_ddpm,
 }
+# The default profile, but reducing from the third step on: generations here are short.
+EARLY = {"first_steps": 2}
 FEED_FORWARDS = ("ff.net.0.proj", "ffn.net.0.proj", "img_mlp.net.0.proj", "proj_mlp")
 
 
@@ -351,7 +353,7 @@ def text_length(inputs):
 
 
 @pytest.mark.parametrize("moving", [False, True])
-@pytest.mark.parametrize("options", [{}, {"method": "tome"}, {"context": "cached"}])
+@pytest.mark.parametrize("options", [EARLY, {"method": "tome"}, EARLY | {"context": "cached"}])
 def test_images_of_a_batch_do_not_know_of_each_other(case, options, moving):
     _, model, inputs = case
     together, _ = run(model, inputs, 4, moving, ratio=0.5, **options)
@@ -394,7 +396,7 @@ def test_a_copy_of_the_model_carries_its_own_tofu(case):
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name != "sd35"])
-@pytest.mark.parametrize("options", [{}, {"context": "cached"}, {"method": "tofu"}])
+@pytest.mark.parametrize("options", [EARLY, EARLY | {"context": "cached"}, {"method": "tofu"}])
 def test_end_to_end(name, options):
     pipe = BUILDERS[name]()
     prompts = ["a cat", "a red dog"]
@@ -486,7 +488,7 @@ def references(name):
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen"])
-@pytest.mark.parametrize("options", [{"method": "tome"}, {}, {"context": "cached"}])
+@pytest.mark.parametrize("options", [{"method": "tome"}, EARLY, EARLY | {"context": "cached"}])
 def test_reference_pictures_of_an_edit_stay(name, options):
     model, inputs, after = references(name)
     expected = model(**inputs)[0]

@@ -157,7 +157,8 @@ def test_guidance_in_two_calls_uses_the_conditional_plan():
             cut[first] = cut[first] + 0.2 * step * drift
             return cut
 
-        for options in ({}, {"context": "cached"}, {"method": "tome"}):
+        early = {"first_steps": 2}
+        for options in (early, early | {"context": "cached"}, {"method": "tome"}):
             handle = apply_tofu(model, ratio=0.5, **options)
             together, apart = [], []
             for step in range(steps):

@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from pipelines.emoji import MODELS, denoiser, load_pipeline, weights_hash
+from pipelines.timer import Timer
 from tofu_diffusers import __version__, apply_tofu
 
 ROOT = Path(__file__).parent.parent
@@ -78,30 +78,21 @@ class Bench:
         self.steps, self.guidance, self.seed = steps, guidance, seed
         self.prompts = list(PROMPTS[:size])
         self.times_ms: list[float] = []
-        timed = denoiser(self.pipe)
-        timed.register_forward_pre_hook(lambda *_: self._tick(-1))
-        timed.register_forward_hook(lambda *_: self._tick(1))
-
-    def _tick(self, sign: int) -> None:
-        now = time.perf_counter() * 1e3
-        if sign < 0:
-            self.times_ms.append(now)
-        else:
-            self.times_ms[-1] = now - self.times_ms[-1]
 
     def run(self, steps: int | None = None) -> tuple[np.ndarray, float]:
         """Pictures [B, H, W, C] in [0, 1] and the denoiser's time over the generation in ms."""
-        self.times_ms = []
         generators = [
             torch.Generator().manual_seed(self.seed + i) for i in range(len(self.prompts))
         ]
-        pictures = self.pipe(
-            self.prompts,
-            num_inference_steps=steps or self.steps,
-            guidance_scale=self.guidance,
-            generator=generators,
-            output_type="np",
-        ).images
+        with Timer(denoiser(self.pipe)) as timer:
+            pictures = self.pipe(
+                self.prompts,
+                num_inference_steps=steps or self.steps,
+                guidance_scale=self.guidance,
+                generator=generators,
+                output_type="np",
+            ).images
+        self.times_ms = timer.calls_ms()
         return np.asarray(pictures), sum(self.times_ms)
 
 

@@ -14,64 +14,22 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval import generate
-from eval.manifest import provenance
+from eval.manifest import provenance, write_whole
 from eval.prompts import first, load_prompts
-from eval.settings import DENOISERS, Setting, denoiser_of
+from eval.settings import Setting, denoiser_name, denoiser_of
+from pipelines.timer import Timer
 
 UNREDUCED = Setting("unreduced")
-
-
-@dataclass
-class Timer:
-    """Times every call of a module, by CUDA events on a GPU and by the clock elsewhere.
-
-    Hooks go on the module itself, so that what is put inside of it later is timed along.
-    """
-
-    module: nn.Module
-    marks: list[tuple[Any, Any]] = field(default_factory=list)
-
-    def _now(self) -> Any:
-        if not torch.cuda.is_available():
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def __enter__(self) -> Timer:
-        def before(*_: Any) -> None:
-            self.start = self._now()
-
-        def after(*_: Any) -> None:
-            self.marks.append((self.start, self._now()))
-
-        self.hooks = [
-            self.module.register_forward_pre_hook(before),
-            self.module.register_forward_hook(after),
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def calls_ms(self) -> list[float]:
-        """Of every call so far; waits for the device."""
-        if not torch.cuda.is_available():
-            return [(end - start) * 1e3 for start, end in self.marks]
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in self.marks]
 
 
 def counted_flops(pipe: Any, generate: Callable[[], object]) -> int:
@@ -132,9 +90,8 @@ class Bench:
         if not self.compiled:
             return self.pipe
         pipe = copy.copy(self.pipe)
-        name = next(n for n in DENOISERS if getattr(self.pipe, n, None) is not None)
-        own = copy.deepcopy(getattr(self.pipe, name))
-        object.__setattr__(pipe, name, own)
+        own = copy.deepcopy(denoiser_of(pipe))
+        object.__setattr__(pipe, denoiser_name(pipe), own)
         own.compile()
         return pipe
 
@@ -201,9 +158,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def measure(
-    bench: Bench, settings: Sequence[Setting], rounds: int, out: Path, about: dict[str, Any]
+    bench: Bench,
+    settings: Sequence[Setting],
+    rounds: int,
+    out: Path,
+    about: dict[str, Any],
+    flops: Callable[[Setting], float] | None = None,
 ) -> list[dict[str, Any]]:
     """A row a setting, each written as soon as it is measured; rows already there are kept.
+
+    Args:
+        flops: The unreduced FLOPs over those of a setting, where they were counted before.
 
     Raises:
         ValueError: if the file's rows were measured under other circumstances.
@@ -218,18 +183,21 @@ def measure(
             )
         done = data["rows"]
     known = {json.dumps([row["setting"], row["compiled"]], sort_keys=True) for row in done}
-    base = bench.flops(UNREDUCED)
+    base = 0
     for setting in settings:
         key = json.dumps([setting.to_dict(), bench.compiled], sort_keys=True)
         if setting.kind == "unreduced" or key in known:
             continue
         row = bench.compare(setting, rounds)
-        row["flops_ratio"] = base / bench.flops(setting)
+        if flops is None:
+            base = base or bench.flops(UNREDUCED)
+            row["flops_ratio"] = base / bench.flops(setting)
+        else:
+            row["flops_ratio"] = flops(setting)
         done.append(row)
         out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_suffix(".part")
-        part.write_text(json.dumps({"about": about, "rows": done}, indent=2) + "\n")
-        part.replace(out)
+        text = json.dumps({"about": about, "rows": done}, indent=2) + "\n"
+        write_whole(out, text.encode())
     return done
 
 

@@ -210,7 +210,14 @@ def sweep_all(sweep: Sweep, settings: list[Setting], wild: Path | None) -> list[
     speeds: dict[str, dict[str, Any]] = {}
     if sweep.rounds:
         about = Manifest.load(sweep.folder / UNREDUCED.name).provenance | {"rounds": sweep.rounds}
-        timed = measure(sweep.bench(), settings, sweep.rounds, sweep.folder / "speed.json", about)
+        timed = measure(
+            sweep.bench(),
+            settings,
+            sweep.rounds,
+            sweep.folder / "speed.json",
+            about,
+            lambda setting: flops[setting.name],
+        )
         speeds = {row["setting"]["name"]: row for row in timed}
     for setting in settings:
         sweep.overlay(setting, SHOWN)

@@ -4,7 +4,6 @@ import argparse
 import math
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,43 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from pipelines.emoji import MODELS, denoiser, load_pipeline
 from pipelines.emoji.sheet import sheet
 from pipelines.recipe import add_choices, chosen
+from pipelines.timer import Timer
 from tofu_diffusers import apply_tofu
 
 PROMPTS = ["a red apple", "a smiling face", "a blue car"]
-
-
-class StepTimer:
-    """Times a denoiser's calls through hooks that it takes away again."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.times_ms = module, list[float]()
-
-    def _now_ms(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() * 1e3
-
-    def __enter__(self) -> "StepTimer":
-        def before(*_: Any) -> None:
-            self.start = self._now_ms()
-
-        def after(*_: Any) -> None:
-            self.times_ms.append(self._now_ms() - self.start)
-
-        self.hooks = [
-            self.module.register_forward_pre_hook(before),
-            self.module.register_forward_hook(after),
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
 
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
@@ -72,7 +42,7 @@ def generate(pipe: Any, prompt: str, args: argparse.Namespace, label: str) -> Im
 def compare(pipe: Any, args: argparse.Namespace, options: dict[str, Any]) -> None:
     """Each prompt both ways, in turn, from the same seed; a table and a picture."""
     label = f"tofu r={args.ratio:g} {args.method or ''}".strip()
-    plain, reduced = StepTimer(denoiser(pipe)), StepTimer(denoiser(pipe))
+    plain, reduced = Timer(denoiser(pipe)), Timer(denoiser(pipe))
     rows, quality = [], []
     for i, prompt in enumerate([args.prompts[0], *args.prompts]):
         with plain:
@@ -82,8 +52,8 @@ def compare(pipe: Any, args: argparse.Namespace, options: dict[str, Any]) -> Non
                 fewer = generate(pipe, prompt, args, label)
             summary, sites = handle.summary(), handle.stats()
         if i == 0:  # the first pair warms up
-            plain.times_ms.clear()
-            reduced.times_ms.clear()
+            plain.marks.clear()
+            reduced.marks.clear()
             continue
         rows.append([whole, fewer])
         quality.append(psnr(fewer, whole))
@@ -94,13 +64,14 @@ def compare(pipe: Any, args: argparse.Namespace, options: dict[str, Any]) -> Non
     sheet(rows, labels, ["unreduced", label]).save(path)
 
     print(summary)
-    before, after = statistics.median(plain.times_ms), statistics.median(reduced.times_ms)
-    total = sum(plain.times_ms) / sum(reduced.times_ms)
+    whole_ms, fewer_ms = plain.calls_ms(), reduced.calls_ms()
+    before, after = statistics.median(whole_ms), statistics.median(fewer_ms)
+    total = sum(whole_ms) / sum(fewer_ms)
     tokens, kept = (sum(site[key] for site in sites) for key in ("tokens_in", "tokens_kept"))
     print(f"\n{'':24}{'unreduced':>12}{label:>24}")
     print(f"{'median step, ms':24}{before:12.1f}{after:24.1f}   {before / after:.2f}x")
-    print(f"{'all steps, s':24}{sum(plain.times_ms) / 1e3:12.2f}"
-          f"{sum(reduced.times_ms) / 1e3:24.2f}   {total:.2f}x")  # fmt: skip
+    print(f"{'all steps, s':24}{sum(whole_ms) / 1e3:12.2f}"
+          f"{sum(fewer_ms) / 1e3:24.2f}   {total:.2f}x")  # fmt: skip
     print(f"{'tokens through the sites':24}{tokens:12,}{kept:24,}")
     print(f"{'denoiser FLOPs saved':24}{'':12}{summary.flops_saved:24.1%}")
     for prompt, value in zip(args.prompts, quality, strict=True):

@@ -178,6 +178,11 @@ def patch_grid(model: Any, sample: Tensor) -> dict[int, TokenGrid]:
     return {0: TokenGrid(height, width)}
 
 
+def given_positions(plan: Plan, removed: Tensor | None) -> Tensor:
+    """Of the tokens that an attention is given: the kept ones, then those of `removed`.  -> [B, M]"""
+    return plan.kept if removed is None else torch.cat([plan.kept, removed], dim=1)
+
+
 def gather_rows(x: Tensor, positions: Tensor) -> Tensor:
     """Rows along dim 1, also of a tensor that all rows of the batch share.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..grid import TokenGrid
 from ..plan import Plan
-from .base import Family, Kwargs, Run, register_family
+from .base import Family, Kwargs, Run, given_positions, register_family
 
 
 @register_family
@@ -53,7 +53,7 @@ class FluxFamily(Family):
     def follow(self, kwargs: Kwargs, plan: Plan, context: str, removed: Tensor | None) -> Kwargs:
         cos, sin = kwargs["image_rotary_emb"]
         # Positions have no batch axis: all rows of this call keep the same tokens.
-        image = plan.kept[0] if removed is None else torch.cat([plan.kept[0], removed[0]])
+        image = given_positions(plan, removed)[0]
         text = cos.shape[0] - plan.assign.shape[1]
         rows = torch.cat([torch.arange(text, device=image.device), image + text]).to(cos.device)
         return {**kwargs, "image_rotary_emb": (cos[rows], sin[rows])}

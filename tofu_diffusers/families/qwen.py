@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..grid import TokenGrid
 from ..plan import Plan
-from .base import Family, Kwargs, Run, gather_rows, register_family
+from .base import Family, Kwargs, Run, gather_rows, given_positions, register_family
 
 
 @register_family
@@ -54,7 +54,7 @@ class QwenFamily(Family):
     def follow(self, kwargs: Kwargs, plan: Plan, context: str, removed: Tensor | None) -> Kwargs:
         image, text = kwargs["image_rotary_emb"]
         # Positions have no batch axis: all rows of this call keep the same tokens.
-        given = plan.kept[0] if removed is None else torch.cat([plan.kept[0], removed[0]])
+        given = given_positions(plan, removed)[0]
         rotary = (image[given.to(image.device)], text)
         return {**self.select(kwargs, plan.kept), "image_rotary_emb": rotary}
 

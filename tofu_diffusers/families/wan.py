@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..grid import TokenGrid
 from ..plan import Plan
-from .base import Family, Kwargs, Run, gather_rows, register_family
+from .base import Family, Kwargs, Run, gather_rows, given_positions, register_family
 
 
 @register_family
@@ -50,7 +50,7 @@ class WanFamily(Family):
         return {**kwargs, "temb": gather_rows(temb, positions)}
 
     def follow(self, kwargs: Kwargs, plan: Plan, context: str, removed: Tensor | None) -> Kwargs:
-        given = plan.kept if removed is None else torch.cat([plan.kept, removed], dim=1)
+        given = given_positions(plan, removed)
         rotary = tuple(gather_rows(part, given) for part in kwargs["rotary_emb"])
         return {**self.select(kwargs, plan.kept), "rotary_emb": rotary}
 

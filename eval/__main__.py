@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": ("eval.generate", "the images of one setting"),
     "score": ("eval.scores", "what a setting cost in quality"),
     "speed": ("eval.speed", "how long a step takes, in turns with the unreduced pipeline"),
+    "study": ("eval.study", "drift of many combinations, without pictures or times"),
     "report": ("eval.report", "a page with plots, pictures and tables"),
 }
 

@@ -163,8 +163,8 @@ def generate(
     out = Path(out)
     with setting.applied(
         loaded.pipe
-    ) as overrides:  # what cannot be is refused before there is a folder
-        _check(loaded.pipe, {**manifest.call, **overrides})
+    ) as applied:  # what cannot be is refused before there is a folder
+        _check(loaded.pipe, {**manifest.call, **applied.call})
     # One process looks, for all of them: while others write, each would see something else.
     plan: list[Any] = list(_open(out, manifest)) if state.is_main_process else [None, None]
     stored: Manifest
@@ -376,12 +376,12 @@ def _images(
     """
     with torch.random.fork_rng([loaded.device] if loaded.device.type == "cuda" else []):
         torch.manual_seed(manifest.seeds[batch.start])
-        with setting.applied(loaded.pipe) as overrides:
+        with setting.applied(loaded.pipe) as applied:
             output = loaded.pipe(
                 prompt=[manifest.prompts[index] for index in batch],
                 generator=[torch.Generator().manual_seed(manifest.seeds[index]) for index in batch],
                 output_type="pil",
-                **{**manifest.call, **overrides},
+                **{**manifest.call, **applied.call},
             )
     if not hasattr(output, "images"):
         name = type(loaded.pipe).__name__

@@ -226,14 +226,20 @@ def check_match(run: Run, reference: Run) -> None:
             raise differ(f"height x width of image {index}", *sizes)
 
 
+def psnr_db(mine: Tensor, others: Tensor) -> Tensor:
+    """Of each picture to the one at its place.  uint8 [B, 3, H, W] x 2 -> [B], float64"""
+    x, y = mine.double(), others.double()
+    psnr = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))
+    return psnr.clamp(max=PSNR_CAP_DB)
+
+
 def drift(mine: Pictures, others: Pictures, perceptual: Lpips | None = None) -> dict[str, Tensor]:
     """Of each picture from the one at its place: PSNR, SSIM and, if given, LPIPS."""
     found: dict[str, list[Tensor]] = {"psnr_db": [], "ssim": []}
     for a, b in zip(mine.batches(), others.batches(), strict=True):
         x, y = a.double(), b.double()
-        psnr = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))
         ssim = structural_similarity_index_measure(x, y, data_range=255.0, reduction="none")
-        found["psnr_db"].append(psnr.clamp(max=PSNR_CAP_DB))
+        found["psnr_db"].append(psnr_db(a, b))
         found["ssim"].append(ssim)
         if perceptual is not None:
             found.setdefault("lpips", []).append(perceptual(a, b))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from eval.baselines import (
     rescheduled,
     step_cached,
 )
-from tofu_diffusers import apply_tofu
+from tofu_diffusers import Handle, apply_tofu
 
 KINDS = ("unreduced", "tofu", "fewer_steps", "step_cache", "tomesd", "pab", "stack")
 DENOISERS = ("unet", "transformer")
@@ -73,20 +74,62 @@ class Setting:
         """What `to_dict` gave."""
         return cls(**data)
 
-    def applied(self, pipe: Any) -> AbstractContextManager[dict[str, Any]]:
-        """Inside it the pipeline generates this way, if it is called with what the context yields."""
+    def parts(self) -> list[Setting]:
+        """Itself, or what it is a stack of, the first innermost."""
+        if self.kind != "stack":
+            return [self]
+        inner = (Setting.from_dict(each).parts() for each in self.options["of"])
+        return [part for parts in inner for part in parts]
+
+    def applied(self, pipe: Any) -> AbstractContextManager[Applied]:
+        """Inside it the pipeline generates this way, if it is called with the `call` of what it yields."""
         return _applied(self, pipe)
 
 
+@dataclass
+class Applied:
+    """What a setting did to a pipeline.
+
+    Attributes:
+        call: Arguments that the pipeline is to be called with, beside or instead of others.
+        handles: Of tofu; their summaries know the FLOPs saved.
+    """
+
+    call: dict[str, Any] = field(default_factory=dict)
+    handles: list[Handle] = field(default_factory=list)
+    saving: float | None = None
+
+
+def known_saving(setting: Setting, applied: Applied, steps: int) -> float | None:
+    """FLOPs of the unreduced denoiser over those of the generation just made, where they need no counting.
+
+    Args:
+        steps: Of the unreduced generation.
+
+    Returns:
+        None for what other packages did to the pipeline: count it, as `eval.speed` does.
+    """
+    summaries = [handle.summary() for handle in applied.handles]
+    saving = math.prod(each.flops_whole / each.flops_run for each in summaries)
+    for each in setting.parts():
+        if each.kind == "fewer_steps":
+            saving *= steps / int(each.options["steps"])
+        elif each.kind == "step_cache":
+            saving *= each.options["total"] / each.options["computed"]
+        elif each.kind not in ("unreduced", "tofu"):
+            return None
+    return saving
+
+
 @contextmanager
-def _applied(setting: Setting, pipe: Any) -> Iterator[dict[str, Any]]:
+def _applied(setting: Setting, pipe: Any) -> Iterator[Applied]:
     options = dict(setting.options)
-    call: dict[str, Any] = {}
+    done = Applied()
     with ExitStack() as stack:
         if setting.kind == "tofu":
-            stack.enter_context(apply_tofu(pipe, **options))
+            done.handles.append(stack.enter_context(apply_tofu(pipe, **options)))
         elif setting.kind == "fewer_steps":
-            call["num_inference_steps"] = options["steps"]
+            done.call["num_inference_steps"] = options["steps"]
             if options.get("scheduler") == "multistep":
                 stack.enter_context(rescheduled(pipe, multistep(pipe.scheduler)))
         elif setting.kind == "step_cache":
@@ -97,5 +140,7 @@ def _applied(setting: Setting, pipe: Any) -> Iterator[dict[str, Any]]:
             stack.enter_context(broadcast_attention(denoiser_of(pipe), **options))
         elif setting.kind == "stack":
             for inner in options["of"]:
-                call |= stack.enter_context(Setting.from_dict(inner).applied(pipe))
-        yield call
+                each = stack.enter_context(Setting.from_dict(inner).applied(pipe))
+                done.call |= each.call
+                done.handles += each.handles
+        yield done

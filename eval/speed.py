@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval import generate
 from eval.manifest import provenance, write_whole
 from eval.prompts import first, load_prompts
-from eval.settings import Setting, denoiser_name, denoiser_of
+from eval.settings import Applied, Setting, denoiser_name, denoiser_of
 from pipelines.timer import Timer
 
 UNREDUCED = Setting("unreduced")
@@ -97,8 +97,8 @@ class Bench:
 
     def once(self, pipe: Any, setting: Setting) -> tuple[list[float], float]:
         """Times of the denoiser's calls, and of the whole generation, in ms."""
-        with setting.applied(pipe) as changes:
-            return self.timed(pipe, changes)
+        with setting.applied(pipe) as applied:
+            return self.timed(pipe, applied.call)
 
     def timed(self, pipe: Any, changes: dict[str, Any]) -> tuple[list[float], float]:
         """One generation inside an applied setting."""
@@ -116,10 +116,10 @@ class Bench:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         apart = own is not plain
-        with setting.applied(own) if apart else nullcontext({}) as changes:
+        with setting.applied(own) if apart else nullcontext(Applied()) as applied:
             for turn in range(rounds + 1):
                 base, base_end = self.once(plain, UNREDUCED)
-                ours, end = self.timed(own, changes) if apart else self.once(own, setting)
+                ours, end = self.timed(own, applied.call) if apart else self.once(own, setting)
                 if turn == 0:
                     continue
                 calls.append(ours)
@@ -144,10 +144,10 @@ class Bench:
 
     def flops(self, setting: Setting) -> int:
         """Counted FLOPs of one generation."""
-        with setting.applied(self.pipe) as changes:
+        with setting.applied(self.pipe) as applied:
             return counted_flops(
                 self.pipe,
-                lambda: one_batch(self.pipe, self.prompts, self.seed, self.call | changes),
+                lambda: one_batch(self.pipe, self.prompts, self.seed, self.call | applied.call),
             )
 
 

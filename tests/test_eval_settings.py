@@ -43,8 +43,8 @@ def test_changes_what_is_generated_and_leaves_no_trace(setting, builder):
         return
     calls = []
     hook = denoiser_of(pipe).register_forward_pre_hook(lambda *_: calls.append(1))
-    with setting.applied(pipe) as changes:
-        changed = generate(pipe, changes)
+    with setting.applied(pipe) as applied:
+        changed = generate(pipe, applied.call)
     hook.remove()
     assert len(calls) == (5 if setting.kind == "fewer_steps" else 8)
     assert torch.isfinite(changed).all() and not torch.equal(changed, before)
@@ -100,8 +100,8 @@ def test_step_caching_repeats_or_extrapolates_each_condition():
 def test_computing_every_step_is_the_original():
     pipe = tiny.tiny_sd()
     before = generate(pipe, {})
-    with Setting("all", "step_cache", {"total": 8, "computed": 8}).applied(pipe) as changes:
-        assert torch.equal(generate(pipe, changes), before)
+    with Setting("all", "step_cache", {"total": 8, "computed": 8}).applied(pipe) as applied:
+        assert torch.equal(generate(pipe, applied.call), before)
 
 
 @pytest.mark.parametrize("builder", [tiny.tiny_sd2, tiny.tiny_sd3])

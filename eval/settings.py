@@ -10,6 +10,9 @@ from typing import Any
 
 from eval.baselines import (
     broadcast_attention,
+    deep_cached,
+    extrapolated,
+    first_block_cached,
     merged_by_tomesd,
     multistep,
     rescheduled,
@@ -17,7 +20,18 @@ from eval.baselines import (
 )
 from tofu_diffusers import Handle, apply_tofu
 
-KINDS = ("unreduced", "tofu", "fewer_steps", "step_cache", "tomesd", "pab", "stack")
+KINDS = (
+    "unreduced",
+    "tofu",
+    "fewer_steps",
+    "step_cache",
+    "tomesd",
+    "pab",
+    "taylorseer",
+    "first_block_cache",
+    "deepcache",
+    "stack",
+)
 DENOISERS = ("unet", "transformer")
 
 
@@ -46,7 +60,9 @@ class Setting:
         name: Of its folder and rows: letters, digits and "-_.+=".
         kind: "unreduced"; "tofu" (options of apply_tofu); "fewer_steps" (steps; scheduler: None or
             "multistep"); "step_cache" (total, computed, first, order); "tomesd" (its own options); "pab"
-            (skip, first, last); "stack" (of: settings as dictionaries, the first innermost).
+            (skip, first, last); "taylorseer" (interval, first, order, modules); "first_block_cache"
+            (threshold); "deepcache" (interval, branch); "stack" (of: settings as dictionaries, the first
+            innermost).
         options: Of the kind.
 
     Raises:
@@ -138,6 +154,12 @@ def _applied(setting: Setting, pipe: Any) -> Iterator[Applied]:
             stack.enter_context(merged_by_tomesd(pipe, **options))
         elif setting.kind == "pab":
             stack.enter_context(broadcast_attention(denoiser_of(pipe), **options))
+        elif setting.kind == "taylorseer":
+            stack.enter_context(extrapolated(denoiser_of(pipe), **options))
+        elif setting.kind == "first_block_cache":
+            stack.enter_context(first_block_cached(denoiser_of(pipe), **options))
+        elif setting.kind == "deepcache":
+            stack.enter_context(deep_cached(pipe, **options))
         elif setting.kind == "stack":
             for inner in options["of"]:
                 each = stack.enter_context(Setting.from_dict(inner).applied(pipe))

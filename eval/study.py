@@ -101,6 +101,8 @@ class Study:
     ):
         self.loaded, self.prompts, self.seed = loaded, prompts, seed
         self.batch_size, self.call = batch_size, call
+        # Of the code that this process runs, whatever becomes of the checkout meanwhile.
+        self.provenance = provenance(loaded.device)
         self.references: dict[int, Tensor] = {}
 
     def pictures(self, trial: Trial) -> tuple[Tensor, float]:
@@ -127,7 +129,7 @@ class Study:
         return {
             **self.about(trial),
             "setting": trial.setting.to_dict(),
-            **provenance(self.loaded.device),
+            **self.provenance,
             "flops_ratio": round(saving, 4),
             "speed": None,
             "metrics": {"psnr_db": of_mean(drift).entry()},

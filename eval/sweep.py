@@ -4,8 +4,9 @@
 
 Generates, scores, times and reports; stopped anywhere, the same command goes on. Beside the methods run
 random pruning at the same ratios, fewer steps (with the pipeline's scheduler and a second-order multistep
-one) and whole-step caching (repeated, extrapolated) at the counted FLOPs of each method, tomesd where it
-runs, and diffusers' Pyramid Attention Broadcast.
+one) and whole-step caching (repeated, extrapolated) at the counted FLOPs of each method, and what other
+packages offer: diffusers' Pyramid Attention Broadcast; tomesd and DeepCache for UNets; for transformers
+diffusers' TaylorSeer and, where it runs, First Block Cache.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,12 +78,24 @@ def baselines(steps: int, speedups: Iterable[float]) -> list[Setting]:
 
 
 def others(pipe: Any, ratios: Iterable[float]) -> list[Setting]:
-    """What other packages offer: tomesd for UNets, and attention reused between steps."""
+    """What other packages offer: attention reused between steps for every denoiser; tomesd and DeepCache
+    for UNets; TaylorSeer for transformers, and First Block Cache for those whose blocks it can take.
+    """
     settings = [Setting("pab-2", "pab", {"skip": 2})]
     if getattr(pipe, "unet", None) is not None:
         # More than 0.75 is not to be had from its 2 x 2 cells.
         wanted = (ratio for ratio in sorted(set(ratios)) if 0 < ratio <= 0.75)
         settings += [Setting(f"tomesd-{ratio:g}", "tomesd", {"ratio": ratio}) for ratio in wanted]
+        return settings + [Setting(f"deepcache-{n}", "deepcache", {"interval": n}) for n in (2, 3)]
+    settings += [
+        Setting(f"taylorseer-{n}", "taylorseer", {"interval": n, "modules": "paper"})
+        for n in (2, 3)
+    ]
+    for threshold in (0.1, 0.2):
+        cache = Setting(f"first-block-{threshold:g}", "first_block_cache", {"threshold": threshold})
+        # What it cannot take, it refuses: SD3's blocks, for one.
+        with suppress(ValueError), cache.applied(pipe):
+            settings.append(cache)
     return settings
 
 

@@ -13,45 +13,106 @@ from eval.speed import Bench, counted_flops, measure
 from tests import tiny
 
 TOFU = {"name": "a", "kind": "tofu", "options": {"ratio": 0.5}}
-CACHE = {"name": "b", "kind": "step_cache", "options": {"total": 8, "computed": 5}}
+CACHE = {"name": "b", "kind": "step_cache", "options": {"total": 7, "computed": 5}}
+STEPS = 7  # odd: what counts on from generation to generation begins the second one elsewhere
 SETTINGS = [
     Setting("tofu", "tofu", {"ratio": 0.5}),
     Setting("steps", "fewer_steps", {"steps": 5}),
     Setting("multistep", "fewer_steps", {"steps": 5, "scheduler": "multistep"}),
-    Setting("repeat", "step_cache", {"total": 8, "computed": 5, "order": 0}),
-    Setting("line", "step_cache", {"total": 8, "computed": 5}),
+    Setting("repeat", "step_cache", {"total": 7, "computed": 5, "order": 0}),
+    Setting("line", "step_cache", {"total": 7, "computed": 5}),
     Setting("pab", "pab", {"skip": 2}),
     Setting("stack", "stack", {"of": [TOFU, CACHE]}),
     Setting("tomesd", "tomesd", {"ratio": 0.5}),
+    Setting("taylorseer", "taylorseer", {"interval": 2}),
+    Setting("paper", "taylorseer", {"interval": 3, "first": 2, "order": 2, "modules": "paper"}),
+    Setting("first-block", "first_block_cache", {"threshold": 0.5}),
+    Setting("deepcache", "deepcache", {"interval": 2}),
+    Setting("deeper", "deepcache", {"interval": 3, "branch": 3}),
 ]
+HOOKED = [each for each in SETTINGS if each.kind in ("taylorseer", "first_block_cache")]
+CASES = [
+    *((tiny.tiny_sd, setting) for setting in SETTINGS),
+    *((tiny.tiny_sd3, setting) for setting in SETTINGS),
+    *((tiny.tiny_flux, setting) for setting in HOOKED),
+]
+REFUSED = {
+    ("tomesd", "tiny_sd3"): "serves pipelines with a UNet, not StableDiffusion3Pipeline",
+    ("taylorseer", "tiny_sd"): "finds no modules in UNet2DConditionModel",
+    ("first-block", "tiny_sd"): "serves transformers of two blocks or more, not UNet2D",
+    ("first-block", "tiny_sd3"): "fails on SD3Transformer2DModel",
+    ("deepcache", "tiny_sd3"): "serves pipelines with a UNet, not StableDiffusion3Pipeline",
+    ("deeper", "tiny_sd3"): "serves pipelines with a UNet, not StableDiffusion3Pipeline",
+}
 
 
 def generate(pipe, changes, prompts=("a cat", "a dog")):
-    call = {"num_inference_steps": 8, **changes}
+    call = {"num_inference_steps": STEPS, **changes}
     return tiny.generate(pipe, list(prompts), steps=call.pop("num_inference_steps"), **call)
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-@pytest.mark.parametrize("builder", [tiny.tiny_sd, tiny.tiny_sd3])
-def test_changes_what_is_generated_and_leaves_no_trace(setting, builder):
+def own_attributes(pipe):
+    """Of every module in the denoiser, by name."""
+    return {name: set(vars(module)) for name, module in denoiser_of(pipe).named_modules()}
+
+
+@pytest.mark.parametrize(
+    ("builder", "setting"), CASES, ids=[f"{build.__name__}-{each.name}" for build, each in CASES]
+)
+def test_changes_what_is_generated_and_leaves_no_trace(builder, setting):
     pipe = builder()
     before = generate(pipe, {})
     noise, scheduler = torch.get_rng_state(), pipe.scheduler
-    if setting.kind == "tomesd" and builder is tiny.tiny_sd3:
-        with pytest.raises(ValueError, match="serves pipelines with a UNet"), setting.applied(pipe):
+    attributes = own_attributes(pipe)
+    refused = REFUSED.get((setting.name, builder.__name__))
+    if refused:
+        with pytest.raises(ValueError, match=refused), setting.applied(pipe):
             pass
-        return
-    calls = []
-    hook = denoiser_of(pipe).register_forward_pre_hook(lambda *_: calls.append(1))
-    with setting.applied(pipe) as applied:
-        changed = generate(pipe, applied.call)
-    hook.remove()
-    assert len(calls) == (5 if setting.kind == "fewer_steps" else 8)
-    assert torch.isfinite(changed).all() and not torch.equal(changed, before)
+    else:
+        calls = []
+        hook = denoiser_of(pipe).register_forward_pre_hook(lambda *_: calls.append(1))
+        with setting.applied(pipe) as applied:
+            changed = generate(pipe, applied.call)
+            again = generate(pipe, applied.call)
+        hook.remove()
+        assert len(calls) == 2 * (5 if setting.kind == "fewer_steps" else STEPS)
+        assert torch.isfinite(changed).all() and not torch.equal(changed, before)
+        # tomesd goes on drawing where it was.
+        assert torch.equal(again, changed) or setting.kind == "tomesd"
     assert pipe.scheduler is scheduler
     assert torch.equal(torch.get_rng_state(), noise)
+    assert own_attributes(pipe) == attributes
     assert torch.equal(generate(pipe, {}), before)
     assert Setting.from_dict(setting.to_dict()) == setting
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("taylorseer", {"interval": 1}, "interval 1, first 3, order 1"),
+        ("taylorseer", {"interval": 2, "first": 0}, "interval 2, first 0, order 1"),
+        ("taylorseer", {"interval": 2, "order": -1}, "interval 2, first 3, order -1"),
+        ("taylorseer", {"interval": 2, "modules": "some"}, "unknown modules 'some'"),
+        ("first_block_cache", {"threshold": 0.0}, "threshold 0.0 reuses nothing"),
+        ("deepcache", {"interval": 1}, "interval 1, branch 0"),
+        ("deepcache", {"interval": 2, "branch": 6}, "branch from 0 to 5"),
+    ],
+)
+def test_caches_that_would_change_nothing_are_refused(kind, options, message):
+    pipe = tiny.tiny_sd()
+    with pytest.raises(ValueError, match=message), Setting("x", kind, options).applied(pipe):
+        pass
+
+
+@pytest.mark.parametrize("setting", HOOKED, ids=lambda setting: setting.name)
+def test_guidance_in_two_calls_has_a_state_for_each(setting):
+    """Equal conditions in two calls are what one condition is; in a mixed state they would not be."""
+    pipe = tiny.tiny_qwen()
+    same = {"negative_prompt": ["a cat", "a dog"], "true_cfg_scale": 2.0}
+    with setting.applied(pipe):
+        once = generate(pipe, {"true_cfg_scale": 1.0})
+        twice = generate(pipe, same)
+    assert torch.allclose(twice, once, atol=1e-4)
 
 
 @given(st.integers(1, 60), st.data())

@@ -61,9 +61,9 @@ def test_a_sweep_from_one_command_and_again_after_a_stop(folder, tmp_path, monke
     rows = json.loads((out / "results.json").read_text())["rows"]
     names = [row["setting"]["name"] for row in rows]
     assert names[:3] == ["unreduced", "default-0.5", "random-0.5"]
-    assert {"tomesd-0.5", "pab-2"} <= set(names)
+    assert {"tomesd-0.5", "pab-2", "deepcache-2"} <= set(names)
     kinds = {row["setting"]["kind"] for row in rows}
-    assert kinds == {"unreduced", "tofu", "tomesd", "pab", "fewer_steps", "step_cache"}
+    assert kinds == {"unreduced", "tofu", "tomesd", "pab", "deepcache", "fewer_steps", "step_cache"}
     for row in rows:
         assert row["n"] == 3 and len(row["weights"]) == 16 and row["commit"]
         assert {"psnr_db", "ssim", "feature_distance", "fd-effnetlite0"} <= set(row["metrics"])
@@ -117,8 +117,16 @@ def test_every_ratio_has_its_floor_and_zero_is_the_reference():
     ]
     assert settings[0].options == {"ratio": 0.25}
     assert settings[1].options == {"ratio": 0.25, "method": "tome"}
-    assert [s.name for s in others(tiny.tiny_sd3(), [0.5])] == ["pab-2"]
-    assert [s.name for s in others(tiny.tiny_sd(), [0.5, 0.9])] == ["pab-2", "tomesd-0.5"]
+
+
+def test_other_packages_are_asked_for_what_they_can():
+    def names(pipe, ratios=(0.5, 0.9)):
+        return [setting.name for setting in others(pipe, ratios)]
+
+    assert names(tiny.tiny_sd()) == ["pab-2", "tomesd-0.5", "deepcache-2", "deepcache-3"]
+    assert names(tiny.tiny_sd3()) == ["pab-2", "taylorseer-2", "taylorseer-3"]
+    first_block = ["first-block-0.1", "first-block-0.2"]
+    assert names(tiny.tiny_flux()) == ["pab-2", "taylorseer-2", "taylorseer-3", *first_block]
 
 
 @pytest.mark.parametrize(

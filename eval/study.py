@@ -32,8 +32,8 @@ from eval.prompts import first, load_prompts
 from eval.scores import psnr_db
 from eval.settings import Applied, Setting, known_saving
 from eval.speed import UNREDUCED, Bench, one_batch
-from tofu_diffusers import FOLDS, METHODS, RESTORES, TofuConfig
-from tofu_diffusers.config import CONTEXTS, SCOPES
+from eval.sweep import others
+from tofu_diffusers import CONTEXTS, FOLDS, METHODS, RESTORES, SCOPES, TofuConfig
 
 RATIOS = (0.25, 0.5, 0.75)
 # As in every row of the grid: what the choice by change needs, and the bound of extrapolation.
@@ -78,7 +78,68 @@ def grid(steps: int) -> Iterator[Trial]:
         yield Trial(tofu(f"{method}-{fold}-{how}-{scope}-{context}-{ratio:g}", **options), steps)
 
 
-STAGES = {"grid": grid}
+# The best known of those that remove some tokens at every step, and what it is made of.
+TOKENS = {
+    "method": "importance",
+    "fold": "prune",
+    "restore": "taylor",
+    "context": "fresh",
+    "share": "level",
+    "max_age": 8,
+}
+
+
+def front(steps: int) -> Iterator[Trial]:
+    """The default, tokens and merging with what they must beat: at 1.5, 2 and 3 times fewer FLOPs where they
+    can.
+    """
+    counts = [round(steps / speed) for speed in (1.5, 2, 3)]
+    middle = counts[1]
+    settings = []
+    for count in counts:
+        share = (steps - count) / (steps - 2)
+        cache = {"total": steps, "computed": count, "first": 2, "order": 1}
+        settings += [
+            tofu(f"step-{count}", scope="step", ratio=round(share, 4), first_steps=2),
+            Setting(f"line-{count}", "step_cache", cache),
+            Setting(f"steps-{count}", "fewer_steps", {"steps": count}),
+        ]
+    multistep = {"steps": middle, "scheduler": "multistep"}
+    cache = {"total": steps, "computed": middle, "first": 2, "order": 0}
+    settings += [
+        Setting(f"multistep-{middle}", "fewer_steps", multistep),
+        Setting(f"repeat-{middle}", "step_cache", cache),
+    ]
+    whole = max(2, steps // 4)
+    for ratio in (0.5, 0.75):
+        for context in ("fresh", "cached"):
+            options = {**TOKENS, "context": context, "ratio": ratio, "first_steps": whole}
+            settings.append(tofu(f"tokens-{context}-{ratio:g}", **options))
+    half = {**TOKENS, "ratio": 0.5, "first_steps": whole}
+    cache = {"total": steps, "computed": counts[0], "first": whole, "order": 1}
+    settings += [
+        tofu("tokens-temporal-0.5", **{**half, "restore": "temporal"}),
+        tofu("tokens-blend-0.5", **{**half, "restore": "blend"}),
+        tofu("tokens-random-0.5", **{**half, "method": "random"}),
+        tofu("tokens-none-0.5", **{**half, "context": "none"}),
+        Setting(
+            f"stack-{counts[0]}",
+            "stack",
+            {
+                "of": [
+                    tofu("tokens", **half).to_dict(),
+                    Setting("line", "step_cache", cache).to_dict(),
+                ]
+            },
+        ),
+        *(tofu(f"{method}-0.5", method=method, ratio=0.5) for method in ("tofu", "tome", "pitome")),
+        tofu("random-0.5", method="random", ratio=0.5),
+    ]
+    for setting in settings:
+        yield Trial(setting, steps)
+
+
+STAGES = {"grid": grid, "front": front}
 
 
 def measure(
@@ -190,7 +251,10 @@ def main(args: argparse.Namespace) -> None:
         mend(args.out)
     state.wait_for_everyone()
     done = {row["id"] for row in read(args.out)}
-    todo = [t for t in STAGES[args.stage](args.steps) if study.about(t)["id"] not in done]
+    trials = list(STAGES[args.stage](args.steps))
+    if args.stage != "grid":
+        trials += [Trial(setting, args.steps) for setting in others(loaded.pipe, [0.5])]
+    todo = [trial for trial in trials if study.about(trial)["id"] not in done]
     mine = todo[state.process_index :: state.num_processes]
     for trial in tqdm(mine, desc=args.stage, unit=" rows", disable=not state.is_main_process):
         append(args.out, study.row(trial))

@@ -102,12 +102,13 @@ def test_checkout_rooms_use_public_names_only(path):
 
 
 def test_one_file_touches_private_state_of_the_hosts():
+    """In the package; among the baselines other packages are cleaned up after."""
     touching = {
         path.relative_to(ROOT).as_posix()
         for path in sources("tofu_diffusers", "eval", "pipelines")
         if any(name in path.read_text(encoding="utf-8") for name in PRIVATE_STATE)
     }
-    assert touching == {"tofu_diffusers/attach.py"}
+    assert touching == {"tofu_diffusers/attach.py", "eval/baselines.py"}
 
 
 def test_the_package_is_typed_and_exports_what_it_says():

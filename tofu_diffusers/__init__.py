@@ -7,7 +7,7 @@
 """
 
 from .apply import Handle, apply_tofu, remove_tofu
-from .config import TofuConfig
+from .config import CONTEXTS, SCOPES, TofuConfig
 from .families import FAMILIES
 from .fold import FOLDS, reduce
 from .grid import TokenGrid
@@ -21,10 +21,12 @@ from .summary import Summary
 __version__ = "0.1.0"
 
 __all__ = [
+    "CONTEXTS",
     "FAMILIES",
     "FOLDS",
     "METHODS",
     "RESTORES",
+    "SCOPES",
     "Evidence",
     "Handle",
     "Method",

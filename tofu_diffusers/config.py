@@ -10,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from .fold import FOLDS
-from .methods import Method, make_method
+from .methods import METHODS, Method, make_method
+from .methods.all import All
 from .methods.base import hint
 from .restore import CACHED, RESTORES
 from .schedule import Schedule
 
-SCOPES = ("attention", "block", "span")
+SCOPES = ("attention", "block", "span", "step")
 CONTEXTS = ("none", "fresh", "cached")
 SHARES = ("block", "run", "level")
+# What scope "step" has no use for, with all tokens gone at once.
+TOKEN_FIELDS = (
+    "context", "schedule", "depth_schedule", "max_age", "first_blocks", "last_blocks", "share", "share_plan",
+    "reuse", "levels", "min_tokens", "seed",
+)  # fmt: skip
 FILE_NAME = "tofu_config.json"
 FORMAT = 1
+STEP_RESTORES = ("temporal", "taylor")
 
 
 def one_of(what: str, value: object, valid: Iterable[str]) -> None:
@@ -35,13 +42,16 @@ class TofuConfig:
     """Configuration of token reduction.
 
     Args:
-        ratio: Fraction of the image tokens removed where tofu acts, in [0, 1).
-        method: Which tokens go: a name of `tofu_diffusers.METHODS`.
+        ratio: Fraction of the image tokens removed where tofu acts, in [0, 1); in scope "step", fraction of
+            the steps that are left out.
+        method: Which tokens go: a name of `tofu_diffusers.METHODS`; in scope "step" "all", the only one
+            there. None: "tofu", or "all" in scope "step".
         method_options: Options of the method, by name.
         fold: What a kept token becomes: "prune", "mean", "mlerp"; None: the method's own.
         restore: What a removed token gets back: "copy", "mlerp", "temporal", "taylor", "blend"; None:
             the method's own.
-        scope: Around what tokens shrink: "attention", "block" or "span" (a run of blocks).
+        scope: Around what tokens shrink: "attention", "block", "span" (a run of blocks) or "step" (the whole
+            denoiser: at some steps it does not run, and its prediction is restored from its past).
         context: What attention sees of removed tokens: "none"; "fresh" (keys and values from their
             current state); "cached" (their last keys and values).
         schedule: Factor on the ratio over the noise level (position 0: pure noise, 1: clean image). A
@@ -67,7 +77,7 @@ class TofuConfig:
     """
 
     ratio: float = 0.5
-    method: str = "tofu"
+    method: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
     fold: str | None = None
     restore: str | None = None
@@ -98,6 +108,9 @@ class TofuConfig:
         object.__setattr__(self, "ratio", float(self.ratio))
         object.__setattr__(self, "schedule", Schedule.of(self.schedule))
         object.__setattr__(self, "depth_schedule", Schedule.of(self.depth_schedule))
+        one_of("scope", self.scope, SCOPES)
+        if self.method is None:
+            object.__setattr__(self, "method", All.name if self.scope == "step" else "tofu")
         # As JSON has them, so that a configuration read back is equal.
         options = {
             name: list(value) if isinstance(value, tuple) else value
@@ -108,7 +121,6 @@ class TofuConfig:
             one_of("fold", self.fold, FOLDS)
         if self.restore is not None:
             one_of("restore", self.restore, RESTORES)
-        one_of("scope", self.scope, SCOPES)
         one_of("context", self.context, CONTEXTS)
         one_of("share", self.share, SHARES)
         for name in ("first_steps", "last_steps", "first_blocks", "last_blocks", "min_tokens"):
@@ -138,6 +150,8 @@ class TofuConfig:
         self._check_combination()
 
     def _check_combination(self) -> None:
+        if self.scope == "step":
+            self._check_step()
         prunes = {self.fold_at(depth) for depth in (0.0, 1.0)} == {"prune"}
         cached = {self.restore_at(depth) for depth in (0.0, 1.0)} & CACHED
         if (self.context != "none" or cached) and not prunes:
@@ -146,9 +160,10 @@ class TofuConfig:
                 if self.context != "none"
                 else f"restore {min(cached)!r}"
             )
+            fold = repr(self.fold) if self.fold else f"the own one of method {self.method!r}"
             raise ValueError(
                 f"{what} needs fold 'prune' at every site (a folded token has no state of its own to keep), "
-                f"not {self.fold or self.method + chr(39) + 's own'!r}; pass fold='prune'"
+                f"not {fold}; pass fold='prune'"
             )
         if self.scope == "span" and self.context == "fresh":
             raise ValueError(
@@ -160,17 +175,43 @@ class TofuConfig:
                 "scope 'span' needs one plan a run; use share 'run' or 'level', or scope 'block'"
             )
 
+    def _check_step(self) -> None:
+        kept = {
+            "fold": self.fold in (None, "prune"),
+            "restore": self.restore_at(0.0) in STEP_RESTORES,
+        }
+        defaults = {item.name: item.default for item in fields(self)}
+        kept |= {name: getattr(self, name) == defaults[name] for name in TOKEN_FIELDS}
+        for name, holds in kept.items():
+            if not holds:
+                raise ValueError(
+                    f"scope 'step' leaves out all tokens of a step and extrapolates ('taylor') or repeats "
+                    f"('temporal') its prediction; {name} {getattr(self, name)!r} does nothing there: leave "
+                    "it out, or use scope='block'"
+                )
+
     def make_method(self) -> Method:
         """The method with its options.
 
         Raises:
-            ValueError: on an unknown method or option.
+            ValueError: on an unknown method or option, or one that is not of this scope.
         """
         options = dict(self.method_options)
+        if (self.scope == "step") != (self.method == All.name):
+            raise ValueError(
+                f"scope {self.scope!r} cannot have method {self.method!r}: scope 'step' and method 'all' go "
+                f"together; leave method out, or choose one of {', '.join(sorted(METHODS))} and another scope"
+            )
+        if self.scope == "step":
+            if options:
+                raise ValueError(
+                    f"method 'all' has no options, not {', '.join(options)}; leave them out"
+                )
+            return All()
         if self.max_age is not None and self.method == "importance":
             # The choice must keep the bound that the restores assume.
             options.setdefault("max_age", self.max_age)
-        return make_method(self.method, **options)
+        return make_method(str(self.method), **options)
 
     def fold_at(self, depth: float) -> str:
         """The fold at a depth in [0, 1]: the field, or else the method's own."""

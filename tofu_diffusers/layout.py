@@ -66,6 +66,10 @@ class Layout:
         self.projections: list[Projection] = []
         self._shelves: dict[str, Shelf] = {}
         self._blocks: list[Laid] = []
+        if config.scope == "step":
+            restore = config.restore_at(0.0)
+            self.units.append(Unit("the whole denoiser", 0, Shelf(0), 0.0, "prune", restore, 0))
+            return
         runs = family.runs(model)
         ordered = [block for run in runs for block in run.blocks]
         count = len(ordered)

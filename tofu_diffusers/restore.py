@@ -139,8 +139,8 @@ def _rescaled(update: Tensor, plan: Plan, x: Tensor, folded: Tensor) -> Tensor:
     return (plan.spread(wide(update)) * rho).to(update.dtype)
 
 
-def _own(how: str, cache: UpdateCache, step: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each token's own last update, extrapolated for taylor.  -> [B, N, C]"""
+def own_update(how: str, cache: UpdateCache, step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each token's own last update, extrapolated for taylor and else repeated.  -> [B, N, C]"""
     if how == "temporal" or cache.slope is None:
         return cache.value.to(dtype)
     age = step.to(torch.float32) - cache.last
@@ -156,7 +156,7 @@ def _from_past(
     if max_age is not None:
         known = known & (age <= max_age)
     if how != "blend":
-        own = _own(how, cache, step, copied.dtype)
+        own = own_update(how, cache, step, copied.dtype)
     else:
         before = plan.spread(plan.rows(cache.value))
         own = _fit(wide(cache.value) + (wide(copied) - wide(before)), copied.dtype)
@@ -225,7 +225,7 @@ def restore(
     if how == "taylor" and cache.slope is None:
         raise ValueError("restore 'taylor' needs a cache with slopes; make it by empty('taylor')")
     if cache.complete and max_age is None and how != "blend":
-        full = put(_own(how, cache, step, update.dtype), plan.kept, update)
+        full = put(own_update(how, cache, step, update.dtype), plan.kept, update)
     else:
         full = _from_past(how, plan.spread(update), plan, cache, step, max_age)
     cache.record(update, step, plan.kept)

@@ -26,8 +26,9 @@ from .grid import TokenGrid
 from .kernels.reference import normalise
 from .methods import Evidence, Method
 from .plan import Plan
+from .predictions import Predictions
 from .restore import CACHED, UpdateCache
-from .schedule import quantise
+from .schedule import left_out, quantise
 from .tracker import Tracker
 from .units import Projection, Shelf, Unit
 
@@ -130,6 +131,7 @@ class Session:
     tracker: Tracker | None = None
     opened: tuple[Tensor, Tensor, Plan | None] | None = None
     last_call: dict[str, Any] | None = None
+    predictions: Predictions | None = None
 
     def __post_init__(self) -> None:
         self.method = self.config.make_method()
@@ -137,6 +139,8 @@ class Session:
         # Where the choice of tokens keeps the bound, restores need not look for tokens beyond it.
         bounded = self.method.name == "importance" and self.config.schedule.is_constant
         self.max_age = None if bounded and self.config.reuse == 1 else self.config.max_age
+        if self.config.scope == "step":
+            self.predictions = Predictions(self.units[0].restore)
         self.shelves = list(dict.fromkeys(unit.shelf for unit in self.units))
         self._set_ratios()
 
@@ -183,7 +187,10 @@ class Session:
     def whole_steps(self) -> int:
         """How many steps at the start run whole: as asked, and until there is evidence and context."""
         return max(
-            self.config.first_steps, self.method.warmup, int(self.config.context == "cached")
+            self.config.first_steps,
+            self.method.warmup,
+            int(self.config.context == "cached"),
+            self.predictions.needed if self.predictions is not None else 0,
         )
 
     def steps(self) -> list[StepRecord]:
@@ -198,6 +205,8 @@ class Session:
         for projection in self.projections:
             projection.rows.clear()
         self.shapes.clear()
+        if self.predictions is not None:
+            self.predictions.past.clear()
         self.tracker = None
         self.opened = None
 
@@ -250,6 +259,10 @@ class Session:
         first, last = self.whole_steps(), total - config.last_steps
         whole = bool(total) and (self.done < first or self.index >= last)
         noise = self.noise[min(self.index, total - 1)] if total else 1.0
+        if self.predictions is not None:
+            skipped = left_out(range(first, last), config.ratio)
+            self.units[0].ratio = "1.0" if not whole and self.index in skipped else "0.0"
+            return
         for unit in self.units:
             factor = config.schedule.factor(1.0 - noise) * config.depth_schedule.factor(unit.depth)
             ratio = config.ratio * (factor if factor == 1.0 else quantise(factor))
@@ -272,9 +285,12 @@ class Session:
             if shelf is None or self.step is None:
                 continue
             counts = self.computed.get(level)
-            if counts is None or counts.shape != (self.images, grid.tokens):
+            if counts is None:
                 counts = torch.zeros(self.images, grid.tokens, device=self.step.device)
-                self.computed[level] = counts
+            # Rows that were taken for images until guidance was seen (`_look_back`) ran whole.
+            counts = self.computed[level] = counts[: self.images]
+            if self.leaves_out():
+                continue
             kept = shelf.kept()
             if kept:
                 counts.scatter_add_(1, kept[0], torch.ones_like(kept[0], dtype=counts.dtype))
@@ -332,6 +348,17 @@ class Session:
                 self.last_call = shapes_only(named)
         if self.step is not None and self.step.device != sample.device:
             self.step = self.step.to(sample.device)
+        if self.predictions is not None and self.condition not in self.predictions.past:
+            self.units[0].ratio = "0.0"
+
+    def leaves_out(self) -> bool:
+        """Whether the denoiser does not run at this step (scope "step")."""
+        return self.predictions is not None and self.units[0].ratio == "1.0"
+
+    def predicted(self, return_dict: bool) -> Any:
+        """What the denoiser would return at a step that leaves it out."""
+        assert self.predictions is not None and self.step is not None
+        return self.predictions.restored(self.condition, self.step, return_dict)
 
     def conditional(self, x: Tensor, images: int) -> Tensor:
         """The conditional rows of a batch.  [B, ...] -> [I, ...]"""
@@ -410,12 +437,17 @@ class Session:
         """The projection's remembered rows [B, N, C] under this condition."""
         return projection.rows.get(self.condition)
 
-    def leave(self, prediction: Tensor) -> None:
+    def leave(self, out: Any) -> None:
         """After the denoiser: note which tokens were computed and how their predictions changed."""
+        if self.predictions is not None and self.step is not None:
+            if self.condition not in self.predictions.past:
+                self._check_limit(self._bytes() + self.predictions.nbytes_for(out[0]))
+            self.predictions.record(self.condition, out, self.step)
+            self.held = max(self.held, self._bytes())
         if self.tracker is None or self.step is None:
             return
         with torch.no_grad():
-            maps = self.family.prediction(prediction, self.grids[min(self.grids)])
+            maps = self.family.prediction(out[0], self.grids[min(self.grids)])
             images, groups = self.images, self.groups
             first = self.conditional(maps, images)
             if self.condition == "0":
@@ -528,12 +560,16 @@ class Session:
 
     def _make_room(self, sample: Tensor) -> None:
         """Allocate what this condition needs, unless that passes the limit."""
-        config, batch = self.config, sample.shape[0]
+        batch = sample.shape[0]
         units = [unit for unit in self.units if unit.restore in CACHED and self.in_use(unit)]
         for unit in units:
             unit.updates.pop(self.condition, None)
         for projection in self.projections:
             projection.rows.pop(self.condition, None)
+        if self.predictions is not None:
+            # How much room a prediction takes shows when there is one.
+            self.predictions.past.pop(self.condition, None)
+            return
         needed = self._bytes()
         for unit in units:
             tokens = self.grids[unit.level].total
@@ -541,11 +577,7 @@ class Session:
         for projection in self.projections:
             tokens = self.grids[projection.level].total
             needed += batch * tokens * projection.width * sample.element_size()
-        if config.memory_limit is not None and needed > config.memory_limit * GIB:
-            raise MemoryError(
-                f"caches need {needed / GIB:.3g} GiB, above memory_limit {config.memory_limit:g} GiB; "
-                "raise it, use context 'fresh' or 'none', restore 'copy', or a smaller batch"
-            )
+        self._check_limit(needed)
         for unit in units:
             tokens = self.grids[unit.level].total
             unit.updates[self.condition] = UpdateCache.empty(
@@ -561,8 +593,17 @@ class Session:
                 grids = {level: grid.row for level, grid in grids.items()}
             self.tracker = Tracker(self.method.source, self.images, grids, sample.device)
 
+    def _check_limit(self, needed: int) -> None:
+        limit = self.config.memory_limit
+        if limit is not None and needed > limit * GIB:
+            raise MemoryError(
+                f"caches need {needed / GIB:.3g} GiB, above memory_limit {limit:g} GiB; "
+                "raise it, use context 'fresh' or 'none', restore 'copy', or a smaller batch"
+            )
+
     def _bytes(self) -> int:
         """Held now in cached updates and cached keys and values."""
         updates = [cache.nbytes for unit in self.units for cache in unit.updates.values()]
         rows = [rows for projection in self.projections for rows in projection.rows.values()]
-        return sum(updates) + sum(tensor.numel() * tensor.element_size() for tensor in rows)
+        kept = self.predictions.nbytes if self.predictions is not None else 0
+        return kept + sum(updates) + sum(each.numel() * each.element_size() for each in rows)

@@ -119,9 +119,12 @@ def root_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     session = root.session
     if not torch.compiler.is_compiling():
         follow_projections(root)
-    session.enter(module, bind(root.names, args, kwargs))
+    named = bind(root.names, args, kwargs)
+    session.enter(module, named)
+    if session.leaves_out():
+        return session.predicted(named.get("return_dict", True))
     out = root.original(module, *args, **kwargs)
-    session.leave(out[0])
+    session.leave(out)
     return out
 
 

@@ -153,14 +153,14 @@ def _nominal_steps(session: Session) -> list[StepRecord]:
     """The steps of a typical generation, without disturbing the session."""
     if not session.config.needs_steps:
         return [StepRecord(1, tuple(unit.ratio for unit in session.units))]
-    index, noise = session.index, session.noise
+    index, done, noise = session.index, session.done, session.noise
     session.noise = [1.0 - i / NOMINAL_STEPS for i in range(NOMINAL_STEPS)]
     steps = []
     for i in range(NOMINAL_STEPS):
-        session.index = i
+        session.index = session.done = i
         session._set_ratios()
         steps.append(StepRecord(1, tuple(unit.ratio for unit in session.units)))
-    session.index, session.noise = index, noise
+    session.index, session.done, session.noise = index, done, noise
     session._set_ratios()
     return steps
 

@@ -36,7 +36,7 @@ class BasicFamily(Family):
 
     def refusal(self, scope: str, named: Kwargs) -> str | None:
         extra = named.get("cross_attention_kwargs") or {}
-        if scope == "attention" or "ip_adapter_masks" not in extra:
+        if scope in ("attention", "step") or "ip_adapter_masks" not in extra:
             return None
         return (
             f"ip_adapter_masks need the whole grid in the cross-attention, which scope {scope!r} "

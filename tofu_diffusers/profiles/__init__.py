@@ -12,14 +12,20 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from ..config import TofuConfig
+from ..config import STEP_RESTORES, TofuConfig
+
+# What a profile's `config` is for; with any other option `tokens` is.
+STEP_OPTIONS = frozenset(
+    {"ratio", "scope", "restore", "first_steps", "last_steps", "memory_limit", "family"}
+)
 
 
 @cache
 def profile(family: str) -> Mapping[str, Any]:
-    """A family's profile: `status`, `result`, `weights` and `config` (fields of TofuConfig).
+    """A family's profile: `status`, `result`, `weights`, and fields of TofuConfig as `config` and `tokens`.
 
-    With `like`, all of them are that family's.
+    `config` is the default. `tokens` is the best that removes some tokens at every step; it is `config`
+    where that does. With `like`, all of them are that family's.
     """
     text = (files(__package__) / f"{family}.json").read_text(encoding="utf-8")
     data: dict[str, Any] = json.loads(text)
@@ -30,5 +36,10 @@ def profile(family: str) -> Mapping[str, Any]:
 
 def default_config(family: str, options: Mapping[str, Any]) -> TofuConfig:
     """The configuration for these options: the family's profile, or a named method's own defaults."""
-    base = {} if "method" in options else dict(profile(family)["config"])
-    return TofuConfig(**(base | dict(options)))
+    if "method" in options:
+        return TofuConfig(**options)
+    chosen = profile(family)
+    of_steps = STEP_OPTIONS.issuperset(options) and options.get("scope", "step") == "step"
+    of_steps = of_steps and options.get("restore", "taylor") in STEP_RESTORES
+    base = chosen["config"] if of_steps else chosen["tokens"]
+    return TofuConfig(**(dict(base) | dict(options)))

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "tofu_diffusers"
 
 # A layer may use those before it, directly or through any file, and none after it.
 LAYERS = (
-    {"grid", "plan", "rows"},
     {"kernels"},
+    {"grid", "plan", "rows"},
     {"methods"},
     {"families", "session", "attach"},
     {"apply"},

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .kernels import group_max, group_sum
+from .kernels import group_max, group_sum, use_triton
 from .kernels.reference import scale_of, wide
 from .plan import Plan
 
@@ -26,6 +26,8 @@ def prune(x: Tensor, plan: Plan) -> Tensor:
 
 def mean(x: Tensor, plan: Plan) -> Tensor:
     """Average each group, the kept token included.  [B, N, C] -> [B, K, C]"""
+    if use_triton(x):
+        return _in_triton(x, plan, None)
     share = plan.sizes().gather(1, plan.assign)[..., None]
     # Divided before the sum: the sum of large tokens may not be representable, their mean is.
     return group_sum(wide(x) / share, plan.assign, plan.kept.shape[1]).to(x.dtype)
@@ -37,6 +39,8 @@ def mlerp(x: Tensor, plan: Plan) -> Tensor:
     Where opposed tokens cancel (||xbar|| <= EPS * maximum norm) there is no direction to take;
     the result is then finite and no longer than the maximum norm.
     """
+    if use_triton(x):
+        return _in_triton(x, plan, EPS)
     groups = plan.kept.shape[1]
     y = wide(x)
     # Every group is brought to a largest entry of 1 first: squares neither overflow nor vanish.
@@ -47,6 +51,18 @@ def mlerp(x: Tensor, plan: Plan) -> Tensor:
     xbar = group_sum(y, plan.assign, groups) / plan.sizes()[..., None]
     length = torch.maximum(xbar.norm(dim=-1, keepdim=True), EPS * longest).clamp(min=tiny)
     return (xbar / length * longest * scale).to(x.dtype)
+
+
+def _in_triton(x: Tensor, plan: Plan, eps: float | None) -> Tensor:
+    """The mean, or with eps the MLERP."""
+    from .kernels.triton_fold import members
+
+    order, offsets = members(plan.assign, plan.kept.shape[1])
+    if eps is None:
+        mean: Tensor = torch.ops.tofu.fold_mean(x, order, offsets)
+        return mean
+    mlerp: Tensor = torch.ops.tofu.fold_mlerp(x, order, offsets, eps)
+    return mlerp
 
 
 FOLDS: dict[str, Callable[[Tensor, Plan], Tensor]] = {"prune": prune, "mean": mean, "mlerp": mlerp}

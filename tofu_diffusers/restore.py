@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .kernels import use_triton
 from .kernels.reference import scale_of, wide
 from .plan import Plan
 from .rows import put, put_, take
@@ -165,6 +166,88 @@ def _from_past(
     return torch.where((known & ~plan.is_kept())[..., None], own, copied)
 
 
+def _one_pass(*tensors: Tensor) -> bool:
+    """Whether a kernel is called; compiled, torch's own operations are fused instead."""
+    return use_triton(*tensors) and not torch.compiler.is_compiling()
+
+
+def _fits(update: Tensor, cache: UpdateCache, step: Tensor, how: str) -> bool:
+    """Whether the kernel takes this update and this cache."""
+    alike = update.dtype == cache.value.dtype and step.device == cache.value.device
+    return alike and (cache.slope is not None) == (how == "taylor")
+
+
+def _cached_in_one_pass(
+    update: Tensor,
+    plan: Plan,
+    how: str,
+    cache: UpdateCache,
+    step: Tensor,
+    max_age: int | None,
+    x: Tensor | None,
+    computed: Tensor | None,
+) -> Tensor:
+    full: Tensor = torch.ops.tofu.restore_cached(
+        update,
+        plan.kept,
+        plan.assign,
+        cache.value,
+        cache.slope,
+        cache.last,
+        step,
+        how,
+        max_age,
+        x,
+        computed,
+    )
+    return full
+
+
+def restore_onto(
+    x: Tensor,
+    update: Tensor,
+    plan: Plan,
+    how: str,
+    *,
+    computed: Tensor | None,
+    folded: Tensor | None = None,
+    cache: UpdateCache | None = None,
+    step: Tensor | None = None,
+    max_age: int | None = None,
+) -> Tensor:
+    """x plus what `restore` gives, and at the kept tokens exactly what was computed.
+
+    Args:
+        computed: [B, K, C] of x's dtype, what the kept tokens become instead of x plus their update (which
+            rounds); None: x plus their update.
+        x, update, plan, how, folded, cache, step, max_age: as of `restore`.
+
+    Returns:
+        [B, N, C] of x's dtype.
+
+    Raises:
+        ValueError: as `restore`.
+    """
+    if _one_pass(x, update):
+        if how == "copy":
+            copied: Tensor = torch.ops.tofu.restore_copy(
+                x, update, plan.kept, plan.assign, computed
+            )
+            return copied
+        if (
+            how in CACHED
+            and cache is not None
+            and step is not None
+            and _fits(update, cache, step, how)
+        ):
+            return _cached_in_one_pass(update, plan, how, cache, step, max_age, x, computed)
+    restored = restore(
+        update, plan, how, x=x, folded=folded, cache=cache, step=step, max_age=max_age
+    )
+    full = x + restored.to(x.dtype)
+    return full if computed is None else put(full, plan.kept, computed)
+
+
 def restore(
     update: Tensor,
     plan: Plan,
@@ -224,6 +307,8 @@ def restore(
         )
     if how == "taylor" and cache.slope is None:
         raise ValueError("restore 'taylor' needs a cache with slopes; make it by empty('taylor')")
+    if _fits(update, cache, step, how) and _one_pass(update, cache.value):
+        return _cached_in_one_pass(update, plan, how, cache, step, max_age, None, None)
     if cache.complete and max_age is None and how != "blend":
         full = put(own_update(how, cache, step, update.dtype), plan.kept, update)
     else:

@@ -9,9 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels import use_triton
+
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
     """The rows at these positions.  [B, N, C], [B, M] int64 -> [B, M, C]"""
+    if _one_launch(x):
+        rows: Tensor = torch.ops.tofu.take_rows(x, positions)
+        return rows
     batch, count = positions.shape
     taken = x.flatten(0, 1).index_select(0, _flat(positions, x.shape[1]))
     return taken.view(batch, count, x.shape[2])
@@ -25,7 +30,15 @@ def put(x: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
 
 def put_(x: Tensor, positions: Tensor, rows: Tensor) -> None:
     """Replace rows of x, which must be contiguous, in place."""
+    if _one_launch(x, rows):
+        torch.ops.tofu.put_rows_(x, positions, rows)
+        return
     x.view(-1, x.shape[2]).index_copy_(0, _flat(positions, x.shape[1]), rows.flatten(0, 1))
+
+
+def _one_launch(*tensors: Tensor) -> bool:
+    """Whether a kernel is called; compiled, these are fused with what is around them instead."""
+    return use_triton(*tensors) and not torch.compiler.is_compiling()
 
 
 def _flat(positions: Tensor, tokens: int) -> Tensor:

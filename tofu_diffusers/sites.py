@@ -19,9 +19,9 @@ from .attach import attach, bind, detach, state_of
 from .families.base import Kwargs
 from .fold import reduce
 from .plan import Plan
-from .restore import restore
+from .restore import UpdateCache, restore, restore_onto
 from .rotary import QuerySite, RotarySite, with_context
-from .rows import put, put_, take
+from .rows import put_, take
 from .session import Session
 from .tracker import key_norm, received_attention
 from .units import Projection, Unit
@@ -166,10 +166,19 @@ def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if plan is None:
         record_whole(session, unit, y, entered)
         return out
-    full = entered + restored(session, unit, plan, y - folded, entered, folded).to(entered.dtype)
-    if unit.fold == "prune":
-        # Exactly what the model computed, not x + (y - x).
-        full = put(full, plan.kept, y.to(full.dtype))
+    cache, update = cached_update(session, unit, y - folded)
+    full = restore_onto(
+        entered,
+        update,
+        plan,
+        unit.restore,
+        # Pruned, exactly what the model computed, not x + (y - x).
+        computed=y.to(entered.dtype) if unit.fold == "prune" else None,
+        folded=folded,
+        cache=cache,
+        step=session.step,
+        max_age=session.max_age,
+    )
     return family.with_output(out, full, named)
 
 
@@ -355,13 +364,19 @@ def record_whole(session: Session, unit: Unit, y: Tensor, x: Tensor | None) -> N
             cache.record(update.to(cache.value.dtype), session.step)
 
 
+def cached_update(
+    session: Session, unit: Unit, update: Tensor
+) -> tuple[UpdateCache | None, Tensor]:
+    """The unit's cache, and the update in its dtype."""
+    cache = session.update_cache(unit)
+    return cache, update if cache is None else update.to(cache.value.dtype)
+
+
 def restored(
     session: Session, unit: Unit, plan: Plan, update: Tensor, x: Tensor, folded: Tensor
 ) -> Tensor:
     """The update of every token from that of the kept ones.  [B, K, C] -> [B, N, C]"""
-    cache = session.update_cache(unit)
-    if cache is not None:
-        update = update.to(cache.value.dtype)
+    cache, update = cached_update(session, unit, update)
     return restore(
         update,
         plan,

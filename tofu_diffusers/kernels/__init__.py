@@ -1,16 +1,10 @@
-"""Where the package gets its heavy operations from: the torch reference, on every device.
+"""Where the package gets its heavy operations from: Triton on CUDA, the torch reference everywhere else.
 
-A faster kernel lives in a file of its own and is chosen here; `reference` stays the definition.
+A fast kernel lives in a file of its own and is chosen in `dispatch`; `reference` stays the definition.
 """
 
-from .reference import (
-    best_match,
-    best_match_tiles,
-    energy,
-    energy_tiles,
-    group_max,
-    group_sum,
-)
+from .dispatch import best_match, best_match_tiles, energy, energy_tiles, use_triton
+from .reference import group_max, group_sum
 
 __all__ = [
     "best_match",
@@ -19,4 +13,5 @@ __all__ = [
     "energy_tiles",
     "group_max",
     "group_sum",
+    "use_triton",
 ]

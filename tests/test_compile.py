@@ -10,8 +10,9 @@ from tofu_diffusers import apply_tofu, remove_tofu
 
 SETTINGS = {
     "tome": {"method": "tome"},
-    # The default profile, but reducing from the third step on: generations here are short.
-    "fresh": {"first_steps": 2},
+    "step": {"scope": "step"},
+    # The tokens of the default profile, but from the third step on: generations here are short.
+    "fresh": {"first_steps": 2, "context": "fresh"},
     "cached": {"first_steps": 2, "context": "cached"},
     "attention": {"method": "tofu", "scope": "attention"},
     "span_temporal": {
@@ -73,7 +74,13 @@ def test_whole_model_fullgraph(family, setting):
 
 @pytest.mark.parametrize(
     ("family", "setting"),
-    [*((family, "fresh") for family in TRANSFORMERS), ("wan", "cached"), ("flux", "tome")],
+    [
+        *((family, "fresh") for family in TRANSFORMERS),
+        ("flux", "step"),
+        ("wan", "step"),
+        ("wan", "cached"),
+        ("flux", "tome"),
+    ],
 )
 def test_every_family_fullgraph(family, setting):
     """No graph break and no new graph from step to step, in a first and a second generation."""

@@ -68,7 +68,8 @@ def test_tofu_prunes_early_and_merges_late():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_a_valid_profile_that_says_where_it_is_from(family):
     data = profile(family)
-    TofuConfig(**data["config"])
+    assert TofuConfig(**data["config"]).scope == "step"
+    assert TofuConfig(**data["tokens"]).scope == "block"
     assert (data["status"] == "provisional") == (data["result"] is None)
     # A borrowed profile is that of a family which has one of its own.
     assert "like" not in data or profile(data["like"])["config"] == data["config"]

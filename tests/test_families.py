@@ -24,7 +24,7 @@ BUILDERS = {
     "unet2d": tiny.tiny_ddpm,
 }
 # The default profile, but reducing from the third step on: generations here are short.
-EARLY = {"first_steps": 2}
+EARLY = {"first_steps": 2, "context": "fresh"}
 FEED_FORWARDS = ("ff.net.0.proj", "ffn.net.0.proj", "img_mlp.net.0.proj", "proj_mlp")
 
 
@@ -353,7 +353,9 @@ def text_length(inputs):
 
 
 @pytest.mark.parametrize("moving", [False, True])
-@pytest.mark.parametrize("options", [EARLY, {"method": "tome"}, EARLY | {"context": "cached"}])
+@pytest.mark.parametrize(
+    "options", [{"scope": "step"}, EARLY, {"method": "tome"}, EARLY | {"context": "cached"}]
+)
 def test_images_of_a_batch_do_not_know_of_each_other(case, options, moving):
     _, model, inputs = case
     together, _ = run(model, inputs, 4, moving, ratio=0.5, **options)
@@ -396,7 +398,9 @@ def test_a_copy_of_the_model_carries_its_own_tofu(case):
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name != "sd35"])
-@pytest.mark.parametrize("options", [EARLY, EARLY | {"context": "cached"}, {"method": "tofu"}])
+@pytest.mark.parametrize(
+    "options", [{"scope": "step"}, EARLY, EARLY | {"context": "cached"}, {"method": "tofu"}]
+)
 def test_end_to_end(name, options):
     pipe = BUILDERS[name]()
     prompts = ["a cat", "a red dog"]
@@ -453,7 +457,7 @@ def test_guidance_in_two_calls_shares_the_conditional_plan(name):
 
 def test_two_denoisers_warm_up_on_their_own():
     pipe = tiny.tiny_wan(two=True)
-    with apply_tofu(pipe, ratio=0.5, first_steps=2) as handle:
+    with apply_tofu(pipe, ratio=0.5, **EARLY) as handle:
         tiny.generate(pipe, steps=8)
         sessions = [session for _, session in handle._sessions]
         assert len(sessions) == 2

@@ -37,7 +37,7 @@ def test_schedulers_set_before_or_after_applying(scheduler, when):
     pipe = tiny.tiny_sd()
     if when == "before":
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    handle = apply_tofu(pipe, ratio=0.5)
+    handle = apply_tofu(pipe, ratio=0.5, context="fresh")
     if when == "after":
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     calls = []

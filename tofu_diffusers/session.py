@@ -233,9 +233,10 @@ class Session:
         elif self.done > 1:
             first, second = seen.chunk(2)
             self.conditions = str(1 + torch.equal(first, second))
-            # Plans and caches have another number of images now.
+            # Plans and caches have another number of images now; predictions are of the whole batch.
             self.tracker = None
-            self.shapes.clear()
+            if self.predictions is None:
+                self.shapes.clear()
 
     def _forget_plans(self) -> None:
         for shelf in self.shelves:

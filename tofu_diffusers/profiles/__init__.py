@@ -14,9 +14,9 @@ from typing import Any
 
 from ..config import STEP_RESTORES, TofuConfig
 
-# What a profile's `config` is for; with any other option `tokens` is.
+# Options that a profile's `config` goes with where no scope is named; with any other `tokens` does.
 STEP_OPTIONS = frozenset(
-    {"ratio", "scope", "restore", "first_steps", "last_steps", "memory_limit", "family"}
+    {"ratio", "restore", "first_steps", "last_steps", "memory_limit", "family"}
 )
 
 
@@ -39,7 +39,10 @@ def default_config(family: str, options: Mapping[str, Any]) -> TofuConfig:
     if "method" in options:
         return TofuConfig(**options)
     chosen = profile(family)
-    of_steps = STEP_OPTIONS.issuperset(options) and options.get("scope", "step") == "step"
-    of_steps = of_steps and options.get("restore", "taylor") in STEP_RESTORES
+    of_steps = (
+        STEP_OPTIONS.issuperset(options) and options.get("restore", "taylor") in STEP_RESTORES
+    )
+    if "scope" in options:
+        of_steps = options["scope"] == "step"
     base = chosen["config"] if of_steps else chosen["tokens"]
     return TofuConfig(**(dict(base) | dict(options)))

@@ -1,0 +1,171 @@
+"""eval.study and eval.tables: every valid combination, rows that add up, and documents that show them."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from eval import study, tables
+from eval.__main__ import main
+from eval.generate import Loaded
+from eval.report import check_citations
+from eval.settings import Setting
+from eval.speed import UNREDUCED, Bench
+from eval.study import Study, Trial, read
+from tofu_diffusers import CONTEXTS, FOLDS, METHODS, RESTORES, SCOPES, TofuConfig
+
+CALL = {"guidance_scale": 4.0, "height": 64, "width": 64}
+
+
+def tiny_study(prompts=3):
+    pipe = tiny.tiny_sd(sample_size=8)
+    pipe.set_progress_bar_config(disable=True)
+    loaded = Loaded(pipe, "tiny", "0" * 16, "float32", torch.device("cpu"))
+    return Study(loaded, ["a cat", "a dog", "a hat"][:prompts], 0, 2, CALL)
+
+
+def test_the_grid_is_every_valid_combination_and_no_other():
+    trials = list(study.grid(12))
+    settings = [trial.setting for trial in trials]
+    assert len({setting.name for setting in settings}) == len(settings)
+    given = {json.dumps(setting.options, sort_keys=True) for setting in settings}
+    assert len(given) == len(settings)
+    valid = 0
+    names = ("method", "fold", "restore", "scope", "context", "ratio")
+    for values in itertools.product(METHODS, FOLDS, RESTORES, SCOPES, CONTEXTS, study.RATIOS):
+        try:
+            TofuConfig(**dict(zip(names, values, strict=True)))
+        except ValueError:
+            continue
+        valid += 1
+    own = [setting for setting in settings if setting.options["fold"] is None]
+    assert {setting.options["method"] for setting in own} == {"tofu"}
+    assert len(settings) - len(own) == valid
+
+
+@pytest.mark.parametrize("stage", sorted(study.STAGES))
+def test_settings_of_every_stage_can_be_made(stage):
+    trials = list(study.STAGES[stage](25))
+    names = [(trial.steps, trial.setting.name) for trial in trials]
+    assert len(set(names)) == len(names)
+    for trial in trials:
+        for part in trial.setting.parts():
+            if part.kind == "tofu":
+                TofuConfig(**part.options)
+
+
+def test_a_row_says_what_was_saved_and_lost():
+    made = tiny_study()
+    cache = {"total": 12, "computed": 8, "first": 2, "order": 1}
+    settings = [
+        Setting("steps", "fewer_steps", {"steps": 8}),
+        Setting("line", "step_cache", cache),
+        study.tofu("step", scope="step", ratio=0.4, first_steps=2),
+        study.tofu("tome", method="tome", ratio=0.5),
+        study.tofu("tokens", **study.TOKENS, ratio=0.5, first_steps=2),
+        Setting("pab", "pab", {"skip": 2}),
+    ]
+    both = {"of": [settings[4].to_dict(), settings[1].to_dict()]}
+    call = {**CALL, "num_inference_steps": 12}
+    bench = Bench(made.loaded.pipe, made.prompts[:1], 0, call)
+    whole = bench.flops(UNREDUCED)
+    for setting in [*settings, Setting("both", "stack", both)]:
+        row = made.row(Trial(setting, 12))
+        # Counted by running it, not worked out.
+        assert row["flops_ratio"] == pytest.approx(whole / bench.flops(setting), rel=0.01)
+        assert len(row["psnr_db"]) == row["n"] == 3
+        assert row["metrics"]["psnr_db"]["value"] == pytest.approx(
+            sum(row["psnr_db"]) / 3, abs=0.01
+        )
+        assert max(row["psnr_db"]) < 120
+    assert made.row(Trial(UNREDUCED, 12))["psnr_db"] == [120.0] * 3
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs `eval study` on a tiny pipeline, with two settings."""
+    out = tmp_path / "rows.jsonl"
+    loaded = tiny_study().loaded
+    monkeypatch.setattr(study.generate, "load", lambda source, dtype: loaded)
+    trials = [
+        Trial(Setting(f"steps-{count}", "fewer_steps", {"steps": count}), 3) for count in (1, 2)
+    ]
+    monkeypatch.setitem(study.STAGES, "grid", lambda steps: trials)
+
+    def run(*more):
+        words = ["study", "--stage", "grid", "-n", "2", "--height", "64", "--width", "64", *more]
+        main([*words, "--out", str(out)])
+        return read(out)
+
+    return run, out
+
+
+def test_goes_on_where_it_was_killed(command):
+    run, out = command
+    rows = run()
+    assert [row["setting"]["name"] for row in rows] == ["steps-1", "steps-2"]
+    whole = out.read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    out.write_bytes(first + second[:40])
+    assert len(read(out)) == 1
+    again = run()
+    assert [row["psnr_db"] for row in again] == [row["psnr_db"] for row in rows]
+    out.write_bytes(whole)
+    run()
+    assert out.read_bytes() == whole
+
+
+def test_rows_made_otherwise_are_not_mixed(command, capsys):
+    run, out = command
+    run()
+    before = out.read_bytes()
+    with pytest.raises(SystemExit):
+        run("--seed", "5")
+    assert "seed: 0 here, 5 asked for" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+# ---- the documents ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_show_the_committed_rows(path):
+    text = path.read_text(encoding="utf-8")
+    assert tables.MARKED.search(text)
+    assert tables.filled(text) == text
+    assert check_citations(path, list(tables.RESULTS.values())) == []
+
+
+def test_an_unknown_table_is_refused():
+    with pytest.raises(ValueError, match="no table 'nonsense'"):
+        tables.filled("<!-- table: nonsense -->\n<!-- /table -->")
+
+
+def row(value, **options):
+    return {"setting": {"options": options}, "metrics": {"psnr_db": {"value": value}}}
+
+
+def test_what_a_choice_is_worth_is_taken_from_pairs():
+    rows = [
+        row(20.0, fold="mean", ratio=0.5),
+        row(21.0, fold="mlerp", ratio=0.5),
+        row(30.0, fold="mean", ratio=0.25),
+        row(34.0, fold="mlerp", ratio=0.25),
+        row(99.0, fold="mlerp", ratio=0.75),  # without a partner
+        row(50.0, fold="prune", ratio=0.5),
+    ]
+    count, mean, low, high = tables.worth(rows, "fold", "mlerp", "mean")
+    assert (count, mean) == (2, 2.5)
+    assert 1.0 <= low < high <= 4.0
+    assert tables.worth(rows, "fold", "mlerp", "none")[0] == 0
+
+
+def test_every_committed_row_is_of_the_weights_at_hand():
+    from pipelines.emoji import weights_hash
+
+    for model, path in tables.RESULTS.items():
+        for each in read(Path(path)):
+            assert each["weights"] == weights_hash(model), each["id"]

@@ -12,6 +12,7 @@ COMMANDS = {
     "score": ("eval.scores", "what a setting cost in quality"),
     "speed": ("eval.speed", "how long a step takes, in turns with the unreduced pipeline"),
     "study": ("eval.study", "drift of many combinations, without pictures or times"),
+    "tables": ("eval.tables", "the documents' tables, from the study's committed rows"),
     "report": ("eval.report", "a page with plots, pictures and tables"),
 }
 

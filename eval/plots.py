@@ -27,6 +27,9 @@ STYLES = {
     "step_cache": ("#009e73", "D"),
     "tomesd": ("#cc79a7", "^"),
     "pab": ("#e69f00", "v"),
+    "taylorseer": ("#7f3c8d", "<"),
+    "first_block_cache": ("#8c564b", ">"),
+    "deepcache": ("#a5aa00", "h"),
     "stack": ("#56b4e9", "P"),
 }
 OTHER = ("#777777", "p")

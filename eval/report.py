@@ -360,8 +360,13 @@ def check_citations(document: Path, results: Sequence[Path]) -> list[str]:
     """
     ids = {}
     for path in results:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        ids[path] = {row.get("id") for row in data.get("rows", [])}
+        text = path.read_text(encoding="utf-8")
+        found = (
+            map(json.loads, text.splitlines())
+            if path.suffix == ".jsonl"
+            else json.loads(text)["rows"]
+        )
+        ids[path] = {row.get("id") for row in found}
     wrong = []
     # Code becomes as many empty lines, so that line numbers stay right.
     text = CODE.sub(lambda m: "\n" * m[0].count("\n"), document.read_text(encoding="utf-8"))

@@ -113,7 +113,6 @@ class Applied:
 
     call: dict[str, Any] = field(default_factory=dict)
     handles: list[Handle] = field(default_factory=list)
-    saving: float | None = None
 
 
 def known_saving(setting: Setting, applied: Applied, steps: int) -> float | None:

@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 2 -m eval study --pipeline mmdit --stage front --out rows.jsonl
 
 Stages: `grid`, every valid combination of method, fold, restore, scope, context and ratio; `front`, the
-better ones with what they must beat, each over a range of savings; `lengths`, the same in 10, 20 and 50
-steps. Drift is the PSNR to the unreduced picture of the same prompt and seed. Savings are counted FLOPs. No
-picture is kept, no time taken: `eval sweep` does both for few settings.
+better ones with what they must beat; `lengths`, the best in 10, 20 and 50 steps with theirs. Drift is the
+PSNR to the unreduced picture of the same prompt and seed, savings are counted FLOPs. No picture is kept and
+no time taken: `eval sweep` does both, for few settings. Stopped anywhere, the same command goes on.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from tqdm import tqdm
 from eval import generate
 from eval.bootstrap import of_mean
 from eval.generate import Loaded
-from eval.manifest import provenance
+from eval.manifest import differences, provenance
 from eval.prompts import first, load_prompts
 from eval.scores import psnr_db
-from eval.settings import Applied, Setting, known_saving
+from eval.settings import Setting, known_saving
 from eval.speed import UNREDUCED, Bench, one_batch
 from eval.sweep import others
 from tofu_diffusers import CONTEXTS, FOLDS, METHODS, RESTORES, SCOPES, TofuConfig
@@ -89,69 +89,66 @@ TOKENS = {
 }
 
 
-def front(steps: int) -> Iterator[Trial]:
-    """The default, tokens and merging with what they must beat: at 1.5, 2 and 3 times fewer FLOPs where they
-    can.
+def matched(steps: int) -> Iterator[Trial]:
+    """Scope "step" and what it must beat, at 1.5, 2 and 3 times fewer FLOPs.
+
+    Whole-step caching computes steps evenly spread after the first two ("line"), or after the first quarter
+    ("late").
     """
     counts = [round(steps / speed) for speed in (1.5, 2, 3)]
-    middle = counts[1]
-    settings = []
     for count in counts:
         share = (steps - count) / (steps - 2)
-        cache = {"total": steps, "computed": count, "first": 2, "order": 1}
-        settings += [
+        cache = {"total": steps, "computed": count, "order": 1}
+        for setting in (
             tofu(f"step-{count}", scope="step", ratio=round(share, 4), first_steps=2),
-            Setting(f"line-{count}", "step_cache", cache),
+            Setting(f"line-{count}", "step_cache", {**cache, "first": 2}),
+            Setting(f"late-{count}", "step_cache", {**cache, "first": max(2, steps // 4)}),
             Setting(f"steps-{count}", "fewer_steps", {"steps": count}),
-        ]
-    multistep = {"steps": middle, "scheduler": "multistep"}
-    cache = {"total": steps, "computed": middle, "first": 2, "order": 0}
-    settings += [
-        Setting(f"multistep-{middle}", "fewer_steps", multistep),
-        Setting(f"repeat-{middle}", "step_cache", cache),
-    ]
-    whole = max(2, steps // 4)
+        ):
+            yield Trial(setting, steps)
+    multistep = {"steps": counts[1], "scheduler": "multistep"}
+    cache = {"total": steps, "computed": counts[1], "first": 2, "order": 0}
+    yield Trial(Setting(f"multistep-{counts[1]}", "fewer_steps", multistep), steps)
+    yield Trial(Setting(f"repeat-{counts[1]}", "step_cache", cache), steps)
+
+
+def tokens(steps: int) -> Iterator[Trial]:
+    """The same as `TOKENS`, in both contexts at two ratios."""
     for ratio in (0.5, 0.75):
         for context in ("fresh", "cached"):
-            options = {**TOKENS, "context": context, "ratio": ratio, "first_steps": whole}
-            settings.append(tofu(f"tokens-{context}-{ratio:g}", **options))
+            options = {**TOKENS, "context": context, "ratio": ratio, "first_steps": steps // 4}
+            yield Trial(tofu(f"tokens-{context}-{ratio:g}", **options), steps)
+
+
+def front(steps: int) -> Iterator[Trial]:
+    """Both of these; what the tokens' options are worth; both kinds together; and merging."""
+    yield from matched(steps)
+    yield from tokens(steps)
+    whole = steps // 4
     half = {**TOKENS, "ratio": 0.5, "first_steps": whole}
-    cache = {"total": steps, "computed": counts[0], "first": whole, "order": 1}
-    settings += [
+    count = round(steps / 1.5)
+    cache = {"total": steps, "computed": count, "first": whole, "order": 1}
+    both = [tofu("tokens", **half), Setting("line", "step_cache", cache)]
+    for setting in (
         tofu("tokens-temporal-0.5", **{**half, "restore": "temporal"}),
         tofu("tokens-blend-0.5", **{**half, "restore": "blend"}),
         tofu("tokens-random-0.5", **{**half, "method": "random"}),
         tofu("tokens-none-0.5", **{**half, "context": "none"}),
-        Setting(
-            f"stack-{counts[0]}",
-            "stack",
-            {
-                "of": [
-                    tofu("tokens", **half).to_dict(),
-                    Setting("line", "step_cache", cache).to_dict(),
-                ]
-            },
-        ),
+        Setting(f"stack-{count}", "stack", {"of": [each.to_dict() for each in both]}),
         *(tofu(f"{method}-0.5", method=method, ratio=0.5) for method in ("tofu", "tome", "pitome")),
         tofu("random-0.5", method="random", ratio=0.5),
-    ]
-    for setting in settings:
+    ):
         yield Trial(setting, steps)
 
 
-STAGES = {"grid": grid, "front": front}
+def lengths(steps: int) -> Iterator[Trial]:
+    """The first two of short, usual and long generations, whatever the steps asked for."""
+    for count in (10, 20, 50):
+        yield from matched(count)
+        yield from tokens(count)
 
 
-def measure(
-    loaded: Loaded, trial: Trial, prompts: list[str], seed: int, call: dict[str, Any]
-) -> tuple[Tensor, Applied]:
-    """The pictures of one trial, uint8 [n, 3, H, W], and what was applied."""
-    call = {**call, "num_inference_steps": trial.steps, "output_type": "pt"}
-    with trial.setting.applied(loaded.pipe) as applied:
-        pictures = one_batch(loaded.pipe, prompts, seed, call | applied.call).images
-        # Read while it is applied: a summary is of a handle in use.
-        applied.saving = known_saving(trial.setting, applied, trial.steps)
-    return pictures.mul(255).round().to(torch.uint8).cpu(), applied
+STAGES = {"grid": grid, "front": front, "lengths": lengths}
 
 
 class Study:
@@ -167,15 +164,17 @@ class Study:
         self.references: dict[int, Tensor] = {}
 
     def pictures(self, trial: Trial) -> tuple[Tensor, float]:
-        """Of all prompts, and the FLOPs saved."""
+        """Of all prompts, uint8 [n, 3, H, W], and the unreduced FLOPs over those of the trial."""
+        call = {**self.call, "num_inference_steps": trial.steps}
         parts, saving = [], None
         for start in range(0, len(self.prompts), self.batch_size):
             batch = self.prompts[start : start + self.batch_size]
-            made, applied = measure(self.loaded, trial, batch, self.seed + start, self.call)
-            parts.append(made)
-            saving = applied.saving
+            with trial.setting.applied(self.loaded.pipe) as applied:
+                own = {**call, **applied.call, "output_type": "pt"}
+                images = one_batch(self.loaded.pipe, batch, self.seed + start, own).images
+                saving = known_saving(trial.setting, applied, trial.steps)
+            parts.append(images.mul(255).round().to(torch.uint8).cpu())
         if saving is None:
-            call = {**self.call, "num_inference_steps": trial.steps}
             bench = Bench(self.loaded.pipe, self.prompts[:1], self.seed, call)
             saving = bench.flops(UNREDUCED) / bench.flops(trial.setting)
         return torch.cat(parts), saving
@@ -189,7 +188,6 @@ class Study:
         drift = psnr_db(made, reference)
         return {
             **self.about(trial),
-            "setting": trial.setting.to_dict(),
             **self.provenance,
             "flops_ratio": round(saving, 4),
             "speed": None,
@@ -198,19 +196,21 @@ class Study:
         }
 
     def about(self, trial: Trial) -> dict[str, Any]:
-        """What tells a row from others: a setting's name stands for its options."""
-        name = self.loaded.name
-        where = {
+        """What tells a row from others, as JSON has it."""
+        name, n = self.loaded.name, len(self.prompts)
+        size = f"-{self.call['width']}px" if "width" in self.call else ""
+        about = {
+            "id": f"{name}{size}-{trial.steps}steps-n{n}/{trial.setting.name}",
             "pipeline": name,
             "weights": self.loaded.identity()["weights"],
-            "n": len(self.prompts),
+            "setting": trial.setting.to_dict(),
+            "n": n,
             "seed": self.seed,
             "steps": trial.steps,
             "call": self.call,
         }
-        size = f"-{self.call['width']}px" if "width" in self.call else ""
-        n = len(self.prompts)
-        return {"id": f"{name}{size}-{trial.steps}steps-n{n}/{trial.setting.name}", **where}
+        as_stored: dict[str, Any] = json.loads(json.dumps(about))
+        return as_stored
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -250,11 +250,21 @@ def main(args: argparse.Namespace) -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         mend(args.out)
     state.wait_for_everyone()
-    done = {row["id"] for row in read(args.out)}
+    done = {row["id"]: row for row in read(args.out)}
     trials = list(STAGES[args.stage](args.steps))
-    if args.stage != "grid":
+    if args.stage == "front":
         trials += [Trial(setting, args.steps) for setting in others(loaded.pipe, [0.5])]
-    todo = [trial for trial in trials if study.about(trial)["id"] not in done]
+    todo = []
+    for trial in trials:
+        about = study.about(trial)
+        row = done.get(about["id"])
+        if row is None:
+            todo.append(trial)
+        elif wrong := differences({name: row[name] for name in about}, about):
+            raise ValueError(
+                f"{args.out} holds another {about['id']}: {'; '.join(wrong)}; ask for the same, or choose "
+                "another --out"
+            )
     mine = todo[state.process_index :: state.num_processes]
     for trial in tqdm(mine, desc=args.stage, unit=" rows", disable=not state.is_main_process):
         append(args.out, study.row(trial))

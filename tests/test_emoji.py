@@ -585,7 +585,7 @@ def test_command_end_to_end(model, tmp_path, capsys):
     assert code == 0
     saved = re.search(r"denoiser FLOPs saved +([\d.]+)%", output)
     assert saved and float(saved[1]) > 20
-    for words in ("median step, ms", "denoiser FLOPs saved", "PSNR, dB", "tokens through"):
+    for words in ("mean step, ms", "denoiser FLOPs saved", "PSNR, dB", "tokens through"):
         assert words in output
     grid = Image.open(tmp_path / "grid.png")
     assert grid.width > 2 * 128 and grid.height > 128

@@ -196,14 +196,16 @@ def rows(
     return found
 
 
+def matched(sweep: Sweep, settings: list[Setting]) -> list[Setting]:
+    """These, and fewer steps and whole-step caching at the savings of each."""
+    flops = sweep.flops(settings)
+    steps = sweep.call["num_inference_steps"]
+    found = baselines(steps, (flops[each.name] for each in settings if flops[each.name] > 1))
+    return settings + [each for each in found if each not in settings]
+
+
 def sweep_all(sweep: Sweep, settings: list[Setting], wild: Path | None) -> list[dict[str, Any]]:
     """Generate, score and time all settings; writes results.json and returns its rows."""
-    flops = sweep.flops(settings)
-    matched = baselines(
-        sweep.call["num_inference_steps"],
-        (flops[each.name] for each in settings if flops[each.name] > 1),
-    )
-    settings = settings + [each for each in matched if each not in settings]
     flops = sweep.flops(settings)
     for setting in settings:
         sweep.run(setting)
@@ -253,6 +255,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[DEFAULT, "tofu", "tome", "pitome"],
         help=f"{DEFAULT} is the denoiser's profile (%(default)s)",
     )
+    parser.add_argument(
+        "--setting",
+        nargs="+",
+        help="exactly these instead of methods, ratios and what they must beat: name, kind and options "
+        "as JSON, or a file with them, each",
+    )
     parser.add_argument("--real", type=Path, help="real pictures for the distances: folder or .npy")
     parser.add_argument(
         "--rounds", type=int, default=3, help="turns of timing; 0: none (%(default)s)"
@@ -264,7 +272,11 @@ def main(args: argparse.Namespace) -> None:
     wrong = [ratio for ratio in args.ratios if not 0 <= ratio < 1]
     if wrong:
         raise ValueError(f"ratio {wrong[0]} is outside [0, 1)")
-    chosen = tofu_settings(args.methods, args.ratios)
+    chosen = (
+        [generate.setting_of(text) for text in args.setting]
+        if args.setting
+        else tofu_settings(args.methods, args.ratios)
+    )
     prompts = first(load_prompts(args.prompts), args.n)
     loaded = generate.load(args.pipeline, args.dtype)
     sweep = Sweep(
@@ -276,7 +288,9 @@ def main(args: argparse.Namespace) -> None:
         generate.call_of(args),
         args.rounds,
     )
-    settings = [UNREDUCED, *chosen, *others(loaded.pipe, args.ratios)]
+    settings = [UNREDUCED, *chosen]
+    if not args.setting:
+        settings = matched(sweep, [*settings, *others(loaded.pipe, args.ratios)])
     if not sweep_all(sweep, settings, args.real):
         return
     report.main(argparse.Namespace(sweep=args.out, out=args.out / "report.html", prompts=SHOWN))

@@ -151,3 +151,15 @@ def test_no_command_and_an_unknown_one_are_refused(capsys):
         with pytest.raises(SystemExit, match="2"):
             main(words)
     assert "sweep" in capsys.readouterr().err
+
+
+def test_a_sweep_over_named_settings_makes_these_and_no_others(folder, tmp_path):
+    out = tmp_path / "sweep"
+    half = {"name": "half", "kind": "tofu", "options": {"ratio": 0.5, "method": "tome"}}
+    fewer = {"name": "fewer", "kind": "fewer_steps", "options": {"steps": 3}}
+    given = [json.dumps(half), json.dumps(fewer)]
+    assert main(["sweep", *command(folder, out, "--rounds", "0", "--setting", *given)]) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["setting"] for row in rows[1:]] == [half, fewer]
+    assert rows[0]["setting"]["name"] == "unreduced"
+    assert all(row["speed"] is None for row in rows)

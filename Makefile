@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 MINUTES ?= 120
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check data train clean
+.PHONY: demo test check data train gpu clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m pipelines.emoji
@@ -24,6 +24,11 @@ data: $(VENV)/.train
 
 train: $(VENV)/.train
 	$(RUN) -m pipelines.emoji.train --stage all --minutes $(MINUTES)
+
+# With the packages of the interpreter at hand, which has a torch with CUDA, and those of a folder of wheels.
+gpu:
+	@test -n "$(OUT)" || { echo 'Where to? make gpu OUT=folder [WHEELS=folder] [PYTHON=python3]'; exit 2; }
+	$(PYTHON) -m eval.gpu --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)") $(GPU_OPTIONS)
 
 clean:
 	rm -rf $(VENV) demo

@@ -1,8 +1,11 @@
 """How long a step takes: each setting in turns with the unreduced pipeline, in one run, after warm-up.
 
     python -m eval speed --setting '{"name": "half", "kind": "tofu", "options": {"ratio": 0.5}}' --out a.json
+    python -m eval speed --suite cpu --out suite.csv
 
 Step time and end-to-end time, medians with p20 and p80, counted FLOPs, peak memory on a GPU.
+With --suite: denoisers of full size with random weights (full), or smaller ones of the same kinds for a CPU
+(cpu), against what they take on as many tokens for free; see eval/suite.py.
 """
 
 from __future__ import annotations
@@ -124,7 +127,8 @@ class Bench:
                     continue
                 calls.append(ours)
                 ratios.append(sum(base) / sum(ours))
-                steps_ms += ours
+                # Their mean: a step that is left out takes next to nothing, another all of its time.
+                steps_ms.append(statistics.fmean(ours))
                 ends.append(end)
                 whole.append(base_end / end)
         return {
@@ -202,13 +206,18 @@ def measure(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The pipeline, prompts and call as of `generate`; `--out` is a JSON file."""
+    """The pipeline, prompts and call as of `generate`; `--out` is a JSON file, of a suite a CSV."""
     generate.add_run_arguments(parser)
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--setting",
         nargs="+",
-        required=True,
         help="name, kind and options as JSON, or a file with them; one or more",
+    )
+    what.add_argument(
+        "--suite",
+        choices=("full", "cpu"),
+        help="denoisers with random weights instead; of the other options it takes --out and --rounds",
     )
     parser.add_argument("--rounds", type=int, default=5, help="measured turns (%(default)s)")
     parser.add_argument("--compiled", action="store_true", help="compile the denoiser")
@@ -216,6 +225,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """`python -m eval speed`. A mistake in the arguments is a ValueError."""
+    if args.suite is not None:
+        from eval import kernel_check, suite  # which use this module
+
+        if kernel_check.kernels_run():
+            apart = kernel_check.check_kernels(args.suite, len(suite.SUITES[args.suite]))
+            print(f"kernels and reference differ by {max(apart.values()):.2g} at most")
+        suite.main(args.suite, args.out, args.rounds)
+        return
     settings = [generate.setting_of(text) for text in args.setting]
     loaded = generate.load(args.pipeline, args.dtype)
     prompts = first(load_prompts(args.prompts), args.n or args.batch_size)

@@ -14,7 +14,7 @@ from .grid import TokenGrid
 from .methods import METHODS, Evidence, Method
 from .plan import Plan
 from .profiles import default_config, profile
-from .restore import RESTORES, restore
+from .restore import RESTORES, UpdateCache, restore
 from .schedule import Schedule
 from .summary import Summary
 
@@ -35,6 +35,7 @@ __all__ = [
     "Summary",
     "TofuConfig",
     "TokenGrid",
+    "UpdateCache",
     "__version__",
     "apply_tofu",
     "default_config",

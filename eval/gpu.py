@@ -1,0 +1,285 @@
+"""All that needs a GPU, the most important first, in one command that ends before its time is up.
+
+    make gpu OUT=results                              # or: python -m eval.gpu --out results
+    make gpu OUT=results WHEELS=wheels PYTHON=python3    # without a network
+
+Parts, each done once for an output folder; the same command goes on where it stopped:
+
+    parity    tests of the kernels against the reference                      parity.log
+    sync      a reduced step that never waits for the device, every family    parts.json
+    head      the suite's most important rows                                 suite.csv
+    kernels   plans, folds and restores against reference and bound           kernels.csv
+    suite     the rest of the suite                                           suite.csv
+
+Without a GPU it runs all the same, which tries it out and measures nothing of interest (--suite tiny).
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD_CASES = 4
+CORE = "is_the_reference or gather_and_add or bit_by_bit or runs_the_same"
+PARITY_SHARE = 0.4
+"""Of the time left: kernels are compiled for every size that is tested."""
+GRACE = 20
+"""Seconds over its time after which what then still runs is cut off; rows are on disk by then."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the parts are given."""
+
+    out: Path
+    suite: str
+    until: float
+    rounds: int
+    commit: str | None
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.until - time.monotonic()
+
+
+def parity(job: Job) -> str | None:
+    """The core of the kernels' tests, in a process of its own; without a GPU the tests of the dispatch."""
+    import torch
+
+    name, core = ("triton", CORE) if torch.cuda.is_available() else ("dispatch", "test")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", core]
+    try:
+        done = subprocess.run(
+            [*command, f"tests/test_kernels_{name}.py"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=max(1.0, PARITY_SHARE * job.left),
+        )
+    except subprocess.TimeoutExpired as error:
+        (job.out / "parity.log").write_bytes(error.stdout or b"")
+        return None
+    (job.out / "parity.log").write_text(done.stdout, encoding="utf-8")
+    last = done.stdout.strip().splitlines()[-1:] or ["no output"]
+    return f"test_kernels_{name}: {last[0].strip('= ')}"
+
+
+def sync(job: Job) -> str | None:
+    """A reduced step of every kind of denoiser with waiting for the device made an error."""
+    from eval import suite
+    from eval.suite_models import SUITES, here
+
+    device, dtype = here()
+    small = "cpu" if device.type == "cuda" else "tiny"
+    found = []
+    for case in SUITES[small]:
+        bench = suite.Bench(case, device, dtype)
+        cells = [suite.Cell("unreduced"), *suite.FIRST_CELLS[2::2]]
+        for cell in cells:
+            with bench.applied(cell, *bench.models[0]) as lane:
+                for _ in range(lane.whole_steps() + suite.REDUCED):
+                    lane.step()
+                waits = waiting(lane.forward, device)
+            if waits:
+                found.append(f"{case.model} {cell.kind} {cell.context}".strip() + f": {waits}")
+            if waits and cell.kind == "unreduced":
+                break  # the model itself waits, so nothing can be said of tofu
+    if device.type != "cuda":
+        return "no GPU to wait for"
+    return "; ".join(found) or f"no step of {len(SUITES[small])} denoisers waits"
+
+
+def waiting(call: Callable[[], object], device: Any) -> str:
+    """What in a call waits for the device; empty: nothing."""
+    import torch
+
+    if device.type != "cuda":
+        call()
+        return ""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def head(job: Job) -> str | None:
+    """The first rows of the suite's first denoisers."""
+    from eval import suite
+    from eval.suite_models import SUITES
+
+    cases = SUITES[job.suite][:HEAD_CASES]
+    mode = suite.modes_of(job.suite)[0]
+    firsts = [(case, mode, cell) for case in cases for cell in suite.FIRST_CELLS]
+    return _rows(job, firsts, len(cases))
+
+
+def rest(job: Job) -> str | None:
+    """All rows of the suite."""
+    from eval import suite
+    from eval.suite_models import SUITES
+
+    cases = SUITES[job.suite]
+    return _rows(job, list(suite.jobs(cases, suite.modes_of(job.suite))), len(cases))
+
+
+def _rows(job: Job, work: Sequence[Any], count: int) -> str | None:
+    """Rows of the suite's first `count` cases, whose kernels are compared with the reference before."""
+    from eval import kernel_check, suite
+    from eval.suite_rows import read_rows
+
+    out, file = job.out / "suite.csv", job.out / "checked.json"
+    checked = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"cases": 0}
+    if kernel_check.kernels_run() and checked["cases"] < count:
+        checked = {"cases": count, "differences": kernel_check.check_kernels(job.suite, count)}
+        file.write_text(json.dumps(checked, indent=2) + "\n", encoding="utf-8")
+    if not suite.run(work, out, job.rounds, job.until, job.commit):
+        return None
+    rows = read_rows(out)
+    failed = sum(row["note"].startswith("failed") for row in rows)
+    return f"{len(rows)} rows, {failed} of them failed"
+
+
+def kernels(job: Job) -> str | None:
+    """Times of the operations that kernels serve."""
+    from eval import gpu_kernels
+
+    return gpu_kernels.measure(job.out / "kernels.csv", job.until, job.commit)
+
+
+# ---- the command -----------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[Job], str | None]] = {
+    "parity": parity,
+    "sync": sync,
+    "head": head,
+    "kernels": kernels,
+    "suite": rest,
+}
+
+
+def run_parts(job: Job) -> bool:
+    """Every part that is not done, until the time is up; whether none of them failed."""
+    state = job.out / "parts.json"
+    done = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
+    good = True
+    for name, part in PARTS.items():
+        if name in done:
+            print(f"{name}: done before: {done[name]}", flush=True)
+            continue
+        if job.left <= 0:
+            break
+        try:
+            result = part(job)
+        except Exception as error:  # whatever it is, the other parts are still wanted
+            print(f"{name}: failed: {type(error).__name__}: {error}", flush=True)
+            good = False
+            continue
+        if result is None:
+            print(f"{name}: to be continued", flush=True)
+            continue
+        print(f"{name}: {result}", flush=True)
+        if name == "parity" and not passed(result):
+            good = False
+            continue
+        done[name] = result
+        state.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
+    if missing := [name for name in PARTS if name not in done]:
+        print(f"not done: {', '.join(missing)}; the same command goes on", flush=True)
+    return good
+
+
+def passed(summary: str) -> bool:
+    """Whether pytest's last line tells of tests, and of none that failed."""
+    return " passed" in summary and "failed" not in summary and "error" not in summary
+
+
+def with_wheels(wheels: Path, arguments: Sequence[str]) -> None:
+    """Start anew with the packages of a folder, installed beside the interpreter's own; does not return.
+
+    Raises:
+        ValueError: if there are none.
+        subprocess.CalledProcessError: if pip cannot install them.
+    """
+    found = sorted(map(str, wheels.glob("*.whl")))
+    if not found:
+        raise ValueError(
+            f"{wheels} holds no .whl file; fill it with `pip download`, or leave it out"
+        )
+    target = tempfile.mkdtemp(prefix="wheels-")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--no-compile", "--target", target, *found], check=True)
+    path = os.pathsep.join(filter(None, [target, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "eval.gpu", *arguments]
+    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: all that was run passed; 1: something failed. A mistake in the arguments ends with 2."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="eval.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="folder; goes on where it was")
+    parser.add_argument("--suite", choices=("full", "cpu", "tiny"), default="full")
+    parser.add_argument("--minutes", type=float, default=9.0, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="measured turns (%(default)s)")
+    parser.add_argument("--wheels", type=Path, help="folder of packages to install first")
+    parser.add_argument("--commit", help="what the rows say where the checkout has no history")
+    parser.add_argument("--reference", help=argparse.SUPPRESS)
+    args = parser.parse_args(given)
+    if args.reference:
+        from eval.gpu_kernels import save_reference
+
+        save_reference(args.reference)
+        return 0
+    if args.out is None:
+        parser.error("--out is needed: the folder for what is measured")
+    if args.minutes <= 0 or args.rounds < 1:
+        parser.error(f"minutes {args.minutes:g} and rounds {args.rounds} must be above 0")
+    until = time.monotonic() + 60 * args.minutes
+    if args.wheels is not None:
+        try:
+            with_wheels(args.wheels, without_wheels(given))
+        except (ValueError, subprocess.CalledProcessError) as error:
+            parser.error(str(error))
+    args.out.mkdir(parents=True, exist_ok=True)
+    # The real stderr: what stands in for it has no file.
+    faulthandler.dump_traceback_later(60 * args.minutes + GRACE, exit=True, file=sys.__stderr__)
+    try:
+        good = run_parts(Job(args.out, args.suite, until, args.rounds, args.commit))
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return 0 if good else 1
+
+
+def without_wheels(arguments: Sequence[str]) -> list[str]:
+    """The same arguments but --wheels."""
+    kept = list(arguments)
+    for i, each in enumerate(kept):
+        if each == "--wheels":
+            return kept[:i] + kept[i + 2 :]
+        if each.startswith("--wheels="):
+            return kept[:i] + kept[i + 1 :]
+    return kept
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -181,6 +181,8 @@ def worth_table(stage: str) -> str:
             count, mean, low, high = worth(rows[model], option, mine, other)
             gained = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" if count else "n/a"
             cells += [gained, str(count)]
+        if set(cells[1::2]) == {"0"}:
+            continue  # not measured yet
         named = (value if value != "None" else "ToFu's own, by depth" for value in (mine, other))
         lines.append(f"| {option} {' | '.join(named)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ Every line cites its row, so that `check_citations` finds it.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -22,6 +23,7 @@ from eval.plots import pareto
 from eval.study import read
 
 ROOT = Path(__file__).parent.parent
+SPEEDS = {name: ROOT / "eval" / "results" / f"speed_{name}.json" for name in ("unet", "mmdit")}
 RESULTS = {name: ROOT / "eval" / "results" / f"study_{name}.jsonl" for name in ("unet", "mmdit")}
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
@@ -206,9 +208,33 @@ def best_table(stage: str) -> str:
     return "\n".join(lines)
 
 
+def speed_table(model: str) -> str:
+    """Times of some settings, as `python -m eval speed` wrote them."""
+    data = json.loads(SPEEDS[model].read_text(encoding="utf-8"))
+    about, steps = data["about"], data["about"]["call"]["num_inference_steps"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines = [
+        f"Embedded pipeline `{model}` (weights {about['pipeline']['weights']}), batch of {about['n']}, {steps} "
+        f"steps; {about['device']}, {about['threads']} threads; {versions}; commit {about['commit'][:12]}. "
+        f"Unreduced time over that of the setting, in turns, median of {data['rows'][0]['rounds']} (p20 to p80).",
+        "",
+        "| | FLOPs | denoiser | end to end |",
+        "|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        cells = [f"{row['flops_ratio']:.2f}x"]
+        for name in ("speed", "end_to_end_speed"):
+            each = row[name]
+            cells.append(f"{each['value']:.2f}x ({each['low']:.2f} to {each['high']:.2f})")
+        what = described({**row, "steps": steps})
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 FRONT, GRID = "25steps-n32", "64px-12steps-n4"
 TABLES: dict[str, Callable[[], str]] = {
     **{f"{model} drift": (lambda model=model: drift_table(model, FRONT)) for model in RESULTS},
+    **{f"{model} speed": (lambda model=model: speed_table(model)) for model in SPEEDS},
     "ahead": lambda: ahead_table(FRONT),
     "worth": lambda: worth_table(GRID),
     "best": lambda: best_table(GRID),

@@ -214,9 +214,10 @@ def speed_table(model: str) -> str:
     about, steps = data["about"], data["about"]["call"]["num_inference_steps"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
-        f"Embedded pipeline `{model}` (weights {about['pipeline']['weights']}), batch of {about['n']}, {steps} "
-        f"steps; {about['device']}, {about['threads']} threads; {versions}; commit {about['commit'][:12]}. "
-        f"Unreduced time over that of the setting, in turns, median of {data['rows'][0]['rounds']} (p20 to p80).",
+        f"Embedded pipeline `{model}` (weights {about['pipeline']['weights']}), batch of {about['n']}, "
+        f"{steps} steps; {about['device']}, {about['threads']} threads; {versions}; commit "
+        f"{about['commit'][:12]}. Unreduced time over that of the setting, in turns, median of "
+        f"{data['rows'][0]['rounds']} (p20 to p80).",
         "",
         "| | FLOPs | denoiser | end to end |",
         "|---|---|---|---|",

@@ -11,8 +11,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(VENV)/.demo
 	$(RUN) -m pipelines.emoji
 
+# A process a core, each with one thread.
 test: $(VENV)/.dev
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal
 
 check: $(VENV)/.dev
 	$(RUN) -m ruff check .

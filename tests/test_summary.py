@@ -6,6 +6,7 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from eval.suite_models import SD15, SDXL
 from tests import tiny
 from tofu_diffusers import apply_tofu
 
@@ -98,25 +99,6 @@ def test_asking_does_not_change_what_is_generated():
         assert torch.equal(tiny.generate(pipe, steps=4), expected)
 
 
-SD15 = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "attention_head_dim": 8,
-}
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 SD3 = {
     "sample_size": 128,
     "num_layers": 24,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels import use_triton
+from .kernels import one_launch
 from .kernels.reference import scale_of, wide
 from .plan import Plan
 from .rows import put, put_, take
@@ -166,18 +166,13 @@ def _from_past(
     return torch.where((known & ~plan.is_kept())[..., None], own, copied)
 
 
-def _one_pass(*tensors: Tensor) -> bool:
-    """Whether a kernel is called; compiled, torch's own operations are fused instead."""
-    return use_triton(*tensors) and not torch.compiler.is_compiling()
-
-
 def _fits(update: Tensor, cache: UpdateCache, step: Tensor, how: str) -> bool:
     """Whether the kernel takes this update and this cache."""
     alike = update.dtype == cache.value.dtype and step.device == cache.value.device
     return alike and (cache.slope is not None) == (how == "taylor")
 
 
-def _cached_in_one_pass(
+def _cached_in_one_launch(
     update: Tensor,
     plan: Plan,
     how: str,
@@ -228,7 +223,7 @@ def restore_onto(
     Raises:
         ValueError: as `restore`.
     """
-    if _one_pass(x, update):
+    if one_launch(x, update):
         if how == "copy":
             copied: Tensor = torch.ops.tofu.restore_copy(
                 x, update, plan.kept, plan.assign, computed
@@ -240,7 +235,7 @@ def restore_onto(
             and step is not None
             and _fits(update, cache, step, how)
         ):
-            return _cached_in_one_pass(update, plan, how, cache, step, max_age, x, computed)
+            return _cached_in_one_launch(update, plan, how, cache, step, max_age, x, computed)
     restored = restore(
         update, plan, how, x=x, folded=folded, cache=cache, step=step, max_age=max_age
     )
@@ -307,8 +302,8 @@ def restore(
         )
     if how == "taylor" and cache.slope is None:
         raise ValueError("restore 'taylor' needs a cache with slopes; make it by empty('taylor')")
-    if _fits(update, cache, step, how) and _one_pass(update, cache.value):
-        return _cached_in_one_pass(update, plan, how, cache, step, max_age, None, None)
+    if _fits(update, cache, step, how) and one_launch(update, cache.value):
+        return _cached_in_one_launch(update, plan, how, cache, step, max_age, None, None)
     if cache.complete and max_age is None and how != "blend":
         full = put(own_update(how, cache, step, update.dtype), plan.kept, update)
     else:

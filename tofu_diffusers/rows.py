@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels import use_triton
+from .kernels import one_launch
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
     """The rows at these positions.  [B, N, C], [B, M] int64 -> [B, M, C]"""
-    if _one_launch(x):
+    if one_launch(x):
         rows: Tensor = torch.ops.tofu.take_rows(x, positions)
         return rows
     batch, count = positions.shape
@@ -30,15 +30,10 @@ def put(x: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
 
 def put_(x: Tensor, positions: Tensor, rows: Tensor) -> None:
     """Replace rows of x, which must be contiguous, in place."""
-    if _one_launch(x, rows):
+    if one_launch(x, rows):
         torch.ops.tofu.put_rows_(x, positions, rows)
         return
     x.view(-1, x.shape[2]).index_copy_(0, _flat(positions, x.shape[1]), rows.flatten(0, 1))
-
-
-def _one_launch(*tensors: Tensor) -> bool:
-    """Whether a kernel is called; compiled, these are fused with what is around them instead."""
-    return use_triton(*tensors) and not torch.compiler.is_compiling()
 
 
 def _flat(positions: Tensor, tokens: int) -> Tensor:

@@ -91,6 +91,11 @@ def use_triton(*tensors: Tensor) -> bool:
     return True
 
 
+def one_launch(*tensors: Tensor) -> bool:
+    """Whether a kernel that only moves rows is called; compiled, torch fuses its own with what is around."""
+    return use_triton(*tensors) and not torch.compiler.is_compiling()
+
+
 def best_match(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.best_match`."""
     queries, candidates = queries.detach(), candidates.detach()

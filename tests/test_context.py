@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProces
 
 from tests import tiny
 from tofu_diffusers import apply_tofu, remove_tofu
+from tofu_diffusers.methods import matching
 
 UNET_SITE = "down_blocks.0.attentions.0.transformer_blocks.0"
 CACHED_RESTORES = ("temporal", "taylor", "blend")
@@ -128,6 +129,36 @@ def test_nothing_changes_while_the_input_does_not(restore, context):
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
         remove_tofu(model)
         assert torch.equal(model(**inputs)[0], expected)
+
+
+@pytest.mark.parametrize("method", ["importance", "random"])
+@pytest.mark.parametrize("restore", ["taylor", "temporal", "blend", "copy"])
+@torch.no_grad()
+def test_a_match_is_sought_only_where_it_is_read(restore, method, monkeypatch):
+    """A token with a past of its own needs no other's; that it is not sought changes nothing."""
+    sought, match = [], matching.match
+    monkeypatch.setattr(matching, "match", lambda *given: sought.append(1) or match(*given))
+    options = {"method": method, "restore": restore, "fold": "prune", "context": "fresh"}
+    for model, inputs in models():
+        draws = [
+            {**inputs, (name := next(iter(inputs))): torch.roll(inputs[name], step, -1)}
+            for step in range(5)
+        ]
+        outputs = []
+        for forced in (False, True):
+            sought.clear()
+            handle = apply_tofu(model, ratio=0.5, first_steps=2, **options)
+            session = handle._sessions[0][1]
+            assert session.matched == (restore in ("blend", "copy"))
+            session.matched |= forced
+            made = []
+            for step, given in enumerate(draws):
+                handle.step(step, 5)
+                made.append(model(**given)[0])
+            assert bool(sought) == session.matched
+            outputs.append(torch.stack(made))
+        assert torch.equal(*outputs)
+        remove_tofu(model)
 
 
 @pytest.mark.parametrize("processor", [AttnProcessor(), SlicedAttnProcessor(1)])

@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from tests import families_table, tiny
 from tofu_diffusers import FAMILIES, Handle, apply_tofu, remove_tofu
+from tofu_diffusers.session import Session
 
 BUILDERS = {
     "unet": tiny.tiny_sd,
@@ -438,6 +439,32 @@ def test_guidance_that_the_pipeline_does_not_announce(name, guided):
     first, second = kept[-1][0].chunk(2) if guided else (kept[-1][0], None)
     assert not guided or torch.equal(first, second)
     assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"context": "cached"},
+        {"context": "fresh"},
+        {"context": "fresh", "method_options": {"source": "cfg"}, "restore": "temporal"},
+        {"scope": "step"},
+    ],
+    ids=str,
+)
+def test_the_past_outlives_the_look_at_guidance(options, monkeypatch):
+    """Latents and predictions are those of a pipeline that had announced its guidance."""
+
+    def made():
+        pipe = BUILDERS["pixart"]()
+        with apply_tofu(pipe, ratio=0.5, first_steps=2, **options) as handle:
+            latents = tiny.generate(pipe, ["a cat", "a dog"], steps=6)
+            ratios = [step.ratios[0] for step in session_of(handle).steps()]
+            assert ratios[:2] == ["0.0"] * 2 and "0.0" not in ratios[2:3]
+            return latents
+
+    looked_at = made()
+    monkeypatch.setattr(Session, "_announced", lambda self: 2)
+    assert torch.equal(made(), looked_at)
 
 
 @pytest.mark.parametrize("name", ["wan", "qwen"])

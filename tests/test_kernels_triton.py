@@ -22,7 +22,7 @@ from tofu_diffusers.grid import TokenGrid
 from tofu_diffusers.kernels import reference
 from tofu_diffusers.methods.matching import tiles_of
 from tofu_diffusers.plan import Plan
-from tofu_diffusers.rows import put, put_, take
+from tofu_diffusers.rows import put_, take
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -395,10 +395,11 @@ def test_restore_copy_is_gather_and_add(size, dtype):
     plan = make_plan(30, batch, tokens, slots)
     x = normal(31, batch, channels, tokens, dtype=dtype).mT
     update, computed = (normal(s, batch, slots, channels, dtype=dtype) for s in (32, 33))
-    expected = x + restore.restore(update, plan, "copy")
+    expected = restore.restore(update, plan, "copy") + x
     same(OPS.restore_copy(x, update, *plan, None), expected, dtype)
     got = OPS.restore_copy(x, update, *plan, computed)
-    same(got, put(expected, plan.kept, computed), dtype)
+    put_(expected, plan.kept, computed)
+    same(got, expected, dtype)
     assert torch.equal(plan.rows(got), computed)
 
 
@@ -420,7 +421,7 @@ def test_restore_cached_is_the_reference_and_records(how, dtype, max_age):
         computed = plan.rows(x) if call == 1 else None
         expected = full if residual is None else x + full
         if computed is not None:
-            expected = put(expected, plan.kept, computed)
+            put_(expected, plan.kept, computed)
         got = OPS.restore_cached(
             update, *plan, mine.value, mine.slope, mine.last, now, how, max_age, residual, computed
         )

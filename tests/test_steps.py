@@ -173,6 +173,47 @@ def test_guidance_in_two_calls_uses_the_conditional_plan():
                 torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"context": "cached"},
+        {"context": "fresh", "restore": "taylor"},
+        {"scope": "step"},
+        {"method": "tome", "fold": "prune", "restore": "temporal", "first_steps": 2},
+    ],
+    ids=str,
+)
+def test_guidance_that_ends_on_the_way(options):
+    """Half of the batch goes at step 4; what was remembered of the whole batch does not fit the rest."""
+    pipe = tiny.tiny_sd()
+    handle = apply_tofu(pipe, ratio=0.5, **options)
+    session, plain, errors = handle._sessions[0][1], tiny.tiny_sd().unet, []
+
+    def compare(module, args, kwargs, out):
+        assert session.images == 2
+        expected = plain(*args, **kwargs)[0]
+        errors.append(float((out[0] - expected).abs().max()))
+
+    def end_guidance(pipe, step, timestep, given):
+        if step == 3:
+            pipe._guidance_scale = 0.0
+            given["prompt_embeds"] = given["prompt_embeds"].chunk(2)[-1]
+        return given
+
+    pipe.unet.register_forward_hook(compare, with_kwargs=True)
+    tiny.generate(
+        pipe,
+        ["a cat", "a dog"],
+        steps=9,
+        callback_on_step_end=end_guidance,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )
+    assert session.conditions == "1"
+    # Whole: the first two, and the first without guidance.
+    assert errors[0] == errors[1] == errors[4] == 0.0
+    assert max(errors[5:]) > 0.0
+
+
 @torch.no_grad()
 def test_unconditional_rows_follow_the_conditional_ones():
     unet, inputs = tiny.tiny_sd().unet, unet_inputs(batch=4)

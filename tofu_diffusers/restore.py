@@ -22,16 +22,16 @@ from torch import Tensor
 from .kernels import one_launch
 from .kernels.reference import scale_of, wide
 from .plan import Plan
-from .rows import put, put_, take
+from .rows import put_, take
 
 RESTORES = ("copy", "mlerp", "temporal", "taylor", "blend")
 CACHED = frozenset({"temporal", "taylor", "blend"})
 
 
 def _fit(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast, within the dtype's range: an extrapolation of finite values may leave it."""
+    """Cast, within the dtype's range: an extrapolation of finite values may leave it. Overwrites x."""
     limit = torch.finfo(dtype).max
-    return x.clamp(-limit, limit).to(dtype)
+    return x.clamp_(-limit, limit).to(dtype)
 
 
 @dataclass
@@ -141,9 +141,9 @@ def _rescaled(update: Tensor, plan: Plan, x: Tensor, folded: Tensor) -> Tensor:
 
 
 def own_update(how: str, cache: UpdateCache, step: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each token's own last update, extrapolated for taylor and else repeated.  -> [B, N, C]"""
+    """Each token's own last update, extrapolated for taylor and else repeated.  -> [B, N, C], a copy"""
     if how == "temporal" or cache.slope is None:
-        return cache.value.to(dtype)
+        return cache.value.to(dtype, copy=True)
     age = step.to(torch.float32) - cache.last
     return _fit(torch.addcmul(wide(cache.value), age[..., None], wide(cache.slope)), dtype)
 
@@ -239,8 +239,11 @@ def restore_onto(
     restored = restore(
         update, plan, how, x=x, folded=folded, cache=cache, step=step, max_age=max_age
     )
-    full = x + restored.to(x.dtype)
-    return full if computed is None else put(full, plan.kept, computed)
+    # In place: nobody else holds it, and on a CPU to make room for as much again costs more than the sum.
+    full = restored.to(x.dtype).add_(x)
+    if computed is not None:
+        put_(full, plan.kept, computed)
+    return full
 
 
 def restore(
@@ -305,7 +308,8 @@ def restore(
     if _fits(update, cache, step, how) and one_launch(update, cache.value):
         return _cached_in_one_launch(update, plan, how, cache, step, max_age, None, None)
     if cache.complete and max_age is None and how != "blend":
-        full = put(own_update(how, cache, step, update.dtype), plan.kept, update)
+        full = own_update(how, cache, step, update.dtype)
+        put_(full, plan.kept, update)
     else:
         full = _from_past(how, plan.spread(update), plan, cache, step, max_age)
     cache.record(update, step, plan.kept)

@@ -22,12 +22,6 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
     return taken.view(batch, count, x.shape[2])
 
 
-def put(x: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-    """A copy of x with other rows at these positions.  [B, N, C], [B, M], [B, M, C] -> [B, N, C]"""
-    flat = x.flatten(0, 1).index_copy(0, _flat(positions, x.shape[1]), rows.flatten(0, 1))
-    return flat.view(x.shape)
-
-
 def put_(x: Tensor, positions: Tensor, rows: Tensor) -> None:
     """Replace rows of x, which must be contiguous, in place."""
     if one_launch(x, rows):

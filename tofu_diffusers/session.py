@@ -98,6 +98,7 @@ class Session:
     method: Method = field(init=False)
     needs: list[str] = field(init=False)
     max_age: int | None = field(init=False)
+    matched: bool = field(init=False)
     blocks: list[nn.Module] = field(default_factory=list)
     removed: bool = False
 
@@ -107,6 +108,7 @@ class Session:
     noise: list[float] = field(default_factory=list)
     told: bool = False
     conditions: str = "1"
+    remembers: bool = False
     history: list[StepRecord] = field(default_factory=list)
     held: int = 0
     computed: dict[int, Tensor] = field(default_factory=dict)
@@ -141,6 +143,10 @@ class Session:
         self.max_age = None if bounded and self.config.reuse == 1 else self.config.max_age
         if self.config.scope == "step":
             self.predictions = Predictions(self.units[0].restore)
+        # With a past of its own to build on, no removed token gets another's update.
+        own = all(unit.restore in ("temporal", "taylor") for unit in self.units)
+        inside = self.config.scope in ("block", "span")
+        self.matched = not (own and inside and self.max_age is None and self.whole_steps() > 0)
         self.shelves = list(dict.fromkeys(unit.shelf for unit in self.units))
         self._set_ratios()
 
@@ -233,10 +239,9 @@ class Session:
         elif self.done > 1:
             first, second = seen.chunk(2)
             self.conditions = str(1 + torch.equal(first, second))
-            # Plans and caches have another number of images now; predictions are of the whole batch.
-            self.tracker = None
-            if self.predictions is None:
-                self.shapes.clear()
+            # All that is remembered is of the whole batch, apart from what the tracker has of each image.
+            if self.conditions == "2" and self.tracker is not None:
+                self.tracker.halve(self.family.conditional_first)
 
     def _forget_plans(self) -> None:
         for shelf in self.shelves:
@@ -259,6 +264,7 @@ class Session:
         total = len(self.noise)
         first, last = self.whole_steps(), total - config.last_steps
         whole = bool(total) and (self.done < first or self.index >= last)
+        self.remembers = not whole and first > 0
         noise = self.noise[min(self.index, total - 1)] if total else 1.0
         if self.predictions is not None:
             skipped = left_out(range(first, last), config.ratio)
@@ -327,6 +333,10 @@ class Session:
         self.blind = False
         batch = sample.shape[0]
         if self.condition == "0":
+            before = self.shapes.get("0")
+            if self.told and before is not None and before[0] != batch and not batch % self.images:
+                # Guidance began or ended on the way; the images are the same.
+                self.conditions = str(batch // self.images)
             conditions = int(self.conditions)
             if conditions == 0:
                 self.blind = batch % 2 == 0
@@ -344,6 +354,8 @@ class Session:
         shape = (*sample.shape, str(sample.device))
         if self.shapes.get(self.condition) != shape:
             self._make_room(sample)
+            # Caches made now (guidance began or ended on the way) are empty, where others hold a past.
+            self.blind = self.blind or (self.remembers and self._bytes() > 0)
             self.shapes[self.condition] = shape
             if self.condition == "0" and not torch.compiler.is_compiling():
                 self.last_call = shapes_only(named)
@@ -492,6 +504,7 @@ class Session:
                 age=age,
                 importance=weights,
                 seed=self.config.seed,
+                matched=self.matched,
             )
             plan = self.method.plan(evidence)
             return plan if plan.kept.shape[0] == self.images else plan.repeat(self.images)

@@ -45,6 +45,21 @@ class Tracker:
         finest = grids[self.finest].tokens
         self.score = torch.zeros(images, finest, device=device)
 
+    def halve(self, conditional_first: bool) -> None:
+        """What were taken for 2 I images are the two conditions of I, after steps that ran whole."""
+
+        def conditional(x: Tensor) -> Tensor:
+            first, second = x.chunk(2)
+            return (first if conditional_first else second).clone()
+
+        self.last = {level: conditional(last) for level, last in self.last.items()}
+        self.score = conditional(self.score)
+        if self.prediction is not None:
+            self.prediction = conditional(self.prediction)
+        if self.first is not None:
+            self._note_guidance(*self.first.chunk(2))
+            self.first = conditional(self.first)
+
     def age(self, level: int, step: Tensor) -> Tensor:
         """Steps since each token of the level was computed.  -> [I, N] float32"""
         return step - self.last[level]

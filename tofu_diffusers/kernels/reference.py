@@ -140,7 +140,9 @@ def group_sum(x: Tensor, assign: Tensor, groups: int) -> Tensor:
     row = torch.arange(batch, device=assign.device)[:, None] * groups
     out = x.new_zeros(batch * groups, channels)
     # index_add over a flat index is deterministic on every device when torch is asked for that.
-    return out.index_add(0, (assign + row).flatten(), x.flatten(0, 1)).view(batch, groups, channels)
+    return out.index_add_(0, (assign + row).flatten(), x.flatten(0, 1)).view(
+        batch, groups, channels
+    )
 
 
 def group_max(x: Tensor, assign: Tensor, groups: int) -> Tensor:

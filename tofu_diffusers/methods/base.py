@@ -28,6 +28,8 @@ class Evidence:
         age: [B, N] float32, steps since each token was last computed; 1: at the last step.
         importance: [B, N] float32, higher is kept; of the kind that the method's `source` names.
         seed: of the image.
+        matched: whether anybody reads where removed tokens go; if not, a method that need not know for its
+            choice leaves it open: they go to the first kept one.
     """
 
     metric: Tensor
@@ -38,13 +40,14 @@ class Evidence:
     age: Tensor | None = None
     importance: Tensor | None = None
     seed: int = 0
+    matched: bool = True
 
 
 class Method(ABC):
     """Base of all methods. A subclass is a frozen dataclass whose fields are its options.
 
     It names itself, validates its options in `__post_init__`, and implements `choose`. A removed
-    token is always assigned to the most similar kept token among the method's candidates.
+    token is assigned to the most similar kept token among the method's candidates (`Evidence.matched`).
     """
 
     name: ClassVar[str]

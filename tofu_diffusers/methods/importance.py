@@ -91,7 +91,7 @@ class Importance(Method):
             # A second stable sort puts what is due first and leaves the rest by score.
             order = order.gather(1, due.argsort(dim=1, descending=True, stable=True))
         kept = order[:, :count].sort(dim=1).values
-        return assign_to_kept(evidence.metric, evidence.grid, kept, as_window(self.window))
+        return assign_to_kept(evidence, kept, as_window(self.window))
 
 
 def forced(age: Tensor, count: int, max_age: int) -> Tensor:

@@ -13,7 +13,7 @@ from ..grid import TokenGrid
 from ..kernels import best_match, best_match_tiles, energy, energy_tiles
 from ..plan import Plan, complement, make_plan
 from ..rows import take
-from .base import as_sides
+from .base import Evidence, as_sides
 
 Window = tuple[int, int, int]
 WHOLE_SIDE = 2**31
@@ -100,11 +100,14 @@ def match(
     return value, torch.where(value == -torch.inf, candidates.gather(1, before), position)
 
 
-def assign_to_kept(metric: Tensor, grid: TokenGrid, kept: Tensor, window: Window | None) -> Plan:
-    """The plan that keeps these tokens and assigns every other to its best of them."""
+def assign_to_kept(evidence: Evidence, kept: Tensor, window: Window | None) -> Plan:
+    """The plan that keeps these tokens [B, K], ascending, and assigns every other to its best of them."""
+    grid = evidence.grid
+    everyone = kept[:, :1].repeat(1, grid.tokens)
+    if not evidence.matched:
+        return make_plan(kept, everyone)
     removed = complement(kept, grid.tokens)
-    _, position = match(metric, grid, removed, kept, window)
-    everyone = kept.new_zeros(kept.shape[0], grid.tokens)
+    _, position = match(evidence.metric, grid, removed, kept, window)
     return make_plan(kept, everyone.scatter(1, removed, position))
 
 

@@ -37,4 +37,4 @@ class Random(Method):
         order = draw.argsort(descending=True, stable=True)
         kept = order[: grid.tokens - evidence.remove].sort().values
         kept = kept.expand(metric.shape[0], -1)
-        return assign_to_kept(metric, grid, kept, as_window(self.window))
+        return assign_to_kept(evidence, kept, as_window(self.window))

@@ -35,7 +35,8 @@ from eval.speed import UNREDUCED, Bench, one_batch
 from eval.sweep import others
 from tofu_diffusers import CONTEXTS, FOLDS, METHODS, RESTORES, SCOPES, TofuConfig
 
-RATIOS = (0.25, 0.5, 0.75)
+# The middle one first: what is worth what shows before the grid is whole.
+RATIOS = (0.5, 0.25, 0.75)
 # As in every row of the grid: what the choice by change needs, and the bound of extrapolation.
 GRID = {"first_steps": 2, "max_age": 8}
 
@@ -55,8 +56,8 @@ def tofu(name: str, **options: Any) -> Setting:
 
 def grid(steps: int) -> Iterator[Trial]:
     """Every valid combination; a method's own fold (by depth for ToFu) is called "own"."""
-    for method, fold, how, scope, context, ratio in itertools.product(
-        sorted(METHODS), [*FOLDS, "own"], RESTORES, SCOPES, CONTEXTS, RATIOS
+    for ratio, method, fold, how, scope, context in itertools.product(
+        RATIOS, sorted(METHODS), [*FOLDS, "own"], RESTORES, SCOPES, CONTEXTS
     ):
         own = fold == "own"
         # Apart from ToFu's, a method's own fold is one of the others.

@@ -93,15 +93,18 @@ TOKENS = {
 def matched(steps: int) -> Iterator[Trial]:
     """Scope "step" and what it must beat, at 1.5, 2 and 3 times fewer FLOPs.
 
-    Whole-step caching computes steps evenly spread after the first two ("line"), or after the first quarter
-    ("late").
+    Scope "step" leaves out none of the first two, or of the first four. Whole-step caching computes steps
+    evenly spread after the first two ("line"), or after the first quarter ("late").
     """
     counts = [round(steps / speed) for speed in (1.5, 2, 3)]
     for count in counts:
-        share = (steps - count) / (steps - 2)
         cache = {"total": steps, "computed": count, "order": 1}
+        for first in (2, 4):
+            if first < count:
+                share = round((steps - count) / (steps - first), 4)
+                name = f"step-{count}" if first == 2 else f"step-{count}-first{first}"
+                yield Trial(tofu(name, scope="step", ratio=share, first_steps=first), steps)
         for setting in (
-            tofu(f"step-{count}", scope="step", ratio=round(share, 4), first_steps=2),
             Setting(f"line-{count}", "step_cache", {**cache, "first": 2}),
             Setting(f"late-{count}", "step_cache", {**cache, "first": max(2, steps // 4)}),
             Setting(f"steps-{count}", "fewer_steps", {"steps": count}),

@@ -21,9 +21,11 @@ import numpy as np
 from eval.bootstrap import difference, of_mean
 from eval.plots import pareto
 from eval.study import read
+from tofu_diffusers import profile
 
 ROOT = Path(__file__).parent.parent
 SPEEDS = {name: ROOT / "eval" / "results" / f"speed_{name}.json" for name in ("unet", "mmdit")}
+FAMILY = {"unet": "unet", "mmdit": "sd3"}
 RESULTS = {name: ROOT / "eval" / "results" / f"study_{name}.jsonl" for name in ("unet", "mmdit")}
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
@@ -60,7 +62,10 @@ def described(row: Row) -> str:
         return f"{kind}, {numbers}"
     if options.get("scope") == "step":
         run = round(steps / row["flops_ratio"])
-        return f"scope `step`, ratio {options['ratio']:.2f}: {run} of {steps} steps run"
+        return (
+            f"scope `step`, ratio {options['ratio']:.2f}, {options['first_steps']} whole steps: "
+            f"{run} of {steps} steps run"
+        )
     if "context" in options:
         chosen = "at random" if options["method"] == "random" else "by change"
         return (
@@ -106,15 +111,22 @@ def drift_table(model: str, stage: str) -> str:
     return "\n".join([circumstances(rows), "", *head, *(line(model, row) for row in ordered)])
 
 
+def is_default(model: str, row: Row) -> bool:
+    """Whether a row is of the pipeline's profile, at whatever ratio."""
+    options = {k: v for k, v in row["setting"]["options"].items() if k != "ratio"}
+    mine: bool = options == profile(FAMILY[model])["config"]
+    return mine
+
+
 def ahead_table(stage: str) -> str:
-    """By how much scope "step" is ahead of what has the same FLOPs, image by image."""
+    """By how much the default, scope "step", is ahead of what has the same FLOPs, image by image."""
     lines = ["| | against | FLOPs | ahead by, dB |", "|---|---|---|---|"]
     for model in RESULTS:
         rows = {row["setting"]["name"]: row for row in rows_of(model, stage)}
         for name, row in rows.items():
-            kind, _, count = name.partition("-")
-            if kind != "step":
+            if not is_default(model, row):
                 continue
+            count = name.split("-")[1]
             for rival in ("steps", "multistep", "line", "late", "repeat"):
                 other = rows.get(f"{rival}-{count}")
                 if other is None:

@@ -344,6 +344,21 @@ def compare(
     return bootstrap.relative_increase(a, b) if relative else bootstrap.difference(a, b)
 
 
+def changes(mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, dict[str, float | int]]:
+    """By what share alignment and the distance to real pictures are more than the unreduced run's.
+
+    Named <metric>-change; a loss is held to a limit by `lower` (alignment) and `upper` (distance). What may
+    be 0 or less has no such share, and is left out.
+    """
+    found = {}
+    alignment = mine["inputs"]["alignment"]
+    for name in mine["metrics"]:
+        its_own = name.endswith("-real") or (alignment and name == alignment["name"])
+        if its_own and min(_resampled(base, name).draws) > 0:
+            found[f"{name}-change"] = compare(mine, base, name, relative=True).to_dict()
+    return found
+
+
 def default_alignment(manifest: Manifest) -> EmojiAlignment | None:
     """The emoji scorer for pipelines embedded here; None for others, which need a CLIP model."""
     embedded = manifest.pipeline["weights"] in map(weights_hash, MODELS)

@@ -136,7 +136,14 @@ def front(steps: int) -> Iterator[Trial]:
     for setting in (
         tofu("tokens-temporal-0.5", **{**half, "restore": "temporal"}),
         tofu("tokens-blend-0.5", **{**half, "restore": "blend"}),
-        tofu("tokens-random-0.5", **{**half, "method": "random"}),
+        *(
+            tofu(f"tokens-{method}-0.5", **{**half, "method": method})
+            for method in ("random", "tome", "pitome")
+        ),
+        *(
+            tofu(f"tokens-{source}-0.5", **half, method_options={"source": source})
+            for source in ("cfg", "attention", "key_norm")
+        ),
         tofu("tokens-none-0.5", **{**half, "context": "none"}),
         Setting(f"stack-{count}", "stack", {"of": [each.to_dict() for each in both]}),
         *(tofu(f"{method}-0.5", method=method, ratio=0.5) for method in ("tofu", "tome", "pitome")),

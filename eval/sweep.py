@@ -175,7 +175,9 @@ def rows(
 ) -> list[dict[str, Any]]:
     """A row a setting, as a report reads them."""
     found = []
+    base = scored[UNREDUCED.name]
     for setting in settings:
+        mine = scored[setting.name]
         manifest = Manifest.load(sweep.folder / setting.name)
         timed = speeds.get(setting.name)
         found.append(
@@ -190,7 +192,8 @@ def rows(
                 **manifest.provenance,
                 "flops_ratio": flops[setting.name],
                 "speed": timed and timed["speed"],
-                "metrics": scored[setting.name]["metrics"],
+                "metrics": mine["metrics"]
+                | (scores.changes(mine, base) if mine is not base else {}),
             }
         )
     return found

@@ -39,6 +39,7 @@ from eval.features import (
     read_pictures,
 )
 from eval.manifest import Manifest, image_path
+from eval.plots import metric_of
 from eval.scores import ClipAlignment, Lpips, compare, score
 from pipelines.emoji import load_pipeline, weights_hash
 from pipelines.emoji.scorer import EmojiScorer
@@ -676,6 +677,32 @@ def test_the_reference_against_itself(reference):
     assert metrics["feature_distance"]["value"] == pytest.approx(0, abs=1e-6)
     assert metrics["fd-tiny"]["high"] == pytest.approx(0, abs=1e-4)
     assert (reference.parent / "scores" / "unreduced.json").exists()
+
+
+def test_what_a_setting_loses_of_its_own_scores():
+    """Alignment and the distance to real pictures, as shares of the unreduced ones; a share of 0 is none."""
+
+    def scored(alignment, distance):
+        draws = {"fd-tiny-real": distance, "kid-tiny-real": [0.0, *distance[1:]]}
+        return {
+            "inputs": {"alignment": {"name": "clip_score"}},
+            "metrics": {
+                name: {"value": 0.0, "n": 4} for name in ("psnr_db", "clip_score", "fd-tiny")
+            }
+            | {name: {"value": float(np.mean(d)), "n": 4} for name, d in draws.items()},
+            "per_image": {"psnr_db": alignment, "clip_score": alignment},
+            "draws": draws,
+        }
+
+    base = scored([20.0, 30.0, 25.0, 25.0], [5.0, 5.5, 4.5])
+    mine = scored([19.0, 29.0, 24.0, 24.0], [10.0, 11.0, 9.0])
+    found = scores.changes(mine, base)
+    assert set(found) == {"clip_score-change", "fd-tiny-real-change"}
+    assert found["clip_score-change"]["value"] == pytest.approx(-0.04)
+    assert found["clip_score-change"]["lower"] < -0.04 < found["clip_score-change"]["upper"] < 0
+    assert found["fd-tiny-real-change"]["value"] == pytest.approx(1.0)
+    for name in found:
+        assert metric_of(name) is not None
 
 
 def test_two_settings_are_compared_by_their_results(reference, tmp_path):

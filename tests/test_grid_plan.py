@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tofu_diffusers.grid import TokenGrid
-from tofu_diffusers.plan import Plan, complement, make_plan
+from tofu_diffusers.plan import Plan, complement, highest, make_plan, positions_of
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -78,6 +78,24 @@ def test_plan_is_a_pytree() -> None:
 def test_what_match_says_of_kept_tokens_is_ignored() -> None:
     plan = make_plan(torch.tensor([[1, 3]]), torch.tensor([[3, 0, 1, 0]]))
     assert plan.assign.tolist() == [[1, 0, 0, 1]]
+
+
+@QUICK
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 5), st.integers(0, 999), st.data())
+def test_the_highest_are_those_of_a_stable_sort(
+    batch: int, tokens: int, levels: int, seed: int, data: st.DataObject
+) -> None:
+    """Few levels, so many are equal; one may be without number, one without bound."""
+    count = data.draw(st.integers(1, tokens))
+    g = torch.Generator().manual_seed(seed)
+    score = torch.randint(levels, (batch, tokens), generator=g).float()
+    for row, column in torch.randint(min(batch, tokens), (2, 2), generator=g).tolist():
+        score[row, column] = float(data.draw(st.sampled_from(["nan", "inf", "-inf"])))
+    order = score.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=-float("inf"))
+    first = order.argsort(dim=1, descending=True, stable=True)[:, :count]
+    flags = highest(score, count)
+    assert (flags.sum(1) == count).all()
+    assert torch.equal(positions_of(flags, count), first.sort(dim=1).values)
 
 
 @pytest.mark.parametrize(

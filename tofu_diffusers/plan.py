@@ -40,9 +40,7 @@ class Plan(NamedTuple):
 
     def removed(self) -> Tensor:
         """Positions of the removed tokens, ascending.  -> [B, N - K] int64"""
-        # A stable sort puts the removed ones first in order: nonzero() would have a dynamic shape.
-        order = self.is_kept().to(torch.uint8).argsort(dim=1, stable=True)
-        return order[:, : self.assign.shape[1] - self.kept.shape[1]]
+        return positions_of(~self.is_kept(), self.assign.shape[1] - self.kept.shape[1])
 
     def repeat(self, times: int) -> Plan:
         """The same plan for `times` copies of the batch, tiled as `Tensor.repeat` tiles rows."""
@@ -107,6 +105,27 @@ def make_plan(kept: Tensor, match: Tensor) -> Plan:
 
 def complement(positions: Tensor, tokens: int) -> Tensor:
     """The positions not listed, ascending.  [B, M] int64, distinct -> [B, tokens - M] int64"""
-    listed = torch.zeros(positions.shape[0], tokens, dtype=torch.uint8, device=positions.device)
-    listed = listed.scatter(1, positions, torch.ones_like(positions, dtype=torch.uint8))
-    return listed.argsort(dim=1, stable=True)[:, : tokens - positions.shape[1]]
+    others = torch.ones(positions.shape[0], tokens, dtype=torch.bool, device=positions.device)
+    others = others.scatter(1, positions, torch.zeros_like(positions, dtype=torch.bool))
+    return positions_of(others, tokens - positions.shape[1])
+
+
+def positions_of(flags: Tensor, count: int) -> Tensor:
+    """Where the flags are set, ascending.  [B, N] bool, `count` set in every row -> [B, count] int64"""
+    # A running count gives each its slot: nonzero() would have a dynamic shape, and to sort costs more.
+    slot = torch.where(flags, flags.cumsum(1) - 1, count)
+    place = torch.arange(flags.shape[1], device=flags.device).expand_as(slot)
+    found = place.new_zeros(flags.shape[0], count + 1).scatter(1, slot, place)
+    return found[:, :count]
+
+
+def highest(score: Tensor, count: int) -> Tensor:
+    """Flags the `count` highest of a row, of equals the first.  [B, N] -> [B, N] bool
+
+    NaN counts as the highest. There is no full sort in it, which costs more the more tokens there are.
+    """
+    inf = float("inf")
+    score = score.nan_to_num(nan=inf, posinf=inf, neginf=-inf)
+    least = score.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    above, level = score > least, score == least
+    return above | (level & (level.cumsum(1) <= count - above.sum(1, keepdim=True)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..grid import TokenGrid
-from ..plan import Plan
+from ..plan import Plan, highest, positions_of
 from .base import Evidence, Method, Source, register
 from .matching import as_window, assign_to_kept
 
@@ -85,12 +85,14 @@ class Importance(Method):
         count = evidence.grid.tokens - evidence.remove
         if exponent > 0 and age is not None:
             score = score * age**exponent
-        order = score.argsort(dim=1, descending=True, stable=True)
-        if self.max_age is not None and age is not None:
-            due = forced(age.gather(1, order), count, self.max_age).to(torch.uint8)
-            # A second stable sort puts what is due first and leaves the rest by score.
-            order = order.gather(1, due.argsort(dim=1, descending=True, stable=True))
-        kept = order[:, :count].sort(dim=1).values
+        if self.max_age is None or age is None:
+            keep = highest(score, count)
+        else:
+            order = score.argsort(dim=1, descending=True, stable=True)
+            due = forced(age.gather(1, order), count, self.max_age)
+            rest = count - due.sum(dim=1, keepdim=True)
+            keep = torch.zeros_like(due).scatter(1, order, due | ((~due).cumsum(1) <= rest))
+        kept = positions_of(keep, count)
         return assign_to_kept(evidence, kept, as_window(self.window))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..grid import TokenGrid
-from ..plan import Plan, complement, make_plan
+from ..plan import Plan, complement, highest, make_plan, positions_of
 from .base import Evidence, Method, register
 from .matching import as_window, energies, match
 
@@ -69,7 +69,7 @@ class Pitome(Method):
         # B in token order, so that of equally similar tokens the earlier one is the match.
         a, b = order[:, 0::2], order[:, 1::2].sort(dim=1).values
         value, position = match(metric, grid, a, b, as_window(self.window))
-        best = value.argsort(dim=1, descending=True, stable=True)[:, :k]
+        best = positions_of(highest(value, k), k)
         kept = complement(a.gather(1, best), grid.tokens)
         everyone = torch.zeros_like(energy, dtype=torch.int64)
         return make_plan(kept, everyone.scatter(1, a, position))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..grid import TokenGrid
 from ..noise import uniform
-from ..plan import Plan, complement, make_plan
+from ..plan import Plan, complement, highest, make_plan, positions_of
 from .base import Evidence, Method, as_sides, register
 from .matching import as_window, match
 
@@ -97,8 +97,8 @@ class Tome(Method):
         targets = self.destinations(evidence).expand(batch, -1)
         sources = complement(targets, grid.tokens)
         value, position = match(evidence.metric, grid, sources, targets, as_window(self.window))
-        # Stable: of equally similar pairs the one with the earlier source folds.
-        best = value.argsort(dim=1, descending=True, stable=True)[:, : evidence.remove]
+        # Of equally similar pairs the one with the earlier source folds.
+        best = positions_of(highest(value, evidence.remove), evidence.remove)
         kept = complement(sources.gather(1, best), grid.tokens)
         everyone = torch.zeros(batch, grid.tokens, dtype=torch.int64, device=kept.device)
         return make_plan(kept, everyone.scatter(1, sources, position))

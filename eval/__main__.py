@@ -11,8 +11,9 @@ COMMANDS = {
     "generate": ("eval.generate", "the images of one setting"),
     "score": ("eval.scores", "what a setting cost in quality"),
     "speed": ("eval.speed", "how long a step takes, in turns with the unreduced pipeline"),
+    "growth": ("eval.growth", "how the cost of plans, folds and restores grows with the tokens"),
     "study": ("eval.study", "drift of many combinations, without pictures or times"),
-    "tables": ("eval.tables", "the documents' tables, from the study's committed rows"),
+    "tables": ("eval.tables", "the documents' tables and plots, from committed rows"),
     "report": ("eval.report", "a page with plots, pictures and tables"),
 }
 

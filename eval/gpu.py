@@ -158,10 +158,13 @@ def _rows(job: Job, work: Sequence[Any], count: int) -> str | None:
 
 
 def kernels(job: Job) -> str | None:
-    """Times of the operations that kernels serve."""
-    from eval import gpu_kernels
+    """Times of the operations that kernels serve; without a GPU, of next to no tokens."""
+    import torch
 
-    return gpu_kernels.measure(job.out / "kernels.csv", job.until, job.commit)
+    from eval import growth
+
+    sizes = growth.SIZES if torch.cuda.is_available() else growth.TRIAL_SIZES
+    return growth.measure(job.out / "kernels.csv", sizes, job.until, job.commit)
 
 
 # ---- the command -----------------------------------------------------------------------------------
@@ -243,13 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=10, help="measured turns (%(default)s)")
     parser.add_argument("--wheels", type=Path, help="folder of packages to install first")
     parser.add_argument("--commit", help="what the rows say where the checkout has no history")
-    parser.add_argument("--reference", help=argparse.SUPPRESS)
     args = parser.parse_args(given)
-    if args.reference:
-        from eval.gpu_kernels import save_reference
-
-        save_reference(args.reference)
-        return 0
     if args.out is None:
         parser.error("--out is needed: the folder for what is measured")
     if args.minutes <= 0 or args.rounds < 1:

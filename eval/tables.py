@@ -1,9 +1,9 @@
-"""The tables of README.md and docs/results.md, and the plots, from the committed rows of the study.
+"""The tables of README.md and the documents, and the plots, from committed results.
 
     python -m eval tables
 
 Between a document's marks, <!-- table: NAME --> and <!-- /table -->, stands what `TABLES` makes of the rows.
-Every line cites its row, so that `check_citations` finds it.
+Every line of a study cites its row, so that `check_citations` finds it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,27 @@ import numpy as np
 
 from eval.bootstrap import difference, of_mean
 from eval.plots import pareto
+from eval.plots_growth import growth
 from eval.study import read
+from eval.tables_speed import growth_rows, growth_table, suite_table
 from tofu_diffusers import profile
 
 ROOT = Path(__file__).parent.parent
 SPEEDS = {name: ROOT / "eval" / "results" / f"speed_{name}.json" for name in ("unet", "mmdit")}
 FAMILY = {"unet": "unet", "mmdit": "sd3"}
 RESULTS = {name: ROOT / "eval" / "results" / f"study_{name}.jsonl" for name in ("unet", "mmdit")}
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+
+
+def measured(name: str) -> dict[str, Path]:
+    """The committed files of a measurement by device: a GPU's are there once one has measured."""
+    found = {
+        device: ROOT / "eval" / "results" / f"{name}_{device}.csv" for device in ("cpu", "cuda")
+    }
+    return {device: path for device, path in found.items() if path.exists()}
+
+
+GROWTH, SUITES = measured("growth"), measured("suite")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md")
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 
 Row = Mapping[str, Any]
@@ -251,6 +264,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ahead": lambda: ahead_table(FRONT),
     "worth": lambda: worth_table(GRID),
     "best": lambda: best_table(GRID),
+    "growth": lambda: growth_table(list(GROWTH.values())),
+    **{f"suite {device}": (lambda path=path: suite_table(path)) for device, path in SUITES.items()},
 }
 
 
@@ -278,5 +293,7 @@ def main(args: argparse.Namespace) -> None:
     for model in RESULTS:
         figure = pareto(rows_of(model, FRONT), "psnr_db", "flops")
         figure.savefig(ROOT / "docs" / f"results_{model}.png", metadata={"Software": None})
+    figure = growth([growth_rows(path) for path in GROWTH.values()])
+    figure.savefig(ROOT / "docs" / "growth.png", metadata={"Software": None})
     for path in DOCUMENTS:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

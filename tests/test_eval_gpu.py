@@ -7,12 +7,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 
-from eval import gpu, gpu_kernels, suite
+from eval import gpu, growth, suite
 from eval.suite_models import SUITES
 from eval.suite_rows import read_rows
-from tofu_diffusers import Plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +21,8 @@ def small(monkeypatch):
     monkeypatch.setitem(SUITES, "tiny", SUITES["tiny"][:1])
     monkeypatch.setattr(suite, "MORE_CELLS", suite.FIRST_CELLS[3:4])
     monkeypatch.setattr(suite, "FIRST_CELLS", suite.FIRST_CELLS[:3])
-    monkeypatch.setitem(gpu_kernels.SIZES, "cpu", (64,))
+    monkeypatch.setattr(growth, "TRIAL_SIZES", (64,))
+    monkeypatch.setattr(growth, "clock", lambda call: [growth.once(call)])
 
 
 def call(out, *more):
@@ -38,7 +37,7 @@ def test_every_part_runs_once(small, tmp_path, capsys):
     rows = read_rows(tmp_path / "suite.csv")
     assert len(rows) == 4 and {row["commit"] for row in rows} == {"abc"}
     kernels = (tmp_path / "kernels.csv").read_text()
-    assert kernels.startswith(",".join(gpu_kernels.KERNEL_FIELDS))
+    assert kernels.startswith(",".join(growth.FIELDS))
     assert all(f"{name},reference,64" in kernels for name in ("match", "energy", "restore copy"))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     capsys.readouterr()
@@ -88,30 +87,6 @@ def test_only_a_clean_run_of_tests_passes():
     assert gpu.passed("12 passed in 3.0s")
     for line in ("1 failed, 3 passed", "no tests ran", "1 error", "3 passed, 1 error", "no output"):
         assert not gpu.passed(line)
-
-
-def test_kernels_must_agree_with_the_reference():
-    match = torch.arange(8).clamp(max=3)[None]
-    plan = (match[:, :4], match)
-    assert gpu_kernels.difference(plan, plan) == 0
-    other = (plan[0], match.flip(1))
-    with pytest.raises(ValueError, match="differ by"):
-        gpu_kernels.difference(Plan(*other), plan)
-    x = torch.randn(1, 8, 4, generator=torch.Generator().manual_seed(0))
-    assert gpu_kernels.difference(x, x) == 0
-    for wrong in (1.1 * x, x * torch.nan):
-        with pytest.raises(ValueError, match="differ by"):
-            gpu_kernels.difference(wrong, x)
-
-
-def test_the_reference_is_saved_for_the_other_process(monkeypatch, tmp_path):
-    monkeypatch.setitem(gpu_kernels.SIZES, "cpu", (64,))
-    path = tmp_path / "reference.pt"
-    assert gpu.main(["--reference", str(path)]) == 0
-    ((tokens, (plan, rows)),) = torch.load(path, weights_only=False).items()
-    Plan(*plan).check()
-    assert tokens == 64 and set(rows) == set(gpu_kernels.operations(64))
-    assert gpu_kernels.difference(rows["match"][1], plan) == 0
 
 
 def test_packages_of_a_folder_are_installed_without_a_network(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ from eval import ceilings, kernel_check, suite
 from eval.__main__ import main
 from eval.suite import Bench, Cell
 from eval.suite_models import SUITES, WAN_1B, Case, _wan, twin
-from eval.suite_rows import FIELDS, read_rows
+from eval.suite_rows import FIELDS, append_row, read_rows
+from eval.tables_speed import suite_table
 from tofu_diffusers import METHODS
 
 CPU = torch.device("cpu")
@@ -255,3 +256,85 @@ def test_the_command_runs_a_suite(out, monkeypatch):
     monkeypatch.setattr(suite, "MORE_CELLS", ())
     assert main(["speed", "--suite", "cpu", "--rounds", "1", "--out", str(out)]) == 0
     assert len(read_rows(out)) == 3
+
+
+# ---- the table -------------------------------------------------------------------------------------
+
+ABOUT = {
+    "batch": 2, "conditions": 2, "tokens": 4096, "rounds": 5, "dtype": "float32", "device": "CPU (x86_64)",
+    "threads": 7, "torch": "2.x", "diffusers": "0.x", "transformers": "5.x", "tofu_diffusers": "0.y",
+    "commit": "0123456789abcdef", "size": "8x8", "mode": "eager",
+}  # fmt: skip
+TIMES = {"step_ms": 10.0, "speed": 1.5, "speed_p20": 1.4, "speed_p80": 1.6, "flops_ratio": 1.9}
+
+
+def told(out, *rows):
+    """The table's lines below its head, of rows each made of a model, a cell and what was found."""
+    for model, cell, found in rows:
+        append_row(out, ABOUT | {"model": model, **vars(cell)} | found)
+    return suite_table(out).splitlines()[4:]
+
+
+def test_the_table_puts_a_row_beside_its_ceiling(out):
+    bounded = TIMES | {"ceiling_speed": 2.0, "overhead": 0.25, "peak_mib": 1234.5}
+    lines = told(
+        out,
+        ("A", Cell("unreduced"), TIMES),
+        ("A", Cell("ceiling", 0.5, "block", "none"), TIMES | {"speed": 2.0}),
+        ("A", Cell("tofu", 0.5, "block", "none", "importance"), bounded),
+        ("A", Cell("tofu", 0.5, "block", "none", "tome"), TIMES),
+    )
+    assert lines == [
+        "| A 8x8, eager | 4,096 | block, none, importance | 0.5 | 1.90x | 2.00x | 1.50x (1.40 to 1.60) | "
+        "75% | 25% | 1,234 |",
+        "| A 8x8, eager | 4,096 | block, none, tome | 0.5 | 1.90x |  | 1.50x (1.40 to 1.60) |  |  |  |",
+    ]
+
+
+def test_the_table_says_where_it_was_measured(out):
+    told(out, ("A", Cell("tofu", 0.5, "block", "none", "tome"), TIMES))
+    append_row(
+        out, ABOUT | TIMES | {"model": "B", "ratio": 0.5, "kind": "tofu", "commit": "fedcba"}
+    )
+    about = suite_table(out).splitlines()[0]
+    for part in (
+        "CPU (x86_64), 7 threads, float32",
+        "torch 2.x, diffusers 0.x, transformers 5.x, tofu_diffusers 0.y",
+        "commit 0123456789ab, fedcba.",
+        "median of 5 (",
+    ):
+        assert part in about
+
+
+def test_the_table_keeps_cases_together_and_ratios_in_order(out):
+    cells = [Cell("tofu", ratio, "block", "none", "importance") for ratio in (0.5, 0.25, 0.75)]
+    lines = told(out, *((model, cell, TIMES) for cell in cells for model in ("B", "A")))
+    assert [(line[2], line.split(" | ")[3]) for line in lines] == [
+        (model, ratio) for model in ("B", "A") for ratio in ("0.25", "0.5", "0.75")
+    ]
+
+
+def test_the_table_says_why_something_was_not_measured(out):
+    lines = told(
+        out,
+        ("A", Cell("tomesd", 0.5, "attention", "none", "tomesd"), {"note": "n/a: merges nothing"}),
+        ("A", Cell("ceiling", 0.5, "block", "none"), {"note": "failed: a|b", "tokens": None}),
+        ("B", Cell("tofu", 0.5, "block", "none", "tome"), TIMES | {"note": "1 and 2 of 9 layers"}),
+    )
+    assert lines[:2] == [
+        "| A 8x8, eager | 4,096 | tomesd, attention, none | 0.5 | n/a: merges nothing | | | | | |",
+        "| A 8x8, eager |  | ceiling, block, none | 0.5 | failed: a\\|b | | | | | |",
+    ]
+    assert lines[2].startswith("| B 8x8, eager (1 and 2 of 9 layers) | 4,096 | block, none, tome |")
+
+
+def test_the_table_reads_what_a_suite_writes(out):
+    suite.run(work(), out, 1)
+    (line,) = suite_table(out).splitlines()[4:]
+    row = read_rows(out)[-1]
+    share = f"{float(row['speed']) / float(row['ceiling_speed']):.0%}"
+    assert line.startswith(
+        f"| {row['model']} {row['size']}, eager | 36 | block, none, importance | 0.5 |"
+    )
+    assert f"| {share} |" in line
+    assert {text.count("|") for text in suite_table(out).splitlines()[2:]} == {11}

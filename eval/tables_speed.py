@@ -1,0 +1,117 @@
+"""The tables of docs/speed.md: steps of denoisers against their ceilings, and how single operations grow."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from eval.suite_rows import read_rows
+
+Row = Mapping[str, str]
+
+
+def growth_rows(path: Path) -> list[dict[str, str]]:
+    """Of a file that `python -m eval growth` wrote."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def growth_about(row: Row) -> str:
+    """Where and with what a file was measured."""
+    return (
+        f"{row['device']}, {row['threads']} threads, {row['implementation']}; {row['dtype']}, "
+        f"{row['channels']} channels; torch {row['torch']}; commit {row['commit'][:12]}"
+    )
+
+
+def growth_table(paths: Sequence[Path]) -> str:
+    """A table a device: a line an operation, a column a number of tokens."""
+    return "\n\n".join(_growth(growth_rows(path)) for path in paths)
+
+
+def _growth(rows: Sequence[Row]) -> str:
+    sizes = sorted({int(row["tokens"]) for row in rows})
+    lines = [
+        f"{growth_about(rows[0])}. Median time in ms by number of tokens, half of them removed; empty: left "
+        "out, more FLOPs than this machine does in seconds. Behind it the share of that time that its bound "
+        "takes, at the most tokens measured, and what bounds it.",
+        "",
+        f"| | {' | '.join(f'{size:,}' for size in sizes)} | bound |",
+        "|---|" + "---|" * len(sizes) + "---|",
+    ]
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        mine = {int(row["tokens"]): row for row in rows if row["operation"] == operation}
+        cells = [short(float(mine[size]["ms"])) if size in mine else "" for size in sizes]
+        last = mine[max(mine)]
+        by = {"flops": "FLOPs"}.get(last["bound_by"], last["bound_by"])
+        share = f"{float(last['bound_share']):.0%}, {by}"
+        lines.append(f"| {operation} | {' | '.join(cells)} | {share} |")
+    return "\n".join(lines)
+
+
+def short(ms: float) -> str:
+    """A time with three digits or all before the point."""
+    return f"{ms:,.{2 if ms < 10 else 1 if ms < 100 else 0}f}"
+
+
+def suite_table(path: Path) -> str:
+    """What every reduced step took, against the unreduced one and against its ceiling."""
+    rows = read_rows(path)
+    first = rows[0]
+    names = ("torch", "diffusers", "transformers", "tofu_diffusers")
+    versions = ", ".join(f"{name} {first[name]}" for name in names)
+    commits = ", ".join(dict.fromkeys(row["commit"][:12] for row in rows))
+    rounds = " or ".join(dict.fromkeys(row["rounds"] for row in rows if row["rounds"]))
+    columns = (
+        "model", "tokens", "what", "ratio", "FLOPs", "ceiling", "speed", "share of the ceiling", "overhead",
+        "peak, MiB",
+    )  # fmt: skip
+    lines = [
+        f"Random weights; {first['device']}, {first['threads']} threads, {first['dtype']}; {versions}; "
+        f"commit {commits}. Time of an unreduced step over that of a reduced one, in turns, median of "
+        f"{rounds} (p20 to p80).",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
+    cases = list(dict.fromkeys((row["model"], row["size"], row["mode"]) for row in rows))
+    told = [row for row in rows if row["kind"] in ("tofu", "tomesd") or without_times(row)]
+    # As measured inside a case: what the ratio 0.5 is compared with stands together.
+    told.sort(
+        key=lambda row: (
+            cases.index((row["model"], row["size"], row["mode"])),
+            float(row["ratio"]),
+        )
+    )
+    return "\n".join([*lines, *map(suite_line, told)])
+
+
+def without_times(row: Row) -> bool:
+    """Whether a row says why it was not measured."""
+    return row["note"].startswith(("failed", "n/a"))
+
+
+def suite_line(row: Row) -> str:
+    """A row of the suite; of one that was not measured the reason."""
+    kind = () if row["kind"] == "tofu" else (row["kind"],)
+    # tomesd is both the kind and the method.
+    what = dict.fromkeys((*kind, row["scope"], row["context"], row["method"]))
+    cells = [f"{row['model']} {row['size']}, {row['mode']}"]
+    if row["note"] and not without_times(row):
+        cells[0] += f" ({row['note']})"
+    cells += [f"{int(row['tokens']):,}" if row["tokens"] else ""]
+    cells += [", ".join(word for word in what if word), row["ratio"]]
+    if without_times(row):
+        reason = row["note"].replace("|", "\\|")
+        return f"| {' | '.join(cells)} | {reason} | | | | | |"
+    speed = float(row["speed"])
+    spread = f"{float(row['speed_p20']):.2f} to {float(row['speed_p80']):.2f}"
+    cells += [f"{float(row['flops_ratio']):.2f}x", "", f"{speed:.2f}x ({spread})", "", "", ""]
+    if row["ceiling_speed"]:
+        ceiling = float(row["ceiling_speed"])
+        cells[5], cells[7] = f"{ceiling:.2f}x", f"{speed / ceiling:.0%}"
+        cells[8] = f"{float(row['overhead']):.0%}"
+    if row["peak_mib"]:
+        cells[9] = f"{float(row['peak_mib']):,.0f}"
+    return f"| {' | '.join(cells)} |"

@@ -4,9 +4,10 @@
     torchrun --nproc-per-node 2 -m eval study --pipeline mmdit --stage front --out rows.jsonl
 
 Stages: `grid`, every valid combination of method, fold, restore, scope, context and ratio; `front`, the
-better ones with what they must beat; `lengths`, the best in 10, 20 and 50 steps with theirs. Drift is the
-PSNR to the unreduced picture of the same prompt and seed, savings are counted FLOPs. No picture is kept and
-no time taken: `eval sweep` does both, for few settings. Stopped anywhere, the same command goes on.
+better ones with what they must beat; `lengths`, the best in 10, 20 and 50 steps with theirs; `plans`, plans
+shared by more blocks and steps. Drift is the PSNR to the unreduced picture of the same prompt and seed,
+savings are counted FLOPs. No picture is kept and no time taken: `eval sweep` does both, for few settings.
+Stopped anywhere, the same command goes on.
 """
 
 from __future__ import annotations
@@ -99,11 +100,11 @@ def matched(steps: int) -> Iterator[Trial]:
     counts = [round(steps / speed) for speed in (1.5, 2, 3)]
     for count in counts:
         cache = {"total": steps, "computed": count, "order": 1}
-        for first in (2, 4):
-            if first < count:
-                share = round((steps - count) / (steps - first), 4)
-                name = f"step-{count}" if first == 2 else f"step-{count}-first{first}"
-                yield Trial(tofu(name, scope="step", ratio=share, first_steps=first), steps)
+        for whole in (2, 4):
+            if whole < count:
+                share = round((steps - count) / (steps - whole), 4)
+                name = f"step-{count}" if whole == 2 else f"step-{count}-first{whole}"
+                yield Trial(tofu(name, scope="step", ratio=share, first_steps=whole), steps)
         for setting in (
             Setting(f"line-{count}", "step_cache", {**cache, "first": 2}),
             Setting(f"late-{count}", "step_cache", {**cache, "first": max(2, steps // 4)}),
@@ -159,7 +160,21 @@ def lengths(steps: int) -> Iterator[Trial]:
         yield from tokens(count)
 
 
-STAGES = {"grid": grid, "front": front, "lengths": lengths}
+def plans(steps: int) -> Iterator[Trial]:
+    """One plan a block, a run of blocks or a level, made at every step or kept for some."""
+    kinds = {
+        "tome": {"method": "tome", "ratio": 0.5},
+        "tokens": {**TOKENS, "ratio": 0.5, "first_steps": steps // 4},
+    }
+    for kind, options in kinds.items():
+        for share in ("block", "run", "level"):
+            yield Trial(tofu(f"{kind}-{share}", **{**options, "share": share}), steps)
+        for reuse in (2, 5):
+            more = {"share": "level", "reuse": reuse}
+            yield Trial(tofu(f"{kind}-level-reuse{reuse}", **{**options, **more}), steps)
+
+
+STAGES = {"grid": grid, "front": front, "lengths": lengths, "plans": plans}
 
 
 class Study:

@@ -1,12 +1,17 @@
-"""The tables of docs/speed.md: steps of denoisers against their ceilings, and how single operations grow."""
+"""Tables of times: pipelines, steps of denoisers against their ceilings, how single operations grow."""
 
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from eval.manifest import ROOT
 from eval.suite_rows import read_rows
+from eval.tables_study import described
+
+SPEEDS = {name: ROOT / "eval" / "results" / f"speed_{name}.json" for name in ("unet", "mmdit")}
 
 Row = Mapping[str, str]
 
@@ -115,3 +120,27 @@ def suite_line(row: Row) -> str:
     if row["peak_mib"]:
         cells[9] = f"{float(row['peak_mib']):,.0f}"
     return f"| {' | '.join(cells)} |"
+
+
+def speed_table(model: str) -> str:
+    """Times of some settings, as `python -m eval speed` wrote them."""
+    data = json.loads(SPEEDS[model].read_text(encoding="utf-8"))
+    about, steps = data["about"], data["about"]["call"]["num_inference_steps"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines = [
+        f"Embedded pipeline `{model}` (weights {about['pipeline']['weights']}), batch of {about['n']}, "
+        f"{steps} steps; {about['device']}, {about['threads']} threads; {versions}; commit "
+        f"{about['commit'][:12]}. Unreduced time over that of the setting, in turns, median of "
+        f"{data['rows'][0]['rounds']} (p20 to p80).",
+        "",
+        "| | FLOPs | denoiser | end to end |",
+        "|---|---|---|---|",
+    ]
+    for row in data["rows"]:
+        cells = [f"{row['flops_ratio']:.2f}x"]
+        for name in ("speed", "end_to_end_speed"):
+            each = row[name]
+            cells.append(f"{each['value']:.2f}x ({each['low']:.2f} to {each['high']:.2f})")
+        what = described({**row, "steps": steps})
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from eval import study, tables
+from eval import study, tables, tables_study
 from eval.__main__ import main
 from eval.bootstrap import difference, of_mean
 from eval.generate import Loaded
@@ -166,10 +166,10 @@ def test_what_a_choice_is_worth_is_taken_from_pairs():
         row(99.0, fold="mlerp", ratio=0.75),  # without a partner
         row(50.0, fold="prune", ratio=0.5),
     ]
-    count, mean, low, high = tables.worth(rows, "fold", "mlerp", "mean")
+    count, mean, low, high = tables_study.worth(rows, "fold", "mlerp", "mean")
     assert (count, mean) == (2, 2.5)
     assert 1.0 <= low < high <= 4.0
-    assert tables.worth(rows, "fold", "mlerp", "none")[0] == 0
+    assert tables_study.worth(rows, "fold", "mlerp", "none")[0] == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,333 @@
+"""The tables of the study and of sweeps: drift, and what else it cost, from committed rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from eval.bootstrap import difference, of_mean
+from eval.manifest import ROOT
+from eval.study import read
+from tofu_diffusers import profile
+
+FAMILY = {"unet": "unet", "mmdit": "sd3"}
+RESULTS = {name: ROOT / "eval" / "results" / f"study_{name}.jsonl" for name in FAMILY}
+QUALITY = {name: ROOT / "eval" / "results" / f"sweep_{name}.json" for name in FAMILY}
+
+Row = Mapping[str, Any]
+
+
+def rows_of(model: str, stage: str) -> list[Row]:
+    """A pipeline's committed rows of one stage, such as "25steps-n32"."""
+    start = f"{model}-{stage}/"
+    return [row for row in read(RESULTS[model]) if row["id"].startswith(start)]
+
+
+def described(row: Row) -> str:
+    """A setting in words."""
+    setting, steps = row["setting"], row["steps"]
+    options, kind = setting["options"], setting["kind"]
+    if kind == "fewer_steps":
+        solver = ", DPM-Solver++" if "scheduler" in options else ""
+        return f"{options['steps']} steps{solver}"
+    if kind == "step_cache":
+        how = "extrapolated" if options["order"] else "repeated"
+        return (
+            f"whole-step caching, {options['computed']} of {steps} steps, the first {options['first']} among "
+            f"them, {how}"
+        )
+    if kind == "stack":
+        inner = " with ".join(
+            described({"setting": each, "steps": steps}) for each in options["of"]
+        )
+        return f"both: {inner}"
+    if kind != "tofu":
+        numbers = ", ".join(f"{name} {value}" for name, value in options.items())
+        return f"{kind}, {numbers}"
+    if options.get("scope") == "step":
+        run = round(steps / row["flops_ratio"])
+        return (
+            f"scope `step`, ratio {options['ratio']:.2f}, {options['first_steps']} whole steps: "
+            f"{run} of {steps} steps run"
+        )
+    if "context" in options:
+        chosen = "at random" if options["method"] == "random" else "by change"
+        return (
+            f"tokens {chosen}, {options['restore']}, context {options['context']}, "
+            f"ratio {options['ratio']:g}, {options['first_steps']} whole steps"
+        )
+    return f"{options['method']}, ratio {options['ratio']:g}"
+
+
+def cite(model: str, row: Row) -> str:
+    """The comment that names a row."""
+    return f"<!-- row: {RESULTS[model].name}#{row['id']} -->"
+
+
+def line(model: str, row: Row) -> str:
+    """A row of a table: what, FLOPs, PSNR with its interval, the worst picture's."""
+    psnr = row["metrics"]["psnr_db"]
+    return (
+        f"| {described(row)} {cite(model, row)} | {row['flops_ratio']:.2f}x | "
+        f"{psnr['value']:.1f} ({psnr['low']:.1f} to {psnr['high']:.1f}) | {min(row['psnr_db']):.1f} |"
+    )
+
+
+def circumstances(rows: Sequence[Row]) -> str:
+    """Of rows that share them, whatever their pipelines."""
+    row = rows[0]
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+    weights = {each["pipeline"]: each["weights"] for each in rows}
+    pipelines = ", ".join(f"`{name}` (weights {those})" for name, those in weights.items())
+    call = row.get("call", {})
+    size = f"{call['width']} x {call['height']} px, " if "width" in call else ""
+    steps = " or ".join(dict.fromkeys(str(each["steps"]) for each in rows))
+    return (
+        f"Embedded pipeline {pipelines}, {size}{steps} steps, n = {row['n']}, seed {row['seed']} on; "
+        f"{row['device']}; {versions}. PSNR to the unreduced picture of the same seed in dB, mean with its "
+        "95 % bootstrap interval. FLOPs of the denoiser, counted, unreduced over reduced."
+    )
+
+
+def drift_table(model: str, stage: str) -> str:
+    """All rows of a stage, the least drift first."""
+    rows = rows_of(model, stage)
+    ordered = sorted(rows, key=lambda row: -row["metrics"]["psnr_db"]["value"])
+    head = ["| | FLOPs | PSNR, dB | lowest |", "|---|---|---|---|"]
+    return "\n".join([circumstances(rows), "", *head, *(line(model, row) for row in ordered)])
+
+
+LENGTHS = (10, 20, 50)
+# In the order of the README: the default at two savings, what else removes tokens, what must be beaten.
+SHORT = (
+    "step-17", "step-17-first4", "step-12", "step-12-first4", "tokens-fresh-0.5", "tokens-cached-0.5",
+    "tofu-0.5", "tome-0.5", "pitome-0.5", "random-0.5", "tomesd-0.5", "deepcache-2", "taylorseer-2",
+    "steps-17", "steps-12", "multistep-12", "line-12", "late-12",
+)  # fmt: skip
+
+
+def short_table(stage: str) -> str:
+    """Both models side by side; of scope "step" only what is the default of each."""
+    shown: dict[str, dict[str, Row]] = {}
+    for name in SHORT:
+        for model in RESULTS:
+            row = named(model, stage).get(name)
+            if row is None or (name.startswith("step-") and not is_default(model, row)):
+                continue
+            default = f"**default**, {name.split('-')[1]} of 25 steps run"
+            label = default if name.startswith("step-") else described(row)
+            shown.setdefault(label, {})[model] = row
+    return side_by_side(shown)
+
+
+def plans_table(stage: str) -> str:
+    """Plans that are shared by more blocks and steps, both models side by side."""
+    shown: dict[str, dict[str, Row]] = {}
+    for model in RESULTS:
+        for row in rows_of(model, stage):
+            options = row["setting"]["options"]
+            what = "tokens by change" if options["method"] == "importance" else options["method"]
+            steps = f", kept for {options['reuse']} steps" if "reuse" in options else ""
+            shown.setdefault(f"{what}: one plan a {options['share']}{steps}", {})[model] = row
+    return side_by_side(shown)
+
+
+def named(model: str, stage: str) -> dict[str, Row]:
+    """A stage's rows by the name of their setting."""
+    return {row["setting"]["name"]: row for row in rows_of(model, stage)}
+
+
+def side_by_side(shown: Mapping[str, Mapping[str, Row]]) -> str:
+    """A line a label, with a row of each model."""
+    lines = [
+        "| | `unet`, FLOPs | PSNR, dB | `mmdit`, FLOPs | PSNR, dB |",
+        "|---|---|---|---|---|",
+    ]
+    for label, by_model in shown.items():
+        cells = []
+        for model in RESULTS:
+            row = by_model.get(model)
+            cells += (
+                ["", ""]
+                if row is None
+                else [
+                    f"{row['flops_ratio']:.2f}x {cite(model, row)}",
+                    *_interval(row["metrics"]["psnr_db"], 1),
+                ]
+            )
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    every = [row for by_model in shown.values() for row in by_model.values()]
+    return "\n".join([circumstances(every), "", *lines])
+
+
+def lengths_table(stage: str) -> str:
+    """Scope "step" in short, usual and long generations, and what has the same FLOPs."""
+    rivals = ("step", "late", "line", "steps")
+    lines = [
+        "| | FLOPs | scope `step` | first quarter whole, then evenly | evenly | fewer steps |",
+        "|---|---|---|---|---|---|",
+    ]
+    every = []
+    for model in RESULTS:
+        for steps in LENGTHS:
+            rows = named(model, stage.format(steps))
+            every += rows.values()
+            mine = {name: row for name, row in rows.items() if is_default(model, row)}
+            for name, row in mine.items():
+                count = name.split("-")[1]
+                others = [row, *(rows[f"{rival}-{count}"] for rival in rivals[1:])]
+                cells = [
+                    f"{each['metrics']['psnr_db']['value']:.1f} {cite(model, each)}"
+                    for each in others
+                ]
+                lines.append(
+                    f"| `{model}`, {count} of {steps} steps | {row['flops_ratio']:.2f}x | "
+                    f"{' | '.join(cells)} |"
+                )
+    return "\n".join([circumstances(every), "", *lines])
+
+
+def quality_table() -> str:
+    """What settings kept of the pictures' quality, and what they lose of alignment at most."""
+    lines = [
+        "| | FLOPs | PSNR, dB | SSIM | alignment | change | loss at most |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    every = []
+    for path in QUALITY.values():
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            every.append(row)
+            metrics, speed = row["metrics"], f"{row['flops_ratio']:.2f}x"
+            what, cells = "unreduced", ["", "", "", *_interval(metrics["emoji_alignment"]), "", ""]
+            if row["setting"]["kind"] != "unreduced":
+                change = metrics["emoji_alignment-change"]
+                what = described(row)
+                cells[:3] = [
+                    speed,
+                    *_interval(metrics["psnr_db"], 1),
+                    f"{metrics['ssim']['value']:.3f}",
+                ]
+                cells[4:] = [f"{change['value']:+.1%}", f"{max(0.0, -change['lower']):.1%}"]
+            lines.append(
+                f"| `{row['pipeline']}`, {what} <!-- row: {path.name}#{row['id']} --> | "
+                f"{' | '.join(cells)} |"
+            )
+    return "\n".join([circumstances(every), "", *lines])
+
+
+def _interval(entry: Mapping[str, float], digits: int = 2) -> list[str]:
+    value, low, high = (f"{entry[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return [f"{value} ({low} to {high})"]
+
+
+def is_default(model: str, row: Row) -> bool:
+    """Whether a row is of the pipeline's profile, at whatever ratio."""
+    options = {k: v for k, v in row["setting"]["options"].items() if k != "ratio"}
+    mine: bool = options == profile(FAMILY[model])["config"]
+    return mine
+
+
+def ahead_table(stage: str) -> str:
+    """By how much the default, scope "step", is ahead of what has the same FLOPs, image by image."""
+    lines = ["| | against | FLOPs | ahead by, dB |", "|---|---|---|---|"]
+    for model in RESULTS:
+        rows = named(model, stage)
+        for name, row in rows.items():
+            if not is_default(model, row):
+                continue
+            count = name.split("-")[1]
+            for rival in ("steps", "multistep", "line", "late", "repeat"):
+                other = rows.get(f"{rival}-{count}")
+                if other is None:
+                    continue
+                change = difference(of_mean(row["psnr_db"]), of_mean(other["psnr_db"]))
+                lines.append(
+                    f"| `{model}`, {described(row)} {cite(model, row)} | {described(other)} "
+                    f"{cite(model, other)} | {row['flops_ratio']:.2f}x | "
+                    f"{change.value:+.1f} ({change.low:+.1f} to {change.high:+.1f}) |"
+                )
+    return "\n".join(lines)
+
+
+def worth(
+    rows: Sequence[Row], option: str, mine: str, other: str
+) -> tuple[int, float, float, float]:
+    """Over all combinations that differ in one option only: how many, mean, p20 and p80 of the dB gained."""
+
+    def rest(row: Row) -> tuple[Any, ...]:
+        options = row["setting"]["options"]
+        return tuple(sorted((k, str(v)) for k, v in options.items() if k != option))
+
+    found: dict[str, dict[tuple[Any, ...], float]] = {mine: {}, other: {}}
+    for row in rows:
+        value = str(row["setting"]["options"].get(option))
+        if value in found:
+            found[value][rest(row)] = row["metrics"]["psnr_db"]["value"]
+    gains = [found[mine][key] - found[other][key] for key in found[mine] if key in found[other]]
+    if not gains:
+        return 0, float("nan"), float("nan"), float("nan")
+    low, high = np.percentile(gains, [20, 80])
+    return len(gains), float(np.mean(gains)), float(low), float(high)
+
+
+QUESTIONS = (
+    ("fold", "mlerp", "mean"),
+    ("fold", "None", "prune"),
+    ("fold", "None", "mlerp"),
+    ("fold", "mean", "prune"),
+    ("restore", "temporal", "copy"),
+    ("restore", "taylor", "temporal"),
+    ("restore", "blend", "temporal"),
+    ("context", "fresh", "none"),
+    ("context", "cached", "none"),
+    ("context", "fresh", "cached"),
+    ("scope", "block", "attention"),
+    ("method", "importance", "random"),
+    ("method", "tofu", "tome"),
+    ("method", "pitome", "tome"),
+    ("method", "tome", "random"),
+)
+
+
+def worth_table(stage: str) -> str:
+    """What each choice is worth, by pairs of combinations that differ in nothing else."""
+    lines = [
+        "| choice | instead of | "
+        + " | ".join(f"`{model}`, dB | pairs" for model in RESULTS)
+        + " |",
+        "|---|---|" + "---|---|" * len(RESULTS),
+    ]
+    rows = {model: rows_of(model, stage) for model in RESULTS}
+    for option, mine, other in QUESTIONS:
+        cells = []
+        for model in RESULTS:
+            count, mean, low, high = worth(rows[model], option, mine, other)
+            gained = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" if count else "n/a"
+            cells += [gained, str(count)]
+        if set(cells[1::2]) == {"0"}:
+            continue  # not measured yet
+        named = (value if value != "None" else "ToFu's own, by depth" for value in (mine, other))
+        lines.append(f"| {option} {' | '.join(named)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def best_table(stage: str) -> str:
+    """Of the grid: at each saving, the combination with the least drift."""
+    lines = ["| | at least | best combination | FLOPs | PSNR, dB |", "|---|---|---|---|---|"]
+    for model in RESULTS:
+        rows = rows_of(model, stage)
+        for floor, ceiling in pairwise((1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 99.0)):
+            among = [row for row in rows if floor <= row["flops_ratio"] < ceiling]
+            if not among:
+                continue
+            best = max(among, key=lambda row: row["metrics"]["psnr_db"]["value"])
+            psnr = best["metrics"]["psnr_db"]["value"]
+            lines.append(
+                f"| `{model}` | {floor:g}x | {best['setting']['name']} {cite(model, best)} | "
+                f"{best['flops_ratio']:.2f}x | {psnr:.1f} |"
+            )
+    return "\n".join(lines)

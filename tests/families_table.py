@@ -31,7 +31,8 @@ HEADER = ("denoiser", "pipelines", "grid", *(f"`{scope}`" for scope in SCOPES), 
 def runs(model: Any, inputs: dict[str, Any], scope: str, context: str) -> bool:
     """Whether the denoiser takes this combination; if it does, tokens must go and numbers be finite."""
     # Of whole steps there must be two before one can be left out, and the last never is.
-    steps, options = (4, {}) if scope == "step" else (2, {"method": "random", "first_steps": 1})
+    by_scope = {"step": (4, {"first_steps": 2})}
+    steps, options = by_scope.get(scope, (2, {"method": "random", "first_steps": 1}))
     try:
         handle = apply_tofu(model, ratio=0.5, scope=scope, context=context, **options)
     except ValueError:

@@ -21,7 +21,7 @@ MAKERS = {
 # The default profile where it is not whole: generations here are short.
 EARLY = {"first_steps": 2, "context": "fresh"}
 SETTINGS = {
-    "step": {"scope": "step"},
+    "step": {"scope": "step", "first_steps": 2},
     "fresh": EARLY,
     "tome": {"method": "tome"},
     "tofu_span": {"method": "tofu", "scope": "span"},

@@ -106,7 +106,7 @@ def test_is_the_default_and_other_options_ask_for_tokens():
     for family in ("unet", "sd3", "flux", "wan"):
         assert default_config(family, {"ratio": 0.5}).scope == "step"
         assert default_config(family, {"ratio": 0.5, "restore": "temporal"}).scope == "step"
-        assert default_config(family, {"scope": "step", "first_steps": 4}).first_steps == 4
+        assert default_config(family, {"scope": "step", "first_steps": 5}).first_steps == 5
         for options in ({"scope": "block"}, {"context": "cached"}, {"restore": "blend"}):
             config = default_config(family, options)
             assert config.scope == "block" and config.method == "importance"

@@ -105,10 +105,11 @@ class UpdateCache:
             old = self.value if kept is None else take(self.value, kept)
             before = self.slope if kept is None else take(self.slope, kept)
             span = now - since
-            change = (wide(update) - wide(old)) / span.clamp(min=1e-6)[..., None]
-            # A second call within one step spans no time and says nothing of the slope.
-            slope = torch.where((span > 0)[..., None], _fit(change, before.dtype), before)
-            slope = torch.where((since >= 0)[..., None], slope, 0)
+            change = (wide(update) - wide(old)).div_(span.clamp(min=1e-6)[..., None])
+            # A second call within one step spans no time and says nothing of the slope; nor does a first
+            # update, whose slope was 0.
+            told = (span > 0) & (since >= 0)
+            slope = torch.where(told[..., None], _fit(change, before.dtype), before)
         if kept is None:
             self.value.copy_(update)
             self.last.copy_(now)

@@ -240,12 +240,12 @@ class _Given(nn.Identity):
         self.num_features = num_features
 
 
-def frechet_distance(mine: Tensor, others: Tensor) -> float:
+def frechet_distance(mine: Tensor, others: Tensor, *, split: bool = False) -> float:
     """Between Gaussians of the two sets' means and covariances, in float64.  [N, D], [M, D]
 
-    In a process group every process gives its part of both sets and gets the distance of the whole.
+    split: every process of a group gives its part of both sets, and gets the distance of the whole.
     """
-    metric = fid.FrechetInceptionDistance(feature=_Given(mine.shape[1]))
+    metric = fid.FrechetInceptionDistance(feature=_Given(mine.shape[1]), sync_on_compute=split)
     metric.update(others.double(), real=True)
     metric.update(mine.double(), real=False)
     return max(0.0, float(metric.compute()))  # of equal sets, rounding leaves it a hair below
@@ -265,6 +265,7 @@ def kernel_distance(mine: Tensor, others: Tensor) -> float:
             feature=_Given(mine.shape[1]),
             subsets=1 if len(mine) == len(others) else SUBSETS,
             subset_size=size,
+            sync_on_compute=False,
         )
         metric.update(others.double(), real=True)
         metric.update(mine.double(), real=False)

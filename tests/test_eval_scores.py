@@ -313,21 +313,27 @@ def _process(rank: int, folder: Path, answers) -> None:
     )
     x, y = gaussian(30, 5, 0), gaussian(30, 5, 1, 0.5)
     mine, others = (x[:11], y[:17]) if rank == 0 else (x[11:], y[17:])
-    answers.put(frechet_distance(mine, others))
+    answers.put(frechet_distance(mine, others, split=True))
+    torch.distributed.barrier()
+    if rank == 0:  # alone, as the others may have gone
+        answers.put(frechet_distance(x, y))
+        answers.put(kernel_distance(x, y))
     torch.distributed.destroy_process_group()
 
 
-def test_frechet_distance_is_the_same_split_over_processes(tmp_path):
+def test_distances_are_the_same_split_over_processes_and_in_one_of_them(tmp_path):
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     processes = [context.Process(target=_process, args=(i, tmp_path, answers)) for i in range(2)]
     for process in processes:
         process.start()
-    found = [answers.get(timeout=60) for _ in processes]
+    found = [answers.get(timeout=60) for _ in range(4)]
     for process in processes:
         process.join(timeout=60)
-    whole = frechet_distance(gaussian(30, 5, 0), gaussian(30, 5, 1, 0.5))
-    assert found == pytest.approx([whole, whole], rel=1e-9)
+    x, y = gaussian(30, 5, 0), gaussian(30, 5, 1, 0.5)
+    whole = frechet_distance(x, y)
+    expected = [whole, whole, whole, kernel_distance(x, y)]
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_kernel_distance_is_the_direct_one():

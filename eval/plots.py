@@ -81,9 +81,13 @@ def metric_of(name: str) -> Metric | None:
 
 def metric_names(rows: Iterable[Row]) -> list[str]:
     """Every metric of any row, known ones in the order above, others after them."""
-    known = [metric for _, metric in METRICS]
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
-    return sorted(names, key=lambda name: [*known, None].index(metric_of(name)))
+
+    def place(name: str) -> int:
+        fits = (i for i, (known, _) in enumerate(METRICS) if re.fullmatch(known, name))
+        return next(fits, len(METRICS))
+
+    return sorted(names, key=place)
 
 
 def title(name: str) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from eval import plots, report
 from eval.manifest import Manifest
-from eval.plots import Point, front, overlay_kept, pareto
+from eval.plots import Point, front, metric_names, overlay_kept, pareto
 from eval.report import cell, check_citations, columns_of, markdown_table
 from eval.settings import KINDS, Setting
 
@@ -164,6 +164,28 @@ def page(html):
 
 
 # --- The page
+
+
+def test_metrics_stand_in_the_order_of_their_list():
+    """Also where two of them are read alike: feature distance and KID."""
+    names = [
+        "kid-tiny",
+        "clip_score-change",
+        "clip_score",
+        "fd-tiny",
+        "feature_distance",
+        "psnr_db",
+    ]
+    rows = [{"metrics": dict.fromkeys(["odd", *names])}]
+    ordered = [
+        "psnr_db",
+        "feature_distance",
+        "clip_score",
+        "clip_score-change",
+        "fd-tiny",
+        "kid-tiny",
+    ]
+    assert metric_names(rows) == [*ordered, "odd"]
 
 
 def test_the_page_needs_nothing_from_outside(html, page):

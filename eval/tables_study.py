@@ -55,9 +55,11 @@ def described(row: Row) -> str:
             f"{run} of {steps} steps run"
         )
     if "context" in options:
-        chosen = "at random" if options["method"] == "random" else "by change"
+        source = options.get("method_options", {}).get("source", "change")
+        chosen = {"random": "at random", "importance": f"by {source.replace('_', ' ')}"}
+        how = chosen.get(options["method"], f"as {options['method']} chooses")
         return (
-            f"tokens {chosen}, {options['restore']}, context {options['context']}, "
+            f"tokens {how}, {options['restore']}, context {options['context']}, "
             f"ratio {options['ratio']:g}, {options['first_steps']} whole steps"
         )
     return f"{options['method']}, ratio {options['ratio']:g}"

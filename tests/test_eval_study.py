@@ -157,6 +157,19 @@ def row(value, **options):
     return {"setting": {"options": options}, "metrics": {"psnr_db": {"value": value}}}
 
 
+def test_settings_of_the_study_are_told_apart_in_words():
+    for steps in (20, 25):
+        for stage in ("front", "lengths"):
+            trials = [each for each in study.STAGES[stage](steps) if each.steps == steps]
+            words = [
+                tables_study.described(
+                    {"setting": each.setting.to_dict(), "steps": steps, "flops_ratio": 2.0}
+                )
+                for each in trials
+            ]
+            assert len(set(words)) == len(words)
+
+
 def test_what_a_choice_is_worth_is_taken_from_pairs():
     rows = [
         row(20.0, fold="mean", ratio=0.5),

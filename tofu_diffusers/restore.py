@@ -106,10 +106,9 @@ class UpdateCache:
             before = self.slope if kept is None else take(self.slope, kept)
             span = now - since
             change = (wide(update) - wide(old)).div_(span.clamp(min=1e-6)[..., None])
-            # A second call within one step spans no time and says nothing of the slope; nor does a first
-            # update, whose slope was 0.
-            told = (span > 0) & (since >= 0)
-            slope = torch.where(told[..., None], _fit(change, before.dtype), before)
+            # A second call within one step spans no time and says nothing of the slope.
+            slope = torch.where((span > 0)[..., None], _fit(change, before.dtype), before)
+            slope = slope.masked_fill_((since < 0)[..., None], 0)
         if kept is None:
             self.value.copy_(update)
             self.last.copy_(now)

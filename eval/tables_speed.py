@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.manifest import ROOT
+from eval.report import interval
 from eval.suite_rows import read_rows
 from eval.tables_study import described
 
@@ -138,9 +139,7 @@ def speed_table(model: str) -> str:
     ]
     for row in data["rows"]:
         cells = [f"{row['flops_ratio']:.2f}x"]
-        for name in ("speed", "end_to_end_speed"):
-            each = row[name]
-            cells.append(f"{each['value']:.2f}x ({each['low']:.2f} to {each['high']:.2f})")
+        cells += [interval(row[name], 2, "x") for name in ("speed", "end_to_end_speed")]
         what = described({**row, "steps": steps})
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -11,6 +11,7 @@ import numpy as np
 
 from eval.bootstrap import difference, of_mean
 from eval.manifest import ROOT
+from eval.report import interval
 from eval.study import read
 from tofu_diffusers import profile
 
@@ -75,7 +76,7 @@ def line(model: str, row: Row) -> str:
     psnr = row["metrics"]["psnr_db"]
     return (
         f"| {described(row)} {cite(model, row)} | {row['flops_ratio']:.2f}x | "
-        f"{psnr['value']:.1f} ({psnr['low']:.1f} to {psnr['high']:.1f}) | {min(row['psnr_db']):.1f} |"
+        f"{interval(psnr, 1)} | {min(row['psnr_db']):.1f} |"
     )
 
 
@@ -87,10 +88,11 @@ def circumstances(rows: Sequence[Row]) -> str:
     pipelines = ", ".join(f"`{name}` (weights {those})" for name, those in weights.items())
     call = row.get("call", {})
     size = f"{call['width']} x {call['height']} px, " if "width" in call else ""
+    guidance = f"guidance {call['guidance_scale']:g}, " if call else ""
     steps = " or ".join(dict.fromkeys(str(each["steps"]) for each in rows))
     return (
-        f"Embedded pipeline {pipelines}, {size}{steps} steps, n = {row['n']}, seed {row['seed']} on; "
-        f"{row['device']}; {versions}. PSNR to the unreduced picture of the same seed in dB, mean with its "
+        f"Embedded pipeline {pipelines}, {size}{steps} steps, {guidance}n = {row['n']}, "
+        f"seed {row['seed']} on; {row['device']}; {versions}. PSNR to the unreduced picture of the same seed in dB, mean with its "
         "95 % bootstrap interval. FLOPs of the denoiser, counted, unreduced over reduced."
     )
 
@@ -114,10 +116,11 @@ SHORT = (
 
 def short_table(stage: str) -> str:
     """Both models side by side; of scope "step" only what is the default of each."""
+    found = {model: named(model, stage) for model in RESULTS}
     shown: dict[str, dict[str, Row]] = {}
     for name in SHORT:
-        for model in RESULTS:
-            row = named(model, stage).get(name)
+        for model, rows in found.items():
+            row = rows.get(name)
             if row is None or (name.startswith("step-") and not is_default(model, row)):
                 continue
             default = f"**default**, {name.split('-')[1]} of 25 steps run"
@@ -158,7 +161,7 @@ def side_by_side(shown: Mapping[str, Mapping[str, Row]]) -> str:
                 if row is None
                 else [
                     f"{row['flops_ratio']:.2f}x {cite(model, row)}",
-                    *_interval(row["metrics"]["psnr_db"], 1),
+                    interval(row["metrics"]["psnr_db"], 1),
                 ]
             )
         lines.append(f"| {label} | {' | '.join(cells)} |")
@@ -204,13 +207,13 @@ def quality_table() -> str:
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             every.append(row)
             metrics, speed = row["metrics"], f"{row['flops_ratio']:.2f}x"
-            what, cells = "unreduced", ["", "", "", *_interval(metrics["emoji_alignment"]), "", ""]
+            what, cells = "unreduced", ["", "", "", interval(metrics["emoji_alignment"], 2), "", ""]
             if row["setting"]["kind"] != "unreduced":
                 change = metrics["emoji_alignment-change"]
                 what = described(row)
                 cells[:3] = [
                     speed,
-                    *_interval(metrics["psnr_db"], 1),
+                    interval(metrics["psnr_db"], 1),
                     f"{metrics['ssim']['value']:.3f}",
                 ]
                 cells[4:] = [f"{change['value']:+.1%}", f"{max(0.0, -change['lower']):.1%}"]
@@ -219,11 +222,6 @@ def quality_table() -> str:
                 f"{' | '.join(cells)} |"
             )
     return "\n".join([circumstances(every), "", *lines])
-
-
-def _interval(entry: Mapping[str, float], digits: int = 2) -> list[str]:
-    value, low, high = (f"{entry[name]:.{digits}f}" for name in ("value", "low", "high"))
-    return [f"{value} ({low} to {high})"]
 
 
 def is_default(model: str, row: Row) -> bool:

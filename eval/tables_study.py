@@ -93,7 +93,8 @@ def circumstances(rows: Sequence[Row]) -> str:
     return (
         f"Embedded pipeline {pipelines}, {size}{steps} steps, {guidance}n = {row['n']}, "
         f"seed {row['seed']} on; {row['device']}; {versions}. PSNR to the unreduced picture of "
-        "the same seed in dB, mean with its 95 % bootstrap interval. FLOPs of the denoiser, counted, unreduced over reduced."
+        "the same seed in dB, mean with its 95 % bootstrap interval. FLOPs of the denoiser, counted, "
+        "unreduced over reduced."
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import CacheMixin, DPMSolverMultistepScheduler
+from diffusers import CacheMixin, SchedulerMixin
 from diffusers.hooks import (
     FirstBlockCacheConfig,
     HookRegistry,
@@ -132,19 +134,34 @@ def step_cached(
             denoiser.__dict__["forward"] = before
 
 
-def multistep(scheduler: Any) -> DPMSolverMultistepScheduler:
-    """A second-order multistep scheduler (DPM-Solver++) for the same noise as this one."""
-    config = dict(scheduler.config)
-    if "Flow" in type(scheduler).__name__:
-        extra = {
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": config.get("shift", 1.0),
-        }
-        return DPMSolverMultistepScheduler(
-            num_train_timesteps=config["num_train_timesteps"], **extra
+def scheduler_like(scheduler: Any, name: str) -> Any:
+    """Another of diffusers' schedulers, for models that were trained for the noise of this one.
+
+    Raises:
+        ValueError: if diffusers has none of that name, or it is for the other kind of noise.
+    """
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ValueError(
+            f"diffusers has no scheduler {name!r}, or lacks a package for it; give the name of a class, such "
+            "as DPMSolverMultistepScheduler"
         )
-    return DPMSolverMultistepScheduler.from_config(config)
+    config, own = dict(scheduler.config), type(scheduler).__name__
+    flow = "Flow" in own or config.get("use_flow_sigmas", False)
+    shift = config.get("flow_shift" if "use_flow_sigmas" in config else "shift", 1.0)
+    if flow == ("Flow" in name):
+        return kind.from_config(config, **({"shift": shift} if flow else {}))
+    if not flow or "use_flow_sigmas" not in inspect.signature(kind).parameters:
+        raise ValueError(
+            f"{name} is {'not ' if flow else ''}for flow matching, and {own} is{'' if flow else ' not'}; "
+            "choose DPMSolverMultistepScheduler or UniPCMultistepScheduler, which are for both"
+        )
+    return kind(
+        num_train_timesteps=config["num_train_timesteps"],
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+    )
 
 
 @contextmanager

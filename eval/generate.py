@@ -32,6 +32,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from tqdm import tqdm
 
+from eval.baselines import scheduler_like
 from eval.manifest import (
     NAME,
     Manifest,
@@ -61,6 +62,7 @@ class Loaded:
         weights: 16 hex digits.
         dtype: Of its weights, such as "float32".
         device: Where it is.
+        scheduler: The class that was asked for instead of the pipeline's own; None: its own.
     """
 
     pipe: Any
@@ -68,6 +70,7 @@ class Loaded:
     weights: str
     dtype: str
     device: torch.device
+    scheduler: str | None = None
 
     def identity(self) -> dict[str, Any]:
         """As a manifest has it; with its samplers: other ones draw otherwise with the same weights."""
@@ -81,16 +84,22 @@ class Loaded:
         return {"name": self.name, "class": kind, "weights": self.weights, **samplers}
 
 
-def load(source: str, dtype: str | None = None, device: str | torch.device | None = None) -> Loaded:
+def load(
+    source: str,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    scheduler: str | None = None,
+) -> Loaded:
     """An embedded pipeline by its name, one in a local folder, or one on the hub.
 
     Args:
         source: The name or folder; a folder that is called like an embedded pipeline is "./name".
         dtype: One of DTYPES; float32 on a CPU and float16 elsewhere unless given.
         device: This process's own unless given.
+        scheduler: A class of diffusers, instead of the pipeline's own.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or the scheduler does not fit it.
     """
     device = processes(device).device if device is None else torch.device(device)
     dtype = dtype or ("float32" if device.type == "cpu" else "float16")
@@ -104,9 +113,11 @@ def load(source: str, dtype: str | None = None, device: str | torch.device | Non
         folder, weights = _folder(source)
         name = folder.resolve().name if Path(source).is_dir() else source
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+    if scheduler is not None:
+        pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    return Loaded(pipe, name, weights, dtype, device)
+    return Loaded(pipe, name, weights, dtype, device, scheduler)
 
 
 def processes(device: str | torch.device | None = None) -> PartialState:
@@ -225,6 +236,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder; goes on where it was")
     parser.add_argument("--steps", type=int, default=25, help="(%(default)s)")
     parser.add_argument("--guidance", type=float, default=4.0, help="(%(default)s)")
+    parser.add_argument("--scheduler", help="a class of diffusers; default: the pipeline's own")
     for name in ("height", "width"):
         parser.add_argument(f"--{name}", type=int, help="in pixels; default: the model's own")
     parser.add_argument(
@@ -244,14 +256,13 @@ def call_of(args: argparse.Namespace) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> int:
     """`python -m eval generate`. A mistake in the arguments is a ValueError."""
     manifest = generate(
-        args.pipeline,
+        load(args.pipeline, args.dtype, scheduler=args.scheduler),
         setting_of(args.setting),
         first(load_prompts(args.prompts), args.n),
         args.out,
         seed=args.seed,
         batch_size=args.batch_size,
         call=call_of(args),
-        dtype=args.dtype,
     )
     state = processes()
     if state.is_main_process:

@@ -14,8 +14,8 @@ from eval.baselines import (
     extrapolated,
     first_block_cached,
     merged_by_tomesd,
-    multistep,
     rescheduled,
+    scheduler_like,
     step_cached,
 )
 from tofu_diffusers import Handle, apply_tofu
@@ -146,7 +146,8 @@ def _applied(setting: Setting, pipe: Any) -> Iterator[Applied]:
         elif setting.kind == "fewer_steps":
             done.call["num_inference_steps"] = options["steps"]
             if options.get("scheduler") == "multistep":
-                stack.enter_context(rescheduled(pipe, multistep(pipe.scheduler)))
+                second = scheduler_like(pipe.scheduler, "DPMSolverMultistepScheduler")
+                stack.enter_context(rescheduled(pipe, second))
         elif setting.kind == "step_cache":
             stack.enter_context(step_cached(denoiser_of(pipe), **options))
         elif setting.kind == "tomesd":

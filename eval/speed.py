@@ -234,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
         suite.main(args.suite, args.out, args.rounds)
         return
     settings = [generate.setting_of(text) for text in args.setting]
-    loaded = generate.load(args.pipeline, args.dtype)
+    loaded = generate.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     prompts = first(load_prompts(args.prompts), args.n or args.batch_size)
     bench = Bench(loaded.pipe, prompts, args.seed, generate.call_of(args), args.compiled)
     about = {"pipeline": loaded.identity(), "n": len(prompts), "call": bench.call}

@@ -5,9 +5,11 @@
 
 Stages: `grid`, every valid combination of method, fold, restore, scope, context and ratio; `front`, the
 better ones with what they must beat; `lengths`, the best in 10, 20 and 50 steps with theirs; `plans`, plans
-shared by more blocks and steps. Drift is the PSNR to the unreduced picture of the same prompt and seed,
-savings are counted FLOPs. No picture is kept and no time taken: `eval sweep` does both, for few settings.
-Stopped anywhere, the same command goes on.
+shared by more blocks and steps; `samplers`, the default with what it must beat, for a `--scheduler`.
+
+Drift is the PSNR to the unreduced picture of the same prompt and seed, savings are counted FLOPs. No picture
+is kept and no time taken: `eval sweep` does both, for few settings. Stopped anywhere, the same command goes
+on.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,14 +93,13 @@ TOKENS = {
 }
 
 
-def matched(steps: int) -> Iterator[Trial]:
-    """Scope "step" and what it must beat, at 1.5, 2 and 3 times fewer FLOPs.
+def matched(steps: int, speeds: Sequence[float] = (1.5, 2, 3)) -> Iterator[Trial]:
+    """Scope "step" and what it must beat, at so many times fewer FLOPs.
 
     Scope "step" leaves out none of the first two, or of the first four. Whole-step caching computes steps
     evenly spread after the first two ("line"), or after the first quarter ("late").
     """
-    counts = [round(steps / speed) for speed in (1.5, 2, 3)]
-    for count in counts:
+    for count in (round(steps / speed) for speed in speeds):
         cache = {"total": steps, "computed": count, "order": 1}
         for whole in (2, 4):
             if whole < count:
@@ -111,10 +112,20 @@ def matched(steps: int) -> Iterator[Trial]:
             Setting(f"steps-{count}", "fewer_steps", {"steps": count}),
         ):
             yield Trial(setting, steps)
-    multistep = {"steps": counts[1], "scheduler": "multistep"}
-    cache = {"total": steps, "computed": counts[1], "first": 2, "order": 0}
-    yield Trial(Setting(f"multistep-{counts[1]}", "fewer_steps", multistep), steps)
-    yield Trial(Setting(f"repeat-{counts[1]}", "step_cache", cache), steps)
+
+
+def rivals(steps: int) -> Iterator[Trial]:
+    """Others that halve the FLOPs: a second-order solver, and predictions that are repeated."""
+    count = round(steps / 2)
+    multistep = {"steps": count, "scheduler": "multistep"}
+    cache = {"total": steps, "computed": count, "first": 2, "order": 0}
+    yield Trial(Setting(f"multistep-{count}", "fewer_steps", multistep), steps)
+    yield Trial(Setting(f"repeat-{count}", "step_cache", cache), steps)
+
+
+def samplers(steps: int) -> Iterator[Trial]:
+    """The first of these at 1.5 and 2 times fewer FLOPs, for a run with each `--scheduler`."""
+    yield from matched(steps, (1.5, 2))
 
 
 def tokens(steps: int) -> Iterator[Trial]:
@@ -126,8 +137,9 @@ def tokens(steps: int) -> Iterator[Trial]:
 
 
 def front(steps: int) -> Iterator[Trial]:
-    """Both of these; what the tokens' options are worth; both kinds together; and merging."""
+    """All of these; what the tokens' options are worth; both kinds together; and merging."""
     yield from matched(steps)
+    yield from rivals(steps)
     yield from tokens(steps)
     whole = steps // 4
     half = {**TOKENS, "ratio": 0.5, "first_steps": whole}
@@ -154,9 +166,10 @@ def front(steps: int) -> Iterator[Trial]:
 
 
 def lengths(steps: int) -> Iterator[Trial]:
-    """The first two of short, usual and long generations, whatever the steps asked for."""
+    """The same of short, usual and long generations, whatever the steps asked for."""
     for count in (10, 20, 50):
         yield from matched(count)
+        yield from rivals(count)
         yield from tokens(count)
 
 
@@ -174,7 +187,13 @@ def plans(steps: int) -> Iterator[Trial]:
             yield Trial(tofu(f"{kind}-level-reuse{reuse}", **{**options, **more}), steps)
 
 
-STAGES = {"grid": grid, "front": front, "lengths": lengths, "plans": plans}
+STAGES = {
+    "grid": grid,
+    "front": front,
+    "lengths": lengths,
+    "plans": plans,
+    "samplers": samplers,
+}
 
 
 class Study:
@@ -225,8 +244,11 @@ class Study:
         """What tells a row from others, as JSON has it."""
         name, n = self.loaded.name, len(self.prompts)
         size = f"-{self.call['width']}px" if "width" in self.call else ""
+        asked = self.loaded.scheduler
+        sampler = {} if asked is None else {"scheduler": asked}
+        stage = "-".join([f"{name}{size}", f"{trial.steps}steps", f"n{n}", *sampler.values()])
         about = {
-            "id": f"{name}{size}-{trial.steps}steps-n{n}/{trial.setting.name}",
+            "id": f"{stage}/{trial.setting.name}",
             "pipeline": name,
             "weights": self.loaded.identity()["weights"],
             "setting": trial.setting.to_dict(),
@@ -234,6 +256,7 @@ class Study:
             "seed": self.seed,
             "steps": trial.steps,
             "call": self.call,
+            **sampler,
         }
         as_stored: dict[str, Any] = json.loads(json.dumps(about))
         return as_stored
@@ -266,7 +289,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """`python -m eval study`. A mistake in the arguments is a ValueError."""
-    loaded = generate.load(args.pipeline, args.dtype)
+    loaded = generate.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     prompts = first(load_prompts(args.prompts), args.n)
     call = generate.call_of(args)
     del call["num_inference_steps"]

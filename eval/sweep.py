@@ -281,7 +281,7 @@ def main(args: argparse.Namespace) -> None:
         else tofu_settings(args.methods, args.ratios)
     )
     prompts = first(load_prompts(args.prompts), args.n)
-    loaded = generate.load(args.pipeline, args.dtype)
+    loaded = generate.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     sweep = Sweep(
         args.out,
         loaded,

@@ -26,6 +26,7 @@ from eval.tables_study import (
     plans_table,
     quality_table,
     rows_of,
+    samplers_table,
     short_table,
     worth_table,
 )
@@ -44,13 +45,14 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 
 FRONT, GRID, LENGTHS = "25steps-n32", "64px-12steps-n4", "64px-{}steps-n16"
-PLANS = "64px-25steps-n32"
+PLANS, SAMPLERS = "64px-25steps-n32", "64px-25steps-n16"
 TABLES: dict[str, Callable[[], str]] = {
     **{f"{model} drift": (lambda model=model: drift_table(model, FRONT)) for model in RESULTS},
     **{f"{model} speed": (lambda model=model: speed_table(model)) for model in SPEEDS},
     "short": lambda: short_table(FRONT),
     "ahead": lambda: ahead_table(FRONT),
     "lengths": lambda: lengths_table(LENGTHS),
+    "samplers": lambda: samplers_table(SAMPLERS),
     "plans": lambda: plans_table(PLANS),
     "quality": quality_table,
     "worth": lambda: worth_table(GRID),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -172,28 +172,47 @@ def side_by_side(shown: Mapping[str, Mapping[str, Row]]) -> str:
 
 def lengths_table(stage: str) -> str:
     """Scope "step" in short, usual and long generations, and what has the same FLOPs."""
-    rivals = ("step", "late", "line", "steps")
+    return beside_rivals(
+        (model, "", rows_of(model, stage.format(steps))) for model in RESULTS for steps in LENGTHS
+    )
+
+
+def samplers_table(stage: str) -> str:
+    """Scope "step" with other samplers, and what has the same FLOPs."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for model, path in RESULTS.items():
+        for row in read(path):
+            if row["id"].startswith(f"{model}-{stage}-"):
+                found.setdefault((model, row["scheduler"]), []).append(row)
+    return beside_rivals((model, f" {name},", rows) for (model, name), rows in found.items())
+
+
+def beside_rivals(groups: Iterable[tuple[str, str, Sequence[Row]]]) -> str:
+    """A line for every row of scope "step" that is a default's, beside what has the same FLOPs.
+
+    Args:
+        groups: A model, what else to say of it, and rows that belong together.
+    """
     lines = [
         "| | FLOPs | scope `step` | first quarter whole, then evenly | evenly | fewer steps |",
         "|---|---|---|---|---|---|",
     ]
     every = []
-    for model in RESULTS:
-        for steps in LENGTHS:
-            rows = named(model, stage.format(steps))
-            every += rows.values()
-            mine = {name: row for name, row in rows.items() if is_default(model, row)}
-            for name, row in mine.items():
-                count = name.split("-")[1]
-                others = [row, *(rows[f"{rival}-{count}"] for rival in rivals[1:])]
-                cells = [
-                    f"{each['metrics']['psnr_db']['value']:.1f} {cite(model, each)}"
-                    for each in others
-                ]
-                lines.append(
-                    f"| `{model}`, {count} of {steps} steps | {row['flops_ratio']:.2f}x | "
-                    f"{' | '.join(cells)} |"
-                )
+    for model, also, rows in groups:
+        every += rows
+        by_name = {row["setting"]["name"]: row for row in rows}
+        for row in rows:
+            if not is_default(model, row):
+                continue
+            count = row["setting"]["name"].split("-")[1]
+            beside = [row, *(by_name[f"{rival}-{count}"] for rival in ("late", "line", "steps"))]
+            cells = [
+                f"{each['metrics']['psnr_db']['value']:.1f} {cite(model, each)}" for each in beside
+            ]
+            lines.append(
+                f"| `{model}`,{also} {count} of {row['steps']} steps | {row['flops_ratio']:.2f}x | "
+                f"{' | '.join(cells)} |"
+            )
     return "\n".join([circumstances(every), "", *lines])
 
 

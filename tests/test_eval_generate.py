@@ -437,6 +437,8 @@ def test_a_folder_is_named_and_hashed(saved, loaded, tmp_path):
     assert loaded.name == "tiny" and loaded.dtype == "float32"
     copied = Path(shutil.copytree(saved, tmp_path / "tiny"))
     assert load(str(copied), device="cpu").identity() == loaded.identity()
+    other = load(str(copied), device="cpu", scheduler="HeunDiscreteScheduler")
+    assert other.identity()["scheduler"]["class"] == other.scheduler == "HeunDiscreteScheduler"
     half = load(str(copied), "bfloat16", "cpu")
     assert half.dtype == "bfloat16" and half.pipe.unet.dtype == torch.bfloat16
     weights = next((copied / "unet").glob("*.safetensors"))

@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.baselines import StepCache, computed_steps, multistep
+from eval.baselines import StepCache, computed_steps, scheduler_like
 from eval.settings import Setting, denoiser_of
 from eval.speed import Bench, counted_flops, measure
 from tests import tiny
@@ -170,9 +171,35 @@ def test_the_multistep_scheduler_ends_at_the_same_picture(builder):
     """With many steps both solve the same equation, if what is predicted is bounded (no noise)."""
     pipe = builder()
     before = tiny.generate(pipe, steps=80)
-    pipe.scheduler = multistep(pipe.scheduler)
+    pipe.scheduler = scheduler_like(pipe.scheduler, "DPMSolverMultistepScheduler")
     after = tiny.generate(pipe, steps=80)
     assert (after - before).abs().mean() < 0.12 * before.std()
+
+
+def test_a_scheduler_is_changed_for_one_of_the_same_noise():
+    heun = scheduler_like(tiny.tiny_sd().scheduler, "HeunDiscreteScheduler")
+    assert type(heun).__name__ == "HeunDiscreteScheduler"
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow = scheduler_like(own, "UniPCMultistepScheduler")
+    assert flow.config.use_flow_sigmas and flow.config.prediction_type == "flow_prediction"
+    again = scheduler_like(flow, "DPMSolverMultistepScheduler")
+    assert again.config.use_flow_sigmas and flow.config.flow_shift == again.config.flow_shift == 3.0
+    back = scheduler_like(again, "FlowMatchHeunDiscreteScheduler")
+    assert type(back).__name__ == "FlowMatchHeunDiscreteScheduler" and back.config.shift == 3.0
+
+
+@pytest.mark.parametrize(
+    ("builder", "name", "why"),
+    [
+        (tiny.tiny_sd, "UNet2DConditionModel", "no scheduler 'UNet2DConditionModel'"),
+        (tiny.tiny_sd, "MagicScheduler", "no scheduler 'MagicScheduler'"),
+        (tiny.tiny_sd, "FlowMatchEulerDiscreteScheduler", "is for flow matching, and .* is not"),
+        (tiny.tiny_sd3, "PNDMScheduler", "is not for flow matching, and .* is;"),
+    ],
+)
+def test_a_scheduler_for_other_noise_is_refused(builder, name, why):
+    with pytest.raises(ValueError, match=why):
+        scheduler_like(builder().scheduler, name)
 
 
 def test_settings_that_cannot_be():

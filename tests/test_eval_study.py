@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,11 @@ def command(monkeypatch, tmp_path):
     """Runs `eval study` on a tiny pipeline, with two settings."""
     out = tmp_path / "rows.jsonl"
     loaded = tiny_study().loaded
-    monkeypatch.setattr(study.generate, "load", lambda source, dtype: loaded)
+    monkeypatch.setattr(
+        study.generate,
+        "load",
+        lambda source, dtype, scheduler: replace(loaded, scheduler=scheduler),
+    )
     trials = [
         Trial(Setting(f"steps-{count}", "fewer_steps", {"steps": count}), 3) for count in (1, 2)
     ]
@@ -155,6 +160,16 @@ def test_an_unknown_table_is_refused():
 
 def row(value, **options):
     return {"setting": {"options": options}, "metrics": {"psnr_db": {"value": value}}}
+
+
+def test_rows_of_another_scheduler_are_others(command):
+    run, _ = command
+    rows = [*run(), *run("--scheduler", "HeunDiscreteScheduler")[2:]]
+    assert [row["id"].split("/")[0] for row in rows] == [
+        *["tiny-64px-3steps-n2"] * 2,
+        *["tiny-64px-3steps-n2-HeunDiscreteScheduler"] * 2,
+    ]
+    assert [row.get("scheduler") for row in rows] == [None] * 2 + ["HeunDiscreteScheduler"] * 2
 
 
 def test_settings_of_the_study_are_told_apart_in_words():

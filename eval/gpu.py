@@ -9,6 +9,7 @@ Parts, each done once for an output folder; the same command goes on where it st
     sync      a reduced step that never waits for the device, every family    parts.json
     head      the suite's most important rows                                 suite.csv
     kernels   plans, folds and restores against reference and bound           kernels.csv
+    stacking  what tofu and other speed-ups give alone and together           stacking.jsonl
     suite     the rest of the suite                                           suite.csv
 
 Without a GPU it runs all the same, which tries it out and measures nothing of interest (--suite tiny).
@@ -167,6 +168,15 @@ def kernels(job: Job) -> str | None:
     return growth.measure(job.out / "kernels.csv", sizes, job.until, job.commit)
 
 
+def stack(job: Job) -> str | None:
+    """Generations with tofu, with its partners, and with both."""
+    from eval import stacking
+
+    return stacking.measure(
+        job.suite, job.out / "stacking.jsonl", job.rounds, job.until, job.commit
+    )
+
+
 # ---- the command -----------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Job], str | None]] = {
@@ -174,6 +184,7 @@ PARTS: dict[str, Callable[[Job], str | None]] = {
     "sync": sync,
     "head": head,
     "kernels": kernels,
+    "stacking": stack,
     "suite": rest,
 }
 

@@ -17,10 +17,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from tqdm import tqdm
 from eval import generate
 from eval.bootstrap import of_mean
 from eval.generate import Loaded
+from eval.jsonl import append, mend, read
 from eval.manifest import differences, provenance
 from eval.prompts import first, load_prompts
 from eval.scores import psnr_db
@@ -260,25 +259,6 @@ class Study:
         }
         as_stored: dict[str, Any] = json.loads(json.dumps(about))
         return as_stored
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; a last line that a killed process left unfinished is passed over."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    return [json.loads(line) for line in lines[:-1] if line]
-
-
-def mend(path: Path) -> None:
-    """Cut off a line that a killed process left unfinished, before others are added behind it."""
-    if path.exists():
-        data = path.read_bytes()
-        os.truncate(path, data.rfind(b"\n") + 1)
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row in one write, so that several processes can."""
-    with open(path, "ab", buffering=0) as file:
-        file.write(json.dumps(row).encode() + b"\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

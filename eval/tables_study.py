@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from eval.bootstrap import difference, of_mean
+from eval.jsonl import read
 from eval.manifest import ROOT
 from eval.report import interval
-from eval.study import read
 from tofu_diffusers import profile
 
 FAMILY = {"unet": "unet", "mmdit": "sd3"}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from eval import gpu, growth, suite
+from eval import gpu, growth, stacking, suite
+from eval.jsonl import read
 from eval.suite_models import SUITES
 from eval.suite_rows import read_rows
 
@@ -21,6 +22,7 @@ def small(monkeypatch):
     monkeypatch.setitem(SUITES, "tiny", SUITES["tiny"][:1])
     monkeypatch.setattr(suite, "MORE_CELLS", suite.FIRST_CELLS[3:4])
     monkeypatch.setattr(suite, "FIRST_CELLS", suite.FIRST_CELLS[:3])
+    monkeypatch.setattr(stacking, "partners", lambda case, device: ["first_block_cache"])
     monkeypatch.setattr(growth, "TRIAL_SIZES", (64,))
     monkeypatch.setattr(growth, "clock", lambda call: [growth.once(call)])
 
@@ -39,6 +41,8 @@ def test_every_part_runs_once(small, tmp_path, capsys):
     kernels = (tmp_path / "kernels.csv").read_text()
     assert kernels.startswith(",".join(growth.FIELDS))
     assert all(f"{name},reference,64" in kernels for name in ("match", "energy", "restore copy"))
+    (stacked,) = read(tmp_path / "stacking.jsonl")
+    assert stacked["id"] == "FLUX-tiny-96x96/first_block_cache" and stacked["commit"] == "abc"
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     capsys.readouterr()
     assert call(tmp_path) == 0
@@ -48,7 +52,7 @@ def test_every_part_runs_once(small, tmp_path, capsys):
 
 def test_nothing_is_begun_after_the_time(tmp_path, capsys):
     assert call(tmp_path, "--minutes", "1e-12") == 0
-    assert "not done: parity, sync, head, kernels, suite" in capsys.readouterr().out
+    assert "not done: parity, sync, head, kernels, stacking, suite" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

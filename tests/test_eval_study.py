@@ -13,9 +13,10 @@ from eval import study, tables, tables_study
 from eval.__main__ import main
 from eval.bootstrap import difference, of_mean
 from eval.generate import Loaded
+from eval.jsonl import read
 from eval.settings import Setting
 from eval.speed import UNREDUCED, Bench
-from eval.study import Study, Trial, read
+from eval.study import Study, Trial
 from tofu_diffusers import (
     CONTEXTS,
     FAMILIES,

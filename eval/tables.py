@@ -16,7 +16,14 @@ from pathlib import Path
 from eval.manifest import ROOT
 from eval.plots import pareto
 from eval.plots_growth import growth
-from eval.tables_speed import SPEEDS, growth_rows, growth_table, speed_table, suite_table
+from eval.tables_speed import (
+    SPEEDS,
+    growth_rows,
+    growth_table,
+    speed_table,
+    stacking_table,
+    suite_table,
+)
 from eval.tables_study import (
     RESULTS,
     ahead_table,
@@ -32,15 +39,17 @@ from eval.tables_study import (
 )
 
 
-def measured(name: str) -> dict[str, Path]:
+def measured(name: str, suffix: str = "csv") -> dict[str, Path]:
     """The committed files of a measurement by device: a GPU's are there once one has measured."""
     found = {
-        device: ROOT / "eval" / "results" / f"{name}_{device}.csv" for device in ("cpu", "cuda")
+        device: ROOT / "eval" / "results" / f"{name}_{device}.{suffix}"
+        for device in ("cpu", "cuda")
     }
     return {device: path for device, path in found.items() if path.exists()}
 
 
 GROWTH, SUITES = measured("growth"), measured("suite")
+STACKING = measured("stacking", "jsonl")
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md")
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 
@@ -57,6 +66,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality_table,
     "worth": lambda: worth_table(GRID),
     "best": lambda: best_table(GRID),
+    "stacking": lambda: stacking_table(list(STACKING.values())),
     "growth": lambda: growth_table(list(GROWTH.values())),
     **{f"suite {device}": (lambda path=path: suite_table(path)) for device, path in SUITES.items()},
 }

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from eval.jsonl import read
 from eval.manifest import ROOT
 from eval.report import interval
 from eval.suite_rows import read_rows
@@ -15,6 +16,30 @@ from eval.tables_study import described
 SPEEDS = {name: ROOT / "eval" / "results" / f"speed_{name}.json" for name in ("unet", "mmdit")}
 
 Row = Mapping[str, str]
+
+
+def stacking_table(paths: Sequence[Path]) -> str:
+    """Speeds alone and together, a line a partner."""
+    rows = [(path, row) for path in paths for row in read(path)]
+    first = rows[0][1]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    devices = dict.fromkeys(f"{row['device']}, {row['dtype']}" for _, row in rows)
+    lines = [
+        f"Random weights; {'; '.join(devices)}; {versions}. Time of {first['steps']} unreduced steps over "
+        f"that of as many with each, in turns, median of {first['rounds']} (p20 to p80).",
+        "",
+        "| model | with | tofu | the other | both | share of the product |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path, row in rows:
+        speeds = (f"{interval(row['speed'][name], 2)}" for name in ("tofu", "partner", "both"))
+        share = row["share_of_product"]
+        lines.append(
+            f"| {row['model']} {row['size']} | {row['partner'].replace('_', ' ')} "
+            f"<!-- row: {path.name}#{row['id']} --> | {' | '.join(speeds)} | "
+            f"{share['value']:.0%} ({share['low']:.0%} to {share['high']:.0%}) |"
+        )
+    return "\n".join(lines)
 
 
 def growth_rows(path: Path) -> list[dict[str, str]]:

@@ -3,14 +3,17 @@
 import builtins
 import contextlib
 import json
+import math
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from pipelines.emoji import HERE, MMDIT, MODELS, WEIGHTS, denoiser, load_pipeline, weights_hash
 from pipelines.emoji import export as exporting
@@ -24,13 +27,22 @@ from pipelines.emoji.captions import (
 )
 from pipelines.emoji.ceiling import ceiling
 from pipelines.emoji.data import Emoji, load
+from pipelines.emoji.denoise import shift
 from pipelines.emoji.export import check_sizes, export
 from pipelines.emoji.loop import Budget, Loop, learning_rate
 from pipelines.emoji.mmdit import encode, new_transformer, train_mmdit
 from pipelines.emoji.scorer import FOLDER, EmojiScorer
-from pipelines.emoji.text import new_text_encoder, new_tokenizer, tokens, train_text
+from pipelines.emoji.text import (
+    Captions,
+    Rows,
+    new_text_encoder,
+    new_tokenizer,
+    tokens,
+    train_text,
+)
 from pipelines.emoji.unet import new_unet, train_unet
 from pipelines.emoji.vae import (
+    Latents,
     cache_latents,
     load_latents,
     new_vae,
@@ -177,6 +189,67 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
         assert torch.equal(whole[key], resumed[key])
         assert torch.equal(whole_ema[key], resumed_ema[key])
         assert not torch.equal(whole[key], half[key])
+
+
+def test_a_run_stops_at_its_time_and_the_next_goes_on(tmp_path):
+    loop, layer = quadratic(tmp_path, steps=3)
+    loop.budget = replace(loop.budget, until=0.0)
+    evaluated = []
+
+    def loss(generator, rng):
+        return {"loss": (layer(torch.randn(3, 4, generator=generator)) - 1).square().mean()}
+
+    def evaluate():
+        evaluated.append(loop.step)
+        return {}
+
+    loop.run(loss, evaluate)
+    assert loop.step == 0 and loop.checkpoint.exists() and not evaluated
+    resumed, layer = quadratic(tmp_path, steps=3)
+    resumed.run(loss, evaluate)
+    assert resumed.step == 3 and len(evaluated) == 1
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
+    loop, layer = quadratic(tmp_path, steps=1)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    loop.run(lambda generator, rng: {"loss": layer.weight.sum() * math.nan}, lambda: {})
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+def test_rows_are_drawn_by_subject_and_captions_from_the_table(tiny_emoji):
+    pixels = torch.zeros(10, 4, 4, 4)
+    source, turned = torch.tensor([*range(8), 0, 1]), torch.arange(10) >= 8
+    colours = [*tiny_emoji.colours, "blue", "pink"]
+    stored = Latents(pixels, pixels, source, colours, turned, torch.zeros(4), torch.ones(4))
+    rows = Rows(tiny_emoji, stored, CPU)
+    drawn = rows.draw(4000, torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn, minlength=10)
+    assert counts[6:8].sum() == 0 and counts[8:].sum() == 1000  # held out; a quarter recoloured
+    # Two rows of "red apple" and two recoloured are one subject: each is drawn half as often.
+    shares = counts[:6] / 3000
+    expected = torch.tensor([0.1, 0.1, 0.2, 0.2, 0.2, 0.2])
+    torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
+
+    tokenizer = new_tokenizer(tiny_emoji)
+    captions = Captions(tokenizer, tiny_emoji, stored, CPU)
+    blue = captions.draw(torch.full((50,), 8), torch.Generator().manual_seed(0))
+    assert all("blue" in text and "red" not in text for text in tokenizer.batch_decode(blue))
+    assert torch.equal(captions.empty, tokens(tokenizer, [""])[0])
+    assert torch.equal(Captions(tokenizer, tiny_emoji, stored, CPU).table, captions.table)
+
+
+def test_a_shift_moves_each_picture_by_one_at_most():
+    latents = torch.randn(32, 4, 5, 6)
+    padded = F.pad(latents, (1, 1, 1, 1), mode="replicate")
+    ways = {(y, x): padded[:, :, y : y + 5, x : x + 6] for y in range(3) for x in range(3)}
+    moved = shift(latents, torch.Generator().manual_seed(0))
+    seen = set()
+    for i, picture in enumerate(moved):
+        found = [way for way, pictures in ways.items() if torch.equal(picture, pictures[i])]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len(seen) > 5
 
 
 def test_the_stages_resume(tiny_emoji, tmp_path):

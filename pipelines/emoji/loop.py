@@ -5,6 +5,7 @@ again draws what the unbroken run would have drawn; the checkpoint needs no gene
 """
 
 import json
+import math
 import os
 import random
 import time
@@ -21,10 +22,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a stage trains, over all its runs: minutes of training, or a number of steps."""
+    """How long a stage trains, over all its runs: minutes of training, or a number of steps.
+
+    until: of time.monotonic(); then this run stops, and the next one goes on.
+    """
 
     minutes: float | None = None
     steps: int | None = None
+    until: float = math.inf
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
@@ -40,7 +45,7 @@ class Budget:
 
 def learning_rate(step: int, progress: float, warmup: int = 100) -> float:
     """Factor on the base rate: linear warm-up in steps, then half a cosine over the budget."""
-    cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+    cosine = 0.5 * (1 + math.cos(progress * math.pi))
     return min((step + 1) / warmup, 1.0) * (0.02 + 0.98 * cosine)
 
 
@@ -48,6 +53,15 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
     """bfloat16 where it is faster: on GPUs, and on CPUs with AVX-512 BF16."""
     enabled = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def compiled(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module for training: fewer and larger kernels on a GPU, unless TORCH_COMPILE_DISABLE=1 is set.
+
+    The weights stay the module's own. To evaluate, call the module itself: in another mode and batch size
+    it would be compiled once more.
+    """
+    return torch.compile(module) if device.type == "cuda" else module  # type: ignore[return-value]
 
 
 def save_atomic(state: object, path: Path) -> None:
@@ -58,10 +72,12 @@ def save_atomic(state: object, path: Path) -> None:
     os.replace(part, path)
 
 
-def draws(seed: int, step: int, shard: int) -> tuple[torch.Generator, random.Random]:
-    """The random numbers of one shard of a step."""
+def draws(
+    seed: int, step: int, shard: int, device: torch.device
+) -> tuple[torch.Generator, random.Random]:
+    """The random numbers of one shard of a step: tensors' on the device, decisions' in Python."""
     mixed = ((seed * 1_000_003 + step) * 64 + shard) & 0x7FFFFFFFFFFF
-    return torch.Generator().manual_seed(mixed), random.Random(mixed)
+    return torch.Generator(device).manual_seed(mixed), random.Random(mixed)
 
 
 LossFn = Callable[[torch.Generator, random.Random], dict[str, Tensor]]
@@ -83,6 +99,8 @@ class Ema:
 
 class Loop:
     """Trains a module by `loss_fn(generator, rng) -> {"loss": ..., ...}`, one call a shard.
+
+    No step waits for the device: a GPU is given the next one while it computes.
 
     On a CPU each shard runs in its own thread with single-threaded operators: small operators
     waste less time waiting for each other than when one operator is spread over the cores.
@@ -150,14 +168,14 @@ class Loop:
             file.write(json.dumps(row) + "\n")
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
 
-    def _gradients(self, loss_fn: LossFn) -> dict[str, float]:
+    def _gradients(self, loss_fn: LossFn) -> dict[str, Tensor]:
         """Fill .grad with the mean over the shards of the gradients; the mean losses."""
         parameters = [p for p in self.module.parameters() if p.requires_grad]
 
-        def one(shard: int) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
-            losses = loss_fn(*draws(self.seed, self.step, shard))
+        def one(shard: int) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+            losses = loss_fn(*draws(self.seed, self.step, shard, self.device))
             gradients = torch.autograd.grad(losses["loss"], parameters, allow_unused=True)
-            return {k: v.item() for k, v in losses.items()}, gradients
+            return {k: v.detach() for k, v in losses.items()}, gradients
 
         if self.shards == 1:
             results = [one(0)]
@@ -165,8 +183,11 @@ class Loop:
             results = list(self.pool.map(one, range(self.shards)))
         for parameter, *parts in zip(parameters, *(g for _, g in results), strict=True):
             given = [part for part in parts if part is not None]
-            parameter.grad = torch.stack(given).mean(0) if given else None
-        return {k: sum(r[k] for r, _ in results) / self.shards for k in results[0][0]}
+            if len(given) == 1:
+                parameter.grad = given[0]
+            else:
+                parameter.grad = torch.stack(given).mean(0) if given else None
+        return {k: torch.stack([r[k] for r, _ in results]).mean() for k in results[0][0]}
 
     def run(
         self,
@@ -180,7 +201,7 @@ class Loop:
         `stop_after` ends this call after that many steps, as a kill would (for tests).
         """
         first, saved, evaluated = self.step, time.monotonic(), time.monotonic()
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
         summed = 0
         kind = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         self.log(split="start", device=kind, threads=torch.get_num_threads())
@@ -188,21 +209,25 @@ class Loop:
             if stop_after is not None and self.step - first >= stop_after:
                 return
             start = time.monotonic()
+            if start >= self.budget.until:
+                break
             factor = learning_rate(self.step, progress)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base"] * factor
             losses = self._gradients(loss_fn)
             norm = nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-            if torch.isfinite(norm):
-                self.optimizer.step()
+            # The fused optimizer reads this on the device and leaves the step out, as for a GradScaler.
+            self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
             self.ema.update(self.module, self.step)
+            if self.step > first:  # in the first of a run, everything is compiled
+                self.seconds += time.monotonic() - start
             self.step += 1
-            self.seconds += time.monotonic() - start
             for key, value in losses.items():
-                sums[key] = sums.get(key, 0.0) + value
+                sums[key] = sums[key] + value if key in sums else value
             summed += 1
             if summed == log_steps:
-                self.log(split="train", **{k: v / summed for k, v in sums.items()})
+                self.log(split="train", **{k: (v / summed).item() for k, v in sums.items()})
                 sums, summed = {}, 0
             if time.monotonic() - saved > self.save_seconds:
                 self.save()
@@ -211,9 +236,10 @@ class Loop:
                 self._evaluate(evaluate)
                 evaluated = time.monotonic()
         if summed:
-            self.log(split="train", **{k: v / summed for k, v in sums.items()})
+            self.log(split="train", **{k: (v / summed).item() for k, v in sums.items()})
         self.save()
-        self._evaluate(evaluate)
+        if self.progress >= 1:
+            self._evaluate(evaluate)
 
     def _evaluate(self, evaluate: Callable[[], dict[str, float]]) -> None:
         """Report the averaged weights on held-out concepts, then put the raw ones back."""

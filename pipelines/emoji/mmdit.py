@@ -13,9 +13,9 @@ from transformers import CLIPTextModelWithProjection
 
 from pipelines.emoji.data import Emoji
 from pipelines.emoji.denoise import train_denoiser
-from pipelines.emoji.loop import Budget, Loop, autocast, averaged
+from pipelines.emoji.loop import Budget, Loop, autocast, averaged, compiled
 from pipelines.emoji.sd3 import with_projection
-from pipelines.emoji.text import WIDTH, new_tokenizer, tokens, trained_text_encoder
+from pipelines.emoji.text import WIDTH, new_tokenizer, trained_text_encoder
 from pipelines.emoji.vae import Latents
 
 HEADS, HEAD_WIDTH, LAYERS = 5, 32, 5
@@ -109,10 +109,13 @@ def train_mmdit(
         shards=shards,
     )
 
-    def loss(x: Tensor, captions: list[str], level: Tensor, noise: Tensor) -> Tensor:
-        words, pooled = encode(text, tokens(tokenizer, captions).to(device))
-        sigma = torch.special.ndtri(level.clamp(1e-3, 1 - 1e-3)).sigmoid()  # logit-normal
-        return flow_loss(transformer, x, words, pooled, sigma, noise)
+    fast = compiled(transformer, device)
 
-    train_denoiser(loop, emoji, latents, data, batch // shards, loss, stop_after)
+    def loss(x: Tensor, ids: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        words, pooled = encode(text, ids)
+        sigma = torch.special.ndtri(level.clamp(1e-3, 1 - 1e-3)).sigmoid()  # logit-normal
+        model = fast if transformer.training else transformer
+        return flow_loss(model, x, words, pooled, sigma, noise)
+
+    train_denoiser(loop, tokenizer, emoji, latents, data, batch // shards, loss, stop_after)
     return loop

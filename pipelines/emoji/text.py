@@ -21,6 +21,7 @@ from pipelines.emoji.loop import Budget, Loop, autocast, averaged
 from pipelines.emoji.vae import Latents
 
 VOCABULARY, LENGTH, WIDTH = 1800, 32, 128
+VARIANTS = 16  # captions a picture
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -102,29 +103,68 @@ def row_caption(emoji: Emoji, latents: Latents, row: int, rng: random.Random) ->
     )
 
 
+class Captions:
+    """Token ids of captions of every row, drawn and tokenised once, on the device.
+
+    empty: [LENGTH], of no caption.
+    """
+
+    def __init__(
+        self, tokenizer: CLIPTokenizer, emoji: Emoji, latents: Latents, device: torch.device
+    ) -> None:
+        count = len(latents.source)
+        # A generator a row: the captions are the same in each run.
+        rngs = map(random.Random, range(count))
+        texts = [
+            row_caption(emoji, latents, row, rng)
+            for row, rng in enumerate(rngs)
+            for _ in range(VARIANTS)
+        ]
+        different = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        ids = tokens(tokenizer, list(different)).short()  # pieces are fewer than 2,000
+        index = torch.tensor([different[text] for text in texts])
+        self.table = ids[index].view(count, VARIANTS, LENGTH).to(device)
+        self.empty = tokens(tokenizer, [""])[0].to(device)
+
+    def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """[B] -> [B, LENGTH]"""
+        which = torch.randint(VARIANTS, rows.shape, generator=generator, device=rows.device)
+        return self.table[rows, which].long()
+
+    def first(self, rows: Tensor) -> Tensor:
+        """The same one at every call.  [B] -> [B, LENGTH]"""
+        return self.table[rows, 0].long()
+
+
 class Rows:
     """Which latents are trained on: originals mostly, a quarter recoloured.
 
     Each subject is drawn equally often: a third of the emoji are people in two or three genders.
     """
 
-    def __init__(self, emoji: Emoji, latents: Latents) -> None:
+    def __init__(self, emoji: Emoji, latents: Latents, device: torch.device) -> None:
         held = torch.from_numpy(emoji.held_out)[latents.source]
-        self.original = (~held & ~latents.recoloured).nonzero().flatten()
-        self.recoloured = (~held & latents.recoloured).nonzero().flatten()
-        self.test = (held & ~latents.recoloured).nonzero().flatten()
+        original = (~held & ~latents.recoloured).nonzero().flatten()
+        recoloured = (~held & latents.recoloured).nonzero().flatten()
+        test = (held & ~latents.recoloured).nonzero().flatten()
         subjects = [subject(emoji.names[i]) for i in latents.source.tolist()]
         sizes = Counter(subjects)
-        self.weights = torch.tensor([1.0 / sizes[s] for s in subjects])
+        weights = torch.tensor([1.0 / sizes[s] for s in subjects], dtype=torch.float64)
+        self.original, self.recoloured, self.test = (
+            rows.to(device) for rows in (original, recoloured, test)
+        )
+        # Cumulated, as torch.multinomial makes a GPU wait.
+        self.ends = [weights[rows].cumsum(0).to(device) for rows in (original, recoloured)]
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """[count]"""
         turned = count // 4 if len(self.recoloured) else 0
-        parts = ((self.original, count - turned), (self.recoloured, turned))
-        picks = [
-            rows[torch.multinomial(self.weights[rows], n, replacement=True, generator=generator)]
-            for rows, n in parts
-            if n
-        ]
+        kinds, counts = (self.original, self.recoloured), (count - turned, turned)
+        picks = []
+        for rows, ends, n in zip(kinds, self.ends, counts, strict=True):
+            if n:
+                place = torch.rand(n, generator=generator, device=rows.device) * ends[-1]
+                picks.append(rows[torch.searchsorted(ends, place).clamp(max=len(rows) - 1)])
         return torch.cat(picks)
 
 
@@ -146,28 +186,30 @@ def train_text(
     stop_after: int | None = None,
 ) -> Loop:
     torch.manual_seed(1)
-    tokenizer, rows = new_tokenizer(emoji), Rows(emoji, latents)
+    tokenizer = new_tokenizer(emoji)
+    rows, captions = Rows(emoji, latents, device), Captions(tokenizer, emoji, latents, device)
+    data = latents.large.to(device)
     text = new_text_encoder(tokenizer)
     module = nn.ModuleDict({"text": text, "tower": tower()})
     loop = Loop("text", module, work, budget, 1e-3, device, seed=1)
 
-    def similarity(row: Tensor, rng: random.Random) -> Tensor:
-        ids = tokens(tokenizer, [row_caption(emoji, latents, int(r), rng) for r in row])
+    def similarity(row: Tensor, ids: Tensor) -> Tensor:
         with autocast(device):
-            words = text(ids.to(device)).pooler_output
-            pictures = module["tower"](latents.large[row].float().to(device))
+            words = text(ids).pooler_output
+            pictures = module["tower"](data[row].float())
         a, b = F.normalize(words.float(), dim=1), F.normalize(pictures.float(), dim=1)
         return a @ b.T / 0.07
 
     def loss_fn(generator: torch.Generator, rng: random.Random) -> dict[str, Tensor]:
-        scores = similarity(rows.draw(batch, generator), rng)
+        row = rows.draw(batch, generator)
+        scores = similarity(row, captions.draw(row, generator))
         target = torch.arange(len(scores), device=device)
         loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
         return {"loss": loss, "top1": (scores.argmax(1) == target).float().mean()}
 
     def evaluate() -> dict[str, float]:
         flat = rows.test[::2]  # one style, so that every concept is there once
-        scores = similarity(flat, random.Random(0))
+        scores = similarity(flat, captions.first(flat))
         right = scores.argmax(1) == torch.arange(len(scores), device=device)
         return {"top1": right.float().mean().item(), "concepts": float(len(flat))}
 

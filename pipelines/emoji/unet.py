@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from pipelines.emoji.data import Emoji
 from pipelines.emoji.denoise import train_denoiser
-from pipelines.emoji.loop import Budget, Loop, autocast, averaged
-from pipelines.emoji.text import WIDTH, new_tokenizer, tokens, trained_text_encoder
+from pipelines.emoji.loop import Budget, Loop, autocast, averaged, compiled
+from pipelines.emoji.text import WIDTH, new_tokenizer, trained_text_encoder
 from pipelines.emoji.vae import Latents
 
 MIN_SNR = 5.0
@@ -91,11 +91,13 @@ def train_unet(
     seed = 2 if first else 3
     loop = Loop(stage, module, work, budget, rates, device, seed=seed, shards=shards)
 
-    def loss(x: Tensor, captions: list[str], level: Tensor, noise: Tensor) -> Tensor:
-        with autocast(device):
-            words = text(tokens(tokenizer, captions).to(device)).last_hidden_state
-        times = (level * len(alphas)).long().clamp(max=len(alphas) - 1)
-        return v_loss(unet, x, words.float(), times, noise, alphas)
+    fast = compiled(unet, device)
 
-    train_denoiser(loop, emoji, latents, data, batch // shards, loss, stop_after)
+    def loss(x: Tensor, ids: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+        with autocast(device):
+            words = text(ids).last_hidden_state
+        times = (level * len(alphas)).long().clamp(max=len(alphas) - 1)
+        return v_loss(fast if unet.training else unet, x, words.float(), times, noise, alphas)
+
+    train_denoiser(loop, tokenizer, emoji, latents, data, batch // shards, loss, stop_after)
     return loop

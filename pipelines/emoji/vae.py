@@ -56,6 +56,35 @@ def turn_hue(pixels: Tensor, degrees: int) -> Tensor:
     return torch.frombuffer(bytearray(turned.tobytes()), dtype=torch.uint8).view_as(pixels)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """All pictures that training knows, recoloured ones after the originals, one row a picture.
+
+    images: uint8 [R, 128, 128, 3]; source: [R] row in the data set.
+    """
+
+    images: Tensor
+    source: Tensor
+    colours: list[str | None]
+
+
+def shown(emoji: Emoji) -> Shown:
+    """Pictures of one strong colour are there with two turns of their hues, too."""
+    images = list(torch.from_numpy(emoji.images))
+    source, colours = list(range(len(images))), list(emoji.colours)
+    for i, colour in enumerate(emoji.colours):
+        if colour in RECOLOURED:
+            for turn in random.Random(i).sample(TURNS, 2):
+                turned = turn_hue(images[i], turn)
+                foreground = turned[(turned < 245).any(-1)].numpy() / 255
+                new = dominant_colour(foreground.astype("float32"))
+                if new is not None and new != colour:
+                    images.append(turned)
+                    source.append(i)
+                    colours.append(new)
+    return Shown(torch.stack(images), torch.tensor(source), colours)
+
+
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
@@ -67,7 +96,8 @@ def vae_loss(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> 
     """
     with autocast(pixels.device):
         posterior = vae.encode(pixels).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(pixels.device)
+        shape, device = posterior.mean.shape, pixels.device
+        noise = torch.randn(shape, generator=generator, device=device)
         output = vae.decode(posterior.mean + posterior.std * noise).sample
     output, mean, logvar = output.float(), posterior.mean.float(), posterior.logvar.float()
     l1 = F.l1_loss(output, pixels)
@@ -92,21 +122,21 @@ def train_vae(
     stop_after: int | None = None,
 ) -> Loop:
     torch.manual_seed(0)
-    images = torch.from_numpy(emoji.images)
-    train = torch.from_numpy(~emoji.held_out).nonzero().flatten()
-    test = images[torch.from_numpy(emoji.held_out)][:128]
+    pictures = shown(emoji)
+    train = torch.from_numpy(~emoji.held_out)[pictures.source].nonzero().flatten()
+    # The originals twice, so that about a quarter of what is drawn is recoloured.
+    train = torch.cat([train[train < len(emoji.names)], train]).to(device)
+    test = torch.from_numpy(emoji.images[emoji.held_out][:128])
+    images = pictures.images.to(device)
     vae = new_vae()
     loop = Loop("vae", vae, work, budget, 2e-3, device, shards=shards)
 
     def loss_fn(generator: torch.Generator, rng: random.Random) -> dict[str, Tensor]:
         # Small pictures first, because they are cheap; some to the end, for the 256-token stage.
         small = rng.random() < (0.95 if loop.progress < 0.8 else 0.2)
-        index = train[torch.randint(len(train), (batch // shards,), generator=generator)]
-        rows = [
-            turn_hue(images[i], rng.choice(TURNS)) if rng.random() < 0.25 else images[i]
-            for i in index
-        ]
-        pixels = to_unit(torch.stack(rows)).to(device)
+        size = (batch // shards,)
+        index = torch.randint(len(train), size, generator=generator, device=device)
+        pixels = to_unit(images[train[index]])
         return vae_loss(vae, halve(pixels) if small else pixels, generator)
 
     def evaluate() -> dict[str, float]:
@@ -170,33 +200,23 @@ def cache_latents(emoji: Emoji, work: Path, device: torch.device) -> None:
     vae = new_vae()
     vae.load_state_dict(averaged(work / "vae.pt"))
     vae.to(device).eval()
-    images = list(torch.from_numpy(emoji.images))
-    source, colours = list(range(len(images))), list(emoji.colours)
-    for i, colour in enumerate(emoji.colours):
-        if colour in RECOLOURED:
-            for turn in random.Random(i).sample(TURNS, 2):
-                turned = turn_hue(images[i], turn)
-                foreground = turned[(turned < 245).any(-1)].numpy() / 255
-                new = dominant_colour(foreground.astype("float32"))
-                if new is not None and new != colour:
-                    images.append(turned)
-                    source.append(i)
-                    colours.append(new)
+    pictures = shown(emoji)
+    source = pictures.source
     large, small = [], []
-    for i in range(0, len(images), 32):
-        pixels = to_unit(torch.stack(images[i : i + 32])).to(device)
+    for images in pictures.images.split(32):
+        pixels = to_unit(images.to(device))
         with autocast(device):
             large.append(vae.encode(pixels).latent_dist.mean.float().cpu())
             small.append(vae.encode(halve(pixels)).latent_dist.mean.float().cpu())
     z, half = torch.cat(large), torch.cat(small)
-    train = torch.from_numpy(~emoji.held_out)[torch.tensor(source)]
+    train = torch.from_numpy(~emoji.held_out)[source]
     std, mean = torch.std_mean(z[train], (0, 2, 3))
     shape = (1, -1, 1, 1)
     state = {
         "large": ((z - mean.view(shape)) / std.view(shape)).half(),
         "small": ((half - mean.view(shape)) / std.view(shape)).half(),
-        "source": torch.tensor(source),
-        "colours": colours,
+        "source": source,
+        "colours": pictures.colours,
         "recoloured": torch.arange(len(source)) >= len(emoji.names),
         "mean": mean,
         "std": std,

@@ -11,7 +11,8 @@ COLOURS = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey",
 )  # fmt: skip
 _PEOPLE = {"man", "men", "woman", "women", "person", "people", "boy", "girl", "child", "and"}
-_COLOUR_WORDS = set(COLOURS) | {"gray", "violet"}
+SYNONYMS = {"gray": "grey", "violet": "purple"}
+_COLOUR_WORDS = {*COLOURS, *SYNONYMS}
 
 
 def colour_shares(pixels: np.ndarray) -> np.ndarray:

@@ -11,8 +11,10 @@ import json
 import shutil
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -82,6 +84,33 @@ def _on_white(data: bytes) -> tuple[Image.Image, np.ndarray]:
     return flat, pixels[pixels[..., 3] > 0.5][:, :3]
 
 
+def webp(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=88, method=6)
+    return buffer.getvalue()
+
+
+def pack(out: Path, blobs: Sequence[bytes], records: object) -> None:
+    """Encoded pictures of one size in one file, with what is said of them."""
+    np.savez(
+        out,
+        bytes=np.frombuffer(b"".join(blobs), np.uint8),
+        ends=np.cumsum([len(blob) for blob in blobs]),
+        records=np.frombuffer(json.dumps(records).encode(), np.uint8),
+    )
+
+
+def unpack(path: Path) -> tuple[np.ndarray, Any]:
+    """What `pack` wrote: pictures uint8 [I, H, W, 3], records."""
+    with np.load(path) as packed:
+        raw, ends, records = packed["bytes"].tobytes(), packed["ends"], packed["records"].tobytes()
+    images = [
+        np.asarray(Image.open(io.BytesIO(raw[a:b])).convert("RGB"))
+        for a, b in zip([0, *ends[:-1]], ends, strict=True)
+    ]
+    return np.stack(images), json.loads(records)
+
+
 def build(packages: Path, out: Path) -> None:
     import resvg_py  # only needed here
 
@@ -109,21 +138,14 @@ def build(packages: Path, out: Path) -> None:
         drawn = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE))
         for style, data in zip(STYLES, (drawn, _read(fluent, webp[key])), strict=True):
             picture, foreground = _on_white(data)
-            buffer = io.BytesIO()
-            picture.save(buffer, "WEBP", quality=88, method=6)
-            blobs.append(buffer.getvalue())
+            blobs.append(webp(picture))
             colour = dominant_colour(foreground)
             records.append({"name": name, "keywords": words, "style": style, "colour": colour})
         if len(blobs) % 400 == 0:
             print(f"{len(blobs)} images", flush=True)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        out,
-        bytes=np.frombuffer(b"".join(blobs), np.uint8),
-        ends=np.cumsum([len(blob) for blob in blobs]),
-        records=np.frombuffer(json.dumps(records).encode(), np.uint8),
-    )
+    pack(out, blobs, records)
     size = out.stat().st_size
     print(f"{len(blobs)} images of {len(blobs) // 2} concepts, {size / 2**20:.1f} MiB in {out}")
     if size > LIMIT_BYTES:
@@ -133,16 +155,9 @@ def build(packages: Path, out: Path) -> None:
 def load(path: Path = WORK / "emoji.npz") -> Emoji:
     if not path.exists():
         raise SystemExit(f"no training data at {path}; build it: python -m pipelines.emoji.data")
-    with np.load(path) as pack:
-        raw, ends, records = pack["bytes"].tobytes(), pack["ends"], pack["records"].tobytes()
-    starts = [0, *ends[:-1]]
-    images = [
-        np.asarray(Image.open(io.BytesIO(raw[a:b])).convert("RGB"))
-        for a, b in zip(starts, ends, strict=True)
-    ]
-    rows = json.loads(records)
+    images, rows = unpack(path)
     return Emoji(
-        images=np.stack(images),
+        images=images,
         names=[row["name"] for row in rows],
         keywords=[row["keywords"] for row in rows],
         styles=[row["style"] for row in rows],

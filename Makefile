@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 MINUTES ?= 120
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check data train gpu clean
+.PHONY: demo test check data train gpu train-gpu clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m pipelines.emoji
@@ -30,6 +30,11 @@ train: $(VENV)/.train
 gpu:
 	@test -n "$(OUT)" || { echo 'Where to? make gpu OUT=folder [WHEELS=folder] [PYTHON=python3]'; exit 2; }
 	$(PYTHON) -m eval.gpu --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)") $(GPU_OPTIONS)
+
+# Goes on where it stopped; GPU_OPTIONS='--carried folder' on another machine.
+train-gpu:
+	@test -n "$(OUT)" || { echo 'Where to? make train-gpu OUT=folder [WHEELS=folder] [PYTHON=python3]'; exit 2; }
+	$(PYTHON) -m pipelines.emoji.gpu --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)") $(GPU_OPTIONS)
 
 clean:
 	rm -rf $(VENV) demo

@@ -225,8 +225,8 @@ def passed(summary: str) -> bool:
     return " passed" in summary and "failed" not in summary and "error" not in summary
 
 
-def with_wheels(wheels: Path, arguments: Sequence[str]) -> None:
-    """Start anew with the packages of a folder, installed beside the interpreter's own; does not return.
+def with_wheels(wheels: Path, module: str, arguments: Sequence[str]) -> None:
+    """Start a module with the packages of a folder beside the interpreter's own; does not return.
 
     Raises:
         ValueError: if there are none.
@@ -241,7 +241,7 @@ def with_wheels(wheels: Path, arguments: Sequence[str]) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*pip, "--no-compile", "--target", target, *found], check=True)
     path = os.pathsep.join(filter(None, [target, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "eval.gpu", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
 
 
@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     until = time.monotonic() + 60 * args.minutes
     if args.wheels is not None:
         try:
-            with_wheels(args.wheels, without_wheels(given))
+            with_wheels(args.wheels, "eval.gpu", without_wheels(given))
         except (ValueError, subprocess.CalledProcessError) as error:
             parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)

@@ -50,6 +50,7 @@ from pipelines.emoji.vae import (
     train_vae,
     turn_hue,
 )
+from tests.tiny import emoji_data
 
 CPU = torch.device("cpu")
 
@@ -75,16 +76,7 @@ def quiet(pipe):
 
 @pytest.fixture
 def tiny_emoji() -> Emoji:
-    """Eight pictures of four concepts, one of them held out."""
-    names = ["red apple", "blue car", "green frog", next(n for n in _names() if held_out(n))]
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
-    return Emoji(
-        images=pixels.repeat(8, 1).repeat(8, 2),
-        names=[name for name in names for _ in range(2)],
-        keywords=[["fruit", "food"]] * 8,
-        styles=["flat", "3d"] * 4,
-        colours=["red", None, "blue", "blue", "green", None, None, "pink"],
-    )
+    return emoji_data()
 
 
 def _names():

@@ -8,6 +8,7 @@ are an eighth of the image, as in the real models: 120 pixels give an odd grid o
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -55,6 +56,9 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from pipelines.emoji.captions import held_out
+from pipelines.emoji.data import Emoji
 
 # The constructors of diffusers draw weights that are replaced below.
 untouched_generator = torch.random.fork_rng(devices=[])
@@ -644,4 +648,18 @@ def _qwen_text(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
                 "fullatt_block_indexes": [0],
             },
         )
+    )
+
+
+def emoji_data() -> Emoji:
+    """Eight pictures of four concepts, one of them held out."""
+    names = ["red apple", "blue car", "green frog"]
+    names.append(next(name for i in range(1000) if held_out(name := f"thing number {i}")))
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    return Emoji(
+        images=pixels.repeat(8, 1).repeat(8, 2),
+        names=[name for name in names for _ in range(2)],
+        keywords=[["fruit", "food"]] * 8,
+        styles=["flat", "3d"] * 4,
+        colours=["red", None, "blue", "blue", "green", None, None, "pink"],
     )

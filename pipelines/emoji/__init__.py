@@ -27,11 +27,24 @@ MODELS = {
 }
 
 
-def load_pipeline(model: str = "unet", dtype: torch.dtype | None = None) -> DiffusionPipeline:
-    """An embedded pipeline, without any network; float32 unless told otherwise."""
+def folders_of(model: str, home: Path | None = None) -> tuple[Path, ...]:
+    """The folders of `MODELS`, of this package or as exported to another home."""
+    if home is None:
+        return MODELS[model]
+    return tuple(home / folder.relative_to(HERE) for folder in MODELS[model])
+
+
+def load_pipeline(
+    model: str = "unet", dtype: torch.dtype | None = None, home: Path | None = None
+) -> DiffusionPipeline:
+    """An embedded pipeline, without any network; float32 unless told otherwise.
+
+    home: where else than in this package its weights were exported to.
+    """
     if model not in MODELS:
         raise ValueError(f"unknown model {model!r}; choose one of {', '.join(sorted(MODELS))}")
-    for folder in MODELS[model]:
+    folders = folders_of(model, home)
+    for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"no weights at {folder}; make them: python -m pipelines.emoji.train --stage export "
@@ -43,7 +56,6 @@ def load_pipeline(model: str = "unet", dtype: torch.dtype | None = None) -> Diff
     from pipelines.emoji.sd3 import assemble
 
     dtype = dtype or torch.float32
-    folders = MODELS[model]
     if model == "mmdit":
         return assemble(*folders, dtype=dtype)
     pipe: DiffusionPipeline = DiffusionPipeline.from_pretrained(
@@ -58,10 +70,10 @@ def denoiser(pipe: Any) -> ModelMixin:
     return model
 
 
-def weights_hash(model: str = "unet") -> str:
+def weights_hash(model: str = "unet", home: Path | None = None) -> str:
     """First 16 hex digits of the SHA-256 over an embedded pipeline's weight files, shared ones too."""
     digest = hashlib.sha256()
-    for folder in MODELS[model]:
+    for folder in folders_of(model, home):
         for path in sorted(folder.rglob("*.safetensors")):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -81,11 +81,16 @@ def generate(pipe: Any, prompts: list[str]) -> list[Image.Image]:
     """One picture a prompt; the first seed, without selection."""
     pictures: list[Image.Image] = []
     for i in range(0, len(prompts), 6):
-        part = prompts[i : i + 6]
-        seeds = [torch.Generator().manual_seed(SEED + i + k) for k in range(len(part))]
-        pictures += pipe(
-            part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=seeds
-        ).images
+        pictures += generate_batch(pipe, prompts[i : i + 6], SEED + i, STEPS)
+    return pictures
+
+
+def generate_batch(pipe: Any, prompts: list[str], first_seed: int, steps: int) -> list[Image.Image]:
+    """In one batch; the noise is drawn on the CPU, the same for every device."""
+    seeds = [torch.Generator().manual_seed(first_seed + k) for k in range(len(prompts))]
+    pictures: list[Image.Image] = pipe(
+        prompts, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=seeds
+    ).images
     return pictures
 
 

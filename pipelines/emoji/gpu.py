@@ -1,0 +1,323 @@
+"""Train both pipelines on a GPU and generate what they are judged by, in parts of a few minutes.
+
+    make train-gpu OUT=folder                                 # or: python -m pipelines.emoji.gpu --out folder
+    make train-gpu OUT=folder WHEELS=wheels PYTHON=python3    # without a network
+
+Each call goes on where the last one stopped, and ends by itself. A stage that was interrupted goes on from
+its checkpoint beside the data, so on the same machine only; finished ones lie in the output folder in half
+precision, and `--carried` names a copy of it on another machine. In the end it holds
+
+    unet.tar, mmdit.tar    the weights, to be unpacked in pipelines/emoji
+    unet.npz, mmdit.npz    pictures, for python -m pipelines.emoji.quality
+    log.jsonl              losses and minutes
+
+Without a GPU, `--trial` tries it out with two steps of every stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.gpu import GRACE, with_wheels, without_wheels
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.emoji.loop import Budget
+
+WORK = Path(__file__).parent / ".work"
+PACKAGES = ("torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors")
+TRAINED = 0.72
+"""Of all minutes: the rest is for starting three times, compiling four denoisers, and 5,700 pictures."""
+STARTING = 90.0
+"""Seconds that must be left for anything to be begun: a denoiser compiles for up to a minute."""
+LATER = {"text": "unet64", "mmdit64": "mmdit128"}
+"""Stages that nothing needs any more after another one."""
+PARTS = {"unet": ("weights",), "mmdit": ("mmdit/transformer", "mmdit/scheduler")}
+FINAL = tuple(f"{model}.{kind}" for model in PARTS for kind in ("tar", "npz"))
+STEPS, BATCH = 25, 256
+FILES, FILE_BYTES, ALL_BYTES = 8, 16 * 2**20, 64 * 2**20
+"""What may come back from a machine that is lent."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call.  budgets: of every stage, in their order; most: pictures of a set, all if None."""
+
+    out: Path
+    work: Path
+    data: Path
+    device: torch.device
+    until: float
+    budgets: Mapping[str, Budget]
+    starting: float = STARTING
+    steps: int = STEPS
+    most: int | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def log(self) -> Path:
+        return self.work / "log.jsonl"
+
+    @property
+    def home(self) -> Path:
+        """Of the exported weights."""
+        return self.work / "exported"
+
+    @property
+    def exported(self) -> bool:
+        return all((self.work / f"{model}.tar").exists() for model in PARTS)
+
+    @property
+    def enough(self) -> bool:
+        """Whether something may still be begun."""
+        return self.until - time.monotonic() > self.starting
+
+
+def run(job: Job, *carried: Path) -> bool:
+    """Every stage, then the pictures, until the time is up; whether all is done."""
+    job.work.mkdir(parents=True, exist_ok=True)
+    job.out.mkdir(parents=True, exist_ok=True)
+    for folder in carried:
+        take_in(job, folder)
+    try:
+        return _train(job) and _generate(job)
+    finally:
+        minutes = (time.monotonic() - job.began) / 60
+        with job.log.open("a") as file:
+            file.write(json.dumps({"stage": "gpu", "minutes": round(minutes, 3)}) + "\n")
+        give_out(job)
+
+
+def _train(job: Job) -> bool:
+    """All stages and the archives of their weights."""
+    from pipelines.emoji import data
+    from pipelines.emoji.export import export
+    from pipelines.emoji.train import run_stage
+    from pipelines.emoji.vae import cache_latents
+
+    if job.exported:
+        return True
+    emoji = data.load(job.data)
+    for stage, budget in job.budgets.items():
+        if is_done(job.work, stage):
+            continue
+        if not job.enough:
+            return False
+        if stage != "vae" and not (job.work / "latents.pt").exists():
+            cache_latents(emoji, job.work, job.device)
+        if run_stage(stage, budget, emoji, job.work, job.device).progress < 1:
+            return False
+        finish(job.work / f"{stage}.pt")
+        give_out(job)
+    if not (job.work / "latents.pt").exists():
+        cache_latents(emoji, job.work, job.device)
+    export(emoji, job.work, job.home)
+    for model, parts in PARTS.items():
+        path = job.work / f"{model}.part"
+        with tarfile.open(path, "w") as archive:
+            for part in parts:
+                archive.add(job.home / part, part)
+        path.replace(job.work / f"{model}.tar")
+    return True
+
+
+def _generate(job: Job) -> bool:
+    """The pictures of both, by the weights in the archives, whichever machine wrote these."""
+    for model in PARTS:
+        if not (job.work / f"{model}.npz").exists():
+            with tarfile.open(job.work / f"{model}.tar") as archive:
+                archive.extractall(job.home, filter="data")
+    for model in PARTS:
+        if not (job.work / f"{model}.npz").exists():
+            if not (job.enough and generate(job, model)):
+                return False
+            give_out(job)
+    return True
+
+
+def finish(checkpoint: Path) -> None:
+    """Leave of a checkpoint the averaged weights, in half precision."""
+    from pipelines.emoji.loop import averaged, save_atomic
+
+    save_atomic({"ema": {k: v.half() for k, v in averaged(checkpoint).items()}}, checkpoint)
+
+
+def is_finished(checkpoint: Path) -> bool:
+    import torch
+
+    if not checkpoint.exists():
+        return False
+    return "module" not in torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+
+
+def is_done(work: Path, stage: str) -> bool:
+    """Whether a stage is finished, or no longer needed."""
+    return is_finished(work / f"{stage}.pt") or (stage in LATER and is_done(work, LATER[stage]))
+
+
+def take_in(job: Job, folder: Path) -> None:
+    """What an earlier call finished, unless it is finished here."""
+    for name in [*(f"{stage}.pt" for stage in job.budgets), *FINAL, "log.jsonl"]:
+        source, target = folder / name, job.work / name
+        here = is_finished(target) if name.endswith(".pt") else target.exists()
+        if source.exists() and not here:
+            shutil.copyfile(source, target)
+
+
+def give_out(job: Job) -> None:
+    """Make the output folder hold what the next machine needs, or in the end what is wanted.
+
+    Raises:
+        SystemExit: if it is more than may come back.
+    """
+    stages = [] if job.exported else list(job.budgets)
+    stages = [s for s in stages if not (s in LATER and is_done(job.work, LATER[s]))]
+    wanted = [f"{stage}.pt" for stage in stages if is_finished(job.work / f"{stage}.pt")]
+    wanted += [name for name in (*FINAL, "log.jsonl") if (job.work / name).exists()]
+    for stage in job.budgets:
+        if f"{stage}.pt" not in wanted:
+            (job.out / f"{stage}.pt").unlink(missing_ok=True)
+    for name in wanted:
+        shutil.copyfile(job.work / name, job.out / name)
+    sizes = {file.name: file.stat().st_size for file in job.out.iterdir()}
+    total = sum(sizes.values())
+    if len(sizes) > FILES or max(sizes.values()) > FILE_BYTES or total > ALL_BYTES:
+        raise SystemExit(
+            f"{job.out} holds {len(sizes)} files, {sizes}, of {total} bytes in all; at most {FILES} of "
+            f"{FILE_BYTES} bytes each, {ALL_BYTES} in all, may come back: take away those of other commands"
+        )
+
+
+def generate(job: Job, model: str) -> bool:
+    """The pictures of one pipeline in one file; whether the time was enough.
+
+    Picture i of all sets has seed i. They are compressed as the training pictures are.
+    """
+    from pipelines.emoji import data, load_pipeline, weights_hash
+    from pipelines.emoji.card import GUIDANCE, SEED, generate_batch
+    from pipelines.emoji.prompts import prompt_sets
+
+    sets = {name: prompts[: job.most] for name, prompts in prompt_sets(data.load(job.data)).items()}
+    prompts = [prompt for part in sets.values() for prompt in part]
+    pipe: Any = load_pipeline(model, home=job.home).to(job.device)
+    pipe.set_progress_bar_config(disable=True)
+    blobs: list[bytes] = []
+    with ThreadPoolExecutor() as pool:
+        for i in range(0, len(prompts), BATCH):
+            if time.monotonic() >= job.until:
+                return False
+            made = generate_batch(pipe, prompts[i : i + BATCH], SEED + i, job.steps)
+            blobs += pool.map(data.webp, made)
+    about = {
+        "model": model,
+        "weights_sha256": weights_hash(model, job.home),
+        "sampling": {"steps": job.steps, "guidance": GUIDANCE, "first_seed": SEED},
+        "sets": sets,
+    }
+    part = job.work / f"{model}.part.npz"
+    data.pack(part, blobs, about)
+    part.replace(job.work / f"{model}.npz")
+    print(f"{len(blobs)} pictures of {model}", flush=True)
+    return True
+
+
+# ---- the command -----------------------------------------------------------------------------------
+
+
+def used(log: Path) -> float:
+    """Minutes of all calls so far."""
+    rows = map(json.loads, log.read_text().splitlines() if log.exists() else ())
+    return sum(row["minutes"] for row in rows if row["stage"] == "gpu")
+
+
+def budgets(total: float, until: float, trial: bool) -> dict[str, Budget]:
+    from pipelines.emoji.loop import Budget
+    from pipelines.emoji.train import SHARES
+
+    if trial:
+        return {stage: Budget(steps=2, until=until) for stage in SHARES}
+    return {
+        stage: Budget(minutes=TRAINED * total * share, until=until)
+        for stage, share in SHARES.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0, whether all is done or to be continued. A mistake in the arguments ends with 2."""
+    began = time.monotonic()
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="pipelines.emoji.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, help="folder for what comes back")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this call (%(default)s)")
+    parser.add_argument("--total", type=float, default=25.0, help="of all calls (%(default)s)")
+    parser.add_argument("--carried", type=Path, help="folder with what came back before")
+    parser.add_argument("--work", type=Path, default=WORK / "gpu", help="checkpoints (%(default)s)")
+    parser.add_argument("--data", type=Path, default=WORK / "emoji.npz", help="(%(default)s)")
+    parser.add_argument("--wheels", type=Path, help="folder of packages to install first")
+    parser.add_argument("--trial", action="store_true", help="try it out: two steps of each stage")
+    args = parser.parse_args(given)
+    if args.out is None:
+        parser.error("--out is needed: the folder for what comes back")
+    if args.minutes <= 0 or args.total <= 0:
+        parser.error(f"minutes {args.minutes:g} and total {args.total:g} must be above 0")
+    if args.wheels is not None:
+        try:
+            with_wheels(args.wheels, "pipelines.emoji.gpu", without_wheels(given))
+        except (ValueError, subprocess.CalledProcessError) as error:
+            parser.error(str(error))
+    if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+        parser.error(f"no {', '.join(missing)} here; put wheels in a folder and name it: --wheels")
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not args.trial:
+        parser.error("no GPU here; --trial tries the command out, `make train` trains on a CPU")
+    carried = [args.out, *([args.carried] if args.carried else [])]
+    spent = max(used(folder / "log.jsonl") for folder in (args.work, *carried))
+    left = min(args.minutes, args.total - spent)
+    if left <= 0:
+        parser.error(f"{spent:.1f} of {args.total:g} minutes are used; raise --total")
+    until = began + 60 * left
+    # For the few products in float32, those of generation.
+    torch.set_float32_matmul_precision("high")
+    job = Job(
+        args.out,
+        args.work,
+        args.data,
+        device,
+        until,
+        budgets(args.total, until, args.trial),
+        began=began,
+    )
+    if args.trial:
+        job = replace(job, starting=0.0, steps=2, most=2)
+    faulthandler.dump_traceback_later(60 * left + GRACE, exit=True, file=sys.__stderr__)
+    try:
+        done = run(job, *carried)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    minutes = f"{used(job.log):.1f} of {args.total:g} minutes are used"
+    print(f"done; {minutes}" if done else f"to be continued by the same command; {minutes}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""pipelines.emoji.gpu: all of it runs without a GPU too, in parts, and from what came back alone."""
+
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.emoji import data, gpu, load_pipeline, train, weights_hash
+from pipelines.emoji.captions import COLOURS
+from pipelines.emoji.data import Emoji, pack, unpack, webp
+from pipelines.emoji.loop import Loop
+from pipelines.emoji.prompts import COMPOSITIONS, prompt_sets, taught
+from tests.tiny import emoji_data
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """A file of training data."""
+    emoji = emoji_data()
+    fields = zip(emoji.names, emoji.keywords, emoji.styles, emoji.colours, strict=True)
+    records = [
+        dict(zip(("name", "keywords", "style", "colour"), row, strict=True)) for row in fields
+    ]
+    pack(tmp_path / "emoji.npz", [webp(Image.fromarray(each)) for each in emoji.images], records)
+    return tmp_path / "emoji.npz"
+
+
+@pytest.fixture
+def small(packed, monkeypatch):
+    """Batches of two; a call of the command with a work folder of its own."""
+    monkeypatch.setitem(train.BATCHES, "cpu", dict.fromkeys(train.SHARES, 2))
+
+    def call(place, *more):
+        arguments = ["--trial", "--data", packed, "--work", place / "work", "--out", place / "out"]
+        return gpu.main([*map(str, arguments), *map(str, more)])
+
+    return call
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def stop_within(monkeypatch, stage):
+    """The time is up when that stage has made one of its two steps."""
+    run = Loop.run
+
+    def stopping(self, *arguments, **options):
+        if self.name == stage:
+            options["stop_after"] = 1
+        run(self, *arguments, **options)
+        self.save()
+
+    monkeypatch.setattr(Loop, "run", stopping)
+
+
+def test_all_of_it_in_parts_and_on_two_machines(small, packed, tmp_path, monkeypatch, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    with monkeypatch.context() as patch:
+        stop_within(patch, "unet64")
+        assert small(first) == 0
+    assert "to be continued" in capsys.readouterr().out
+    assert files(first / "out") == {"vae.pt", "text.pt", "log.jsonl"}
+
+    # The same machine: the stage goes on with its second step.
+    with monkeypatch.context() as patch:
+        stop_within(patch, "mmdit64")
+        small(first)
+    back = first / "out"
+    assert files(back) == {"vae.pt", "unet64.pt", "unet128.pt", "log.jsonl"}
+    rows = [json.loads(line) for line in (back / "log.jsonl").read_text().splitlines()]
+    starts = [
+        row["step"] for row in rows if (row["stage"], row.get("split")) == ("unet64", "start")
+    ]
+    assert starts == [0, 1]
+    kinds = {v.dtype for v in torch.load(back / "unet64.pt", weights_only=True)["ema"].values()}
+    assert kinds == {torch.float16}
+
+    # Another machine has what came back, and begins the unfinished stage anew.
+    shutil.copytree(back, tmp_path / "carried")
+    small(second, "--carried", tmp_path / "carried")
+    assert "done" in capsys.readouterr().out
+    assert files(second / "out") == {*gpu.FINAL, "log.jsonl"}
+    rows = [json.loads(line) for line in (second / "out" / "log.jsonl").read_text().splitlines()]
+    assert sum(row["stage"] == "gpu" for row in rows) == 3
+    held = {row["stage"]: row for row in rows if row.get("split") == "held_out"}
+    assert set(held) == set(train.SHARES)
+
+    # The archives are weights of pipelines, and the pictures are made by these.
+    sets = {name: prompts[:2] for name, prompts in prompt_sets(data.load(packed)).items()}
+    for model in gpu.PARTS:
+        with tarfile.open(second / "out" / f"{model}.tar") as archive:
+            archive.extractall(tmp_path / "home", filter="data")
+    for model in gpu.PARTS:
+        assert load_pipeline(model, home=tmp_path / "home").vae.config.latent_channels == 4
+        pictures, about = unpack(second / "out" / f"{model}.npz")
+        assert about["weights_sha256"] == weights_hash(model, tmp_path / "home")
+        assert about["sets"] == sets
+        assert pictures.shape == (sum(map(len, sets.values())), 128, 128, 3)
+
+    # Nothing more is done, wherever it is asked for.
+    before = (second / "out" / "unet.npz").read_bytes()
+    monkeypatch.setattr(gpu, "generate", None)
+    small(tmp_path / "third", "--carried", second / "out")
+    assert (tmp_path / "third" / "out" / "unet.npz").read_bytes() == before
+
+
+def test_nothing_is_begun_after_the_time(small, tmp_path, capsys):
+    assert small(tmp_path, "--minutes", "1e-9") == 0
+    assert "to be continued" in capsys.readouterr().out
+    assert files(tmp_path / "out") == {"log.jsonl"}
+
+
+def test_what_comes_back_is_small_enough():
+    """At the real sizes."""
+    from pipelines.emoji.mmdit import new_transformer
+    from pipelines.emoji.text import new_text_encoder, new_tokenizer
+    from pipelines.emoji.unet import new_unet
+    from pipelines.emoji.vae import new_vae
+
+    def bytes_of(*modules):
+        return 2 * sum(p.numel() for module in modules for p in module.parameters())
+
+    text = new_text_encoder(new_tokenizer(emoji_data()))
+    unet, mmdit = new_unet(), new_transformer()
+    words = 2 * 128 * 1700  # the vocabulary of the real data has so many pieces more than the tiny
+    assert bytes_of(unet, text) + words < gpu.FILE_BYTES
+    # At most vae, unet64, unet128 and mmdit64 or mmdit128 at a time, beside the log.
+    assert bytes_of(new_vae(), unet, text, unet, mmdit) + words < gpu.ALL_BYTES - 2**20
+
+
+def test_too_much_to_come_back_says_so(tmp_path, monkeypatch):
+    job = gpu.Job(tmp_path / "out", tmp_path / "work", tmp_path, torch.device("cpu"), 0.0, {})
+    job.out.mkdir()
+    job.work.mkdir()
+    (job.work / "unet.npz").write_bytes(bytes(40))
+    monkeypatch.setattr(gpu, "FILE_BYTES", 39)
+    with pytest.raises(SystemExit, match=r"'unet.npz': 40.*at most 8 of 39 bytes"):
+        gpu.give_out(job)
+
+
+def test_minutes_of_all_calls_are_counted(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"stage": "gpu", "minutes": 25.5}\n')
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--trial", "--out", str(tmp_path), "--work", str(tmp_path / "work")])
+    assert stop.value.code == 2
+    assert "25.5 of 25 minutes are used; raise --total" in capsys.readouterr().err
+
+
+def test_stages_share_less_than_the_total():
+    minutes = [budget.minutes for budget in gpu.budgets(25, 0.0, trial=False).values()]
+    assert sum(minutes) == pytest.approx(18) and min(minutes) > 0.5
+    assert set(gpu.LATER) | set(gpu.LATER.values()) <= set(train.SHARES)
+
+
+def test_without_a_gpu_or_a_package_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for packages, words in ((gpu.PACKAGES, "--trial"), (("torch", "nothing_such"), "nothing_such")):
+        monkeypatch.setattr(gpu, "PACKAGES", packages)
+        with pytest.raises(SystemExit):
+            gpu.main(["--out", str(tmp_path)])
+        assert words in capsys.readouterr().err
+
+
+# Prompts
+
+
+def test_a_colour_is_taught_with_every_word_of_its_picture():
+    emoji = emoji_data()
+    pairs = taught(emoji)
+    assert {("red", "apple"), ("red", "fruit"), ("blue", "car"), ("green", "frog")} <= pairs
+    assert ("red", "car") not in pairs and not any(word == "thing" for _, word in pairs)
+    solid = np.zeros((2, 128, 128, 3), np.uint8)
+    solid[..., 0] = 220
+    red = Emoji(solid, ["violet ball"] * 2, [[]] * 2, ["flat", "3d"], ["red", "red"])
+    assert {("red", "ball"), ("purple", "ball")} < taught(red)  # and two turned hues
+    assert len({colour for colour, _ in taught(red)}) > 3
+
+
+def test_compositions_are_fifty_of_twenty_five_objects():
+    words = [prompt.split() for prompt in COMPOSITIONS]
+    assert len(set(COMPOSITIONS)) == 50 and len({each[-1] for each in words}) == 25
+    assert all(each[-2] in COLOURS for each in words)
+
+
+@pytest.mark.skipif(not (data.WORK / "emoji.npz").exists(), reason="needs the data: make data")
+def test_the_data_does_not_hold_the_compositions():
+    emoji = data.load()
+    pairs = taught(emoji)
+    assert ("green", "apple") in pairs
+    assert not {tuple(prompt.split()[-2:]) for prompt in COMPOSITIONS} & pairs
+    known = {
+        word
+        for name, held in zip(emoji.names, emoji.held_out, strict=True)
+        if not held
+        for word in name.split()
+    }
+    assert {prompt.split()[-1] for prompt in COMPOSITIONS} <= known
+    sizes = {name: len(prompts) for name, prompts in prompt_sets(emoji).items()}
+    assert sizes == {"held_out": 64, "compositions": 50, "training": 200, "captions": 2560}

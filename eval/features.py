@@ -251,6 +251,17 @@ def frechet_distance(mine: Tensor, others: Tensor, *, split: bool = False) -> fl
     return max(0.0, float(metric.compute()))  # of equal sets, rounding leaves it a hair below
 
 
+def few_pictures(mine: Tensor, others: Tensor) -> str | None:
+    """What is to be said of a Frechet distance of few pictures.  [N, D], [M, D]"""
+    least, width = min(len(mine), len(others)), mine.shape[1]
+    if least >= width:
+        return None
+    return (
+        f"{least} images for {width} feature dimensions: biased upwards; compare at the same number "
+        "of images only"
+    )
+
+
 def kernel_distance(mine: Tensor, others: Tensor) -> float:
     """KID: the squared MMD under (x y / D + 1)^3, in float64.  [N, D], [M, D]
 

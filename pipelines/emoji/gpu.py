@@ -269,7 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call (%(default)s)")
     parser.add_argument("--total", type=float, default=25.0, help="of all calls (%(default)s)")
     parser.add_argument("--carried", type=Path, help="folder with what came back before")
-    parser.add_argument("--work", type=Path, default=WORK / "gpu", help="checkpoints (%(default)s)")
+    parser.add_argument(
+        "--work", type=Path, help="checkpoints; default: gpu or trial beside the data"
+    )
     parser.add_argument("--data", type=Path, default=WORK / "emoji.npz", help="(%(default)s)")
     parser.add_argument("--wheels", type=Path, help="folder of packages to install first")
     parser.add_argument("--trial", action="store_true", help="try it out: two steps of each stage")
@@ -290,8 +292,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.trial:
         parser.error("no GPU here; --trial tries the command out, `make train` trains on a CPU")
+    work = args.work or args.data.parent / ("trial" if args.trial else "gpu")
     carried = [args.out, *([args.carried] if args.carried else [])]
-    spent = max(used(folder / "log.jsonl") for folder in (args.work, *carried))
+    spent = max(used(folder / "log.jsonl") for folder in (work, *carried))
     left = min(args.minutes, args.total - spent)
     if left <= 0:
         parser.error(f"{spent:.1f} of {args.total:g} minutes are used; raise --total")
@@ -300,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision("high")
     job = Job(
         args.out,
-        args.work,
+        work,
         args.data,
         device,
         until,

@@ -63,7 +63,7 @@ def compiled(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if device.type != "cuda":
         return module
-    # Sizes are fixed in a stage. The next stage's would count as a change, answered by slower kernels for any.
+    # For fixed sizes: those of the next stage would count as a change, and get slower kernels for any size.
     fast: nn.Module = torch.compile(module, dynamic=False)  # type: ignore[assignment]
     return fast
 

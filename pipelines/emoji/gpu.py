@@ -27,7 +27,7 @@ import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,23 +50,27 @@ PARTS = {"unet": ("weights",), "mmdit": ("mmdit/transformer", "mmdit/scheduler")
 FINAL = tuple(f"{model}.{kind}" for model in PARTS for kind in ("tar", "npz"))
 STEPS, BATCH = 25, 256
 FILES, FILE_BYTES, ALL_BYTES = 8, 16 * 2**20, 64 * 2**20
-"""What may come back from a machine that is lent."""
+"""What may come back from the machine."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One call.  budgets: of every stage, in their order; most: pictures of a set, all if None."""
+    """One call, from `began` to `until` of time.monotonic().
+
+    budgets: of every stage, in their order; starting: seconds that must be left; steps: of a picture;
+    most: pictures of a set, all if None.
+    """
 
     out: Path
     work: Path
     data: Path
     device: torch.device
+    began: float
     until: float
     budgets: Mapping[str, Budget]
     starting: float = STARTING
     steps: int = STEPS
     most: int | None = None
-    began: float = field(default_factory=time.monotonic)
 
     @property
     def log(self) -> Path:
@@ -137,15 +141,14 @@ def _train(job: Job) -> bool:
 
 def _generate(job: Job) -> bool:
     """The pictures of both, by the weights in the archives, whichever machine wrote these."""
-    for model in PARTS:
-        if not (job.work / f"{model}.npz").exists():
-            with tarfile.open(job.work / f"{model}.tar") as archive:
-                archive.extractall(job.home, filter="data")
-    for model in PARTS:
-        if not (job.work / f"{model}.npz").exists():
-            if not (job.enough and generate(job, model)):
-                return False
-            give_out(job)
+    missing = [model for model in PARTS if not (job.work / f"{model}.npz").exists()]
+    for model in PARTS if missing else ():  # the second has parts of the first
+        with tarfile.open(job.work / f"{model}.tar") as archive:
+            archive.extractall(job.home, filter="data")
+    for model in missing:
+        if not (job.enough and generate(job, model)):
+            return False
+        give_out(job)
     return True
 
 
@@ -301,15 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     until = began + 60 * left
     # For the few products in float32, those of generation.
     torch.set_float32_matmul_precision("high")
-    job = Job(
-        args.out,
-        work,
-        args.data,
-        device,
-        until,
-        budgets(args.total, until, args.trial),
-        began=began,
-    )
+    stages = budgets(args.total, until, args.trial)
+    job = Job(args.out, work, args.data, device, began, until, stages)
     if args.trial:
         job = replace(job, starting=0.0, steps=2, most=2)
     faulthandler.dump_traceback_later(60 * left + GRACE, exit=True, file=sys.__stderr__)

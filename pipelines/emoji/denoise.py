@@ -27,7 +27,8 @@ def shift(latents: Tensor, generator: torch.Generator) -> Tensor:
     columns = (torch.arange(width, device=device) + moves[1]).clamp(0, width - 1)
     picture = torch.arange(count, device=device)[:, None, None]
     # Indexed places come first, channels last.
-    return latents[picture, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    moved = latents[picture, :, rows[:, :, None], columns[:, None]]
+    return moved.permute(0, 3, 1, 2).contiguous()
 
 
 def train_denoiser(

@@ -32,7 +32,7 @@ RATES = {"unet64": 8e-4, "unet128": 6e-4, "mmdit64": 1e-3, "mmdit128": 5e-4}
 def run_stage(stage: str, budget: Budget, emoji: Emoji, work: Path, device: torch.device) -> Loop:
     """Train, or train further, from the stages before that lie in `work`."""
     shards = 1 if device.type == "cuda" else min(torch.get_num_threads(), 4)
-    batch = BATCHES[device.type][stage]
+    batch = BATCHES.get(device.type, BATCHES["cpu"])[stage]
     if stage == "vae":
         return train_vae(emoji, work, budget, device, batch, shards)
     latents = load_latents(work)

@@ -95,8 +95,9 @@ TOKENS = {
 def matched(steps: int, speeds: Sequence[float] = (1.5, 2, 3)) -> Iterator[Trial]:
     """Scope "step" and what it must beat, at so many times fewer FLOPs.
 
-    Scope "step" leaves out none of the first two, or of the first four. Whole-step caching computes steps
-    evenly spread after the first two ("line"), or after the first quarter ("late").
+    Scope "step" leaves out none of the first two, or of the first four; "corrected" looks back too.
+    Whole-step caching computes steps evenly spread after the first two ("line"), or after the first
+    quarter ("late").
     """
     for count in (round(steps / speed) for speed in speeds):
         cache = {"total": steps, "computed": count, "order": 1}
@@ -104,7 +105,9 @@ def matched(steps: int, speeds: Sequence[float] = (1.5, 2, 3)) -> Iterator[Trial
             if whole < count:
                 share = round((steps - count) / (steps - whole), 4)
                 name = f"step-{count}" if whole == 2 else f"step-{count}-first{whole}"
-                yield Trial(tofu(name, scope="step", ratio=share, first_steps=whole), steps)
+                options = {"scope": "step", "ratio": share, "first_steps": whole}
+                yield Trial(tofu(name, **options), steps)
+                yield Trial(tofu(f"{name}-corrected", **options, restore="corrected"), steps)
         for setting in (
             Setting(f"line-{count}", "step_cache", {**cache, "first": 2}),
             Setting(f"late-{count}", "step_cache", {**cache, "first": max(2, steps // 4)}),

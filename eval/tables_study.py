@@ -51,8 +51,9 @@ def described(row: Row) -> str:
         return f"{kind}, {numbers}"
     if options.get("scope") == "step":
         run = round(steps / row["flops_ratio"])
+        how = ", corrected" if options.get("restore") == "corrected" else ""
         return (
-            f"scope `step`, ratio {options['ratio']:.2f}, {options['first_steps']} whole steps: "
+            f"scope `step`{how}, ratio {options['ratio']:.2f}, {options['first_steps']} whole steps: "
             f"{run} of {steps} steps run"
         )
     if "context" in options:

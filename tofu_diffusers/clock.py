@@ -8,6 +8,8 @@ counting the denoiser's calls is not.
 from __future__ import annotations
 
 import inspect
+import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 CLOCK = "_tofu_clock"
 WATCHED = ("set_timesteps", "step")
+NOISY = ("Ancestral", "DDPM", "LCM", "SDE", "TCD")
+"""In the names of schedulers that draw noise at every step, which drowns what was wrong before."""
 
 
 class Clock:
@@ -26,7 +30,7 @@ class Clock:
 
     def start(self) -> None:
         for session in self.sessions:
-            session.begin(noise_levels(self.scheduler))
+            session.begin(noise_levels(self.scheduler), sizes=moves(self.scheduler))
 
     def advance(self) -> None:
         for session in self.sessions:
@@ -109,6 +113,38 @@ def noise_levels(scheduler: Any) -> list[float]:
     timesteps = scheduler.timesteps
     values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
     return [noise_level(scheduler, value) for value in values]
+
+
+def moves(scheduler: Any) -> list[float] | None:
+    """How far each step of the coming generation moves the latents along the prediction, up to a factor.
+
+    To first order a step adds the prediction times a difference: of sigma under flow matching, of
+    sigma / alpha where noise is predicted, of the angle atan(sigma / alpha) where velocity is.
+
+    Returns:
+        One number a timestep, all above 0; None where a step is not of this kind: several calls a step,
+        noise drawn anew, another thing predicted.
+    """
+    config, count = scheduler.config, len(scheduler.timesteps)
+    sigmas, alphas = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
+    noisy = any(word in type(scheduler).__name__ for word in NOISY)
+    if noisy or str(config.get("algorithm_type", "")).startswith("sde"):
+        return None
+    flow = config.get("use_flow_sigmas", False) or alphas is None
+    kind = "flow_prediction" if flow else config.get("prediction_type")
+    if kind not in ("flow_prediction", "epsilon", "v_prediction"):
+        return None
+    if sigmas is not None and len(sigmas) == count + 1:
+        levels = sigmas.tolist()
+    elif alphas is not None:
+        kept = alphas[scheduler.timesteps.long().to(alphas.device)].double()
+        levels = [*((1 - kept) / kept).sqrt().tolist(), 0.0]
+    else:
+        return None
+    if kind == "v_prediction":
+        levels = [math.atan(level) for level in levels]
+    found = [before - after for before, after in pairwise(levels)]
+    return found if all(move > 0 for move in found) else None
 
 
 def noise_level(scheduler: Any, timestep: Any) -> float:

@@ -26,7 +26,7 @@ TOKEN_FIELDS = (
 )  # fmt: skip
 FILE_NAME = "tofu_config.json"
 FORMAT = 1
-STEP_RESTORES = ("temporal", "taylor")
+STEP_RESTORES = ("temporal", "taylor", "corrected")
 
 
 def one_of(what: str, value: object, valid: Iterable[str]) -> None:
@@ -48,7 +48,8 @@ class TofuConfig:
             there. None: "tofu", or "all" in scope "step".
         method_options: Options of the method, by name.
         fold: What a kept token becomes: "prune", "mean", "mlerp"; None: the method's own.
-        restore: What a removed token gets back: "copy", "mlerp", "temporal", "taylor", "blend"; None:
+        restore: What a removed token gets back: "copy", "mlerp", "temporal", "taylor", "blend"; in scope
+            "step" also "corrected" (what "taylor" got wrong is taken back at the next step that runs); None:
             the method's own.
         scope: Around what tokens shrink: "attention", "block", "span" (a run of blocks) or "step" (the whole
             denoiser: at some steps it does not run, and its prediction is restored from its past).
@@ -120,7 +121,7 @@ class TofuConfig:
         if self.fold is not None:
             one_of("fold", self.fold, FOLDS)
         if self.restore is not None:
-            one_of("restore", self.restore, RESTORES)
+            one_of("restore", self.restore, {*RESTORES, *STEP_RESTORES})
         one_of("context", self.context, CONTEXTS)
         one_of("share", self.share, SHARES)
         for name in ("first_steps", "last_steps", "first_blocks", "last_blocks", "min_tokens"):
@@ -152,6 +153,11 @@ class TofuConfig:
     def _check_combination(self) -> None:
         if self.scope == "step":
             self._check_step()
+        elif self.restore not in (None, *RESTORES):
+            raise ValueError(
+                f"restore {self.restore!r} takes back what was wrong with whole predictions; scope "
+                f"{self.scope!r} has none: use scope='step', or restore='taylor'"
+            )
         prunes = {self.fold_at(depth) for depth in (0.0, 1.0)} == {"prune"}
         cached = {self.restore_at(depth) for depth in (0.0, 1.0)} & CACHED
         if (self.context != "none" or cached) and not prunes:
@@ -185,9 +191,9 @@ class TofuConfig:
         for name, holds in kept.items():
             if not holds:
                 raise ValueError(
-                    f"scope 'step' leaves out all tokens of a step and extrapolates ('taylor') or repeats "
-                    f"('temporal') its prediction; {name} {getattr(self, name)!r} does nothing there: leave "
-                    "it out, or use scope='block'"
+                    "scope 'step' leaves out all tokens of a step and extrapolates ('taylor', 'corrected') "
+                    f"or repeats ('temporal') its prediction; {name} {getattr(self, name)!r} does nothing "
+                    "there: leave it out, or use scope='block'"
                 )
 
     def make_method(self) -> Method:
@@ -227,7 +233,7 @@ class TofuConfig:
         method = self.make_method()
         reasons = {
             f"restore {self.restore_at(0.0)!r}": bool(
-                {self.restore_at(0.0), self.restore_at(1.0)} & CACHED
+                {self.restore_at(0.0), self.restore_at(1.0)} & {*CACHED, *STEP_RESTORES}
             ),
             f"context {self.context!r}": self.context == "cached",
             f"method {self.method!r} (source {method.source!r})": method.warmup > 0,

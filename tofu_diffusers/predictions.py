@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.reference import wide
 from .restore import UpdateCache, own_update
 
 
@@ -32,17 +33,31 @@ class Predictions:
 
     The first order of TaylorSeer (arXiv 2503.06923), on the prediction instead of on every layer.
 
+    "corrected" also looks back. At the first step that runs after a rest, what was extrapolated can be
+    interpolated; how far the latents went wrong in between is known, and that step's prediction is changed
+    such that it brings them back: a predictor and a corrector, as solvers of equations have them. The
+    prediction that is remembered stays as it was.
+
     Args:
-        restore: "temporal" (repeat the last) or "taylor" (extrapolate the last two).
+        restore: "temporal" (repeat the last), "taylor" (extrapolate the last two) or "corrected".
+        moves: Of the steps of this generation; None: nothing is corrected.
+        weights: Of their rests, see `rest_weights`.
     """
 
     restore: str
     past: dict[str, Past] = field(default_factory=dict)
+    moves: list[float] | None = None
+    weights: Tensor | None = None
 
     @property
     def needed(self) -> int:
         """Steps that must run before one can be left out."""
-        return 2 if self.restore == "taylor" else 1
+        return 1 if self.restore == "temporal" else 2
+
+    @property
+    def kept(self) -> str:
+        """The restore whose cache is kept."""
+        return "temporal" if self.restore == "temporal" else "taylor"
 
     @property
     def nbytes(self) -> int:
@@ -52,20 +67,66 @@ class Predictions:
     def nbytes_for(self, prediction: Tensor) -> int:
         """Bytes that one more condition would take."""
         batch, numbers = prediction.shape[0], prediction[0].numel()
-        return UpdateCache.nbytes_for(self.restore, batch, 1, numbers, prediction.dtype)
+        return UpdateCache.nbytes_for(self.kept, batch, 1, numbers, prediction.dtype)
 
-    def record(self, condition: str, out: Any, step: Tensor) -> None:
-        """Remember what the denoiser returned, a tuple or an output with the prediction first."""
+    def begin(self, moves: list[float] | None) -> None:
+        """Take note of how far the steps of a generation go, as `clock.moves` has it."""
+        self.moves = moves if self.restore == "corrected" else None
+        self.weights = None if self.moves is None else rest_weights(self.moves)
+
+    def to(self, device: torch.device) -> None:
+        """Where the denoiser is."""
+        if self.weights is not None and self.weights.device != device:
+            self.weights = self.weights.to(device)
+
+    def record(self, condition: str, out: Any, step: Tensor) -> Any:
+        """Remember what the denoiser returned, a tuple or an output with the prediction first.
+
+        Returns:
+            What the pipeline is given.
+        """
         rows = out[0].detach().flatten(1)[:, None]
         if condition not in self.past:
             batch, _, numbers = rows.shape
-            cache = UpdateCache.empty(self.restore, batch, 1, numbers, rows.dtype, rows.device)
+            cache = UpdateCache.empty(self.kept, batch, 1, numbers, rows.dtype, rows.device)
             self.past[condition] = Past(cache, out[0].shape, type(out))
-        self.past[condition].cache.record(rows, step)
+        cache = self.past[condition].cache
+        if self.weights is None or cache.slope is None:
+            cache.record(rows, step)
+            return out
+        weight = self.weights[cache.last.long().clamp(min=0), step.long()][..., None]
+        before = wide(cache.slope) * weight
+        cache.record(rows, step)
+        lacking = wide(cache.slope) * weight - before
+        prediction = (wide(rows) + lacking).to(rows.dtype).view(out[0].shape)
+        return type(out)(sample=prediction) if hasattr(out, "sample") else (prediction, *out[1:])
 
     def restored(self, condition: str, step: Tensor, return_dict: bool) -> Any:
         """What the denoiser would return at this step."""
         past = self.past[condition]
-        rows = own_update(self.restore, past.cache, step, past.cache.value.dtype)
+        rows = own_update(self.kept, past.cache, step, past.cache.value.dtype)
         prediction = rows.view(past.shape)
         return past.kind(sample=prediction) if return_dict else (prediction,)
+
+
+def rest_weights(moves: list[float]) -> Tensor:
+    """By what a change of slope is multiplied to correct a rest: from step i to step k that both ran.
+
+    At step j between them p_i + (j - i) s was taken for the prediction. Interpolated it is p_i + (j - i) s'
+    with the new slope s', so the latents lack the sum over j of move_j (j - i) (s' - s). Step k adds it
+    with a prediction that is larger by that over move_k.
+
+    The last step corrects nothing: it goes to latents without noise, where predictions bend too much to be
+    interpolated, and under flow matching hardly anywhere.
+
+    Returns:
+        [N, N] float32, 0 where there is no step between the two.
+    """
+    count = len(moves)
+    weights = torch.zeros(count, count)
+    for i in range(count):
+        lacking = 0.0
+        for k in range(i + 1, count - 1):
+            weights[i, k] = lacking / moves[k]
+            lacking += moves[k] * (k - i)
+    return weights

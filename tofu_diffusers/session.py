@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .attach import checkpoints_blocks, compiled_alone, hook_on
-from .clock import is_watched, noise_level, noise_levels, watch
+from .clock import is_watched, moves, noise_level, noise_levels, watch
 from .config import TofuConfig
 from .families.base import Family
 from .grid import TokenGrid
@@ -152,8 +152,18 @@ class Session:
 
     # ---- between calls -------------------------------------------------------------------------
 
-    def begin(self, noise: list[float], conditions: int | None = None) -> None:
-        """Start a generation whose steps have these noise levels (1 = pure noise)."""
+    def begin(
+        self,
+        noise: list[float],
+        conditions: int | None = None,
+        sizes: list[float] | None = None,
+    ) -> None:
+        """Start a generation whose steps have these noise levels (1 = pure noise).
+
+        Args:
+            conditions: Of guidance in a batch, where it is known.
+            sizes: How far the steps go (`clock.moves`), where it is known.
+        """
         self.conditions = str(self._announced() if conditions is None else conditions)
         self.noise = noise
         # Anew: a tensor made in inference mode cannot be written outside of it.
@@ -164,6 +174,8 @@ class Session:
         self.held = 0
         self.known = self.unread = None
         self.forget()
+        if self.predictions is not None:
+            self.predictions.begin(sizes)
         self._go_to(0)
         whole = self.whole_steps()
         if 0 < len(noise) <= FEW_STEPS and whole and self.config.ratio > 0:
@@ -361,6 +373,8 @@ class Session:
                 self.last_call = shapes_only(named)
         if self.step is not None and self.step.device != sample.device:
             self.step = self.step.to(sample.device)
+        if self.predictions is not None:
+            self.predictions.to(sample.device)
         if self.predictions is not None and self.condition not in self.predictions.past:
             self.units[0].ratio = "0.0"
 
@@ -450,15 +464,19 @@ class Session:
         """The projection's remembered rows [B, N, C] under this condition."""
         return projection.rows.get(self.condition)
 
-    def leave(self, out: Any) -> None:
-        """After the denoiser: note which tokens were computed and how their predictions changed."""
+    def leave(self, out: Any) -> Any:
+        """After the denoiser: note which tokens were computed and how their predictions changed.
+
+        Returns:
+            What the pipeline is given.
+        """
         if self.predictions is not None and self.step is not None:
             if self.condition not in self.predictions.past:
                 self._check_limit(self._bytes() + self.predictions.nbytes_for(out[0]))
-            self.predictions.record(self.condition, out, self.step)
+            out = self.predictions.record(self.condition, out, self.step)
             self.held = max(self.held, self._bytes())
         if self.tracker is None or self.step is None:
-            return
+            return out
         with torch.no_grad():
             maps = self.family.prediction(out[0], self.grids[min(self.grids)])
             images, groups = self.images, self.groups
@@ -471,6 +489,7 @@ class Session:
                 self.tracker.note(first, back if groups > 1 else None, kept, self.step)
             elif self.condition == "1":
                 self.tracker.note_second(first)
+        return out
 
     def _make_plan(
         self, unit: Unit, metric: Tensor, remove: int, importance: Callable[[int], Tensor]
@@ -547,7 +566,7 @@ class Session:
             return
         if not is_watched(scheduler, self):
             watch(scheduler, self)
-            self.begin(noise_levels(scheduler))
+            self.begin(noise_levels(scheduler), sizes=moves(scheduler))
         planned = getattr(pipeline, "num_timesteps", None)
         starting = self.told and self.index == 0 and self.calls == 0
         if starting and planned and planned < len(self.noise):
@@ -556,6 +575,8 @@ class Session:
             distances = [abs(noise - level) for noise in self.noise]
             begin = min(distances.index(min(distances)), len(self.noise) - planned)
             self.noise = self.noise[begin : begin + planned]
+            if self.predictions is not None and self.predictions.moves is not None:
+                self.predictions.begin(self.predictions.moves[begin : begin + planned])
             self._set_ratios()
 
     def _check_reach(self) -> None:

@@ -124,8 +124,7 @@ def root_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if session.leaves_out():
         return session.predicted(named.get("return_dict", True))
     out = root.original(module, *args, **kwargs)
-    session.leave(out)
-    return out
+    return session.leave(out)
 
 
 def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

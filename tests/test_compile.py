@@ -11,6 +11,7 @@ from tofu_diffusers import apply_tofu, remove_tofu
 SETTINGS = {
     "tome": {"method": "tome"},
     "step": {"scope": "step"},
+    "corrected": {"scope": "step", "restore": "corrected"},
     # The tokens of the default profile, but from the third step on: generations here are short.
     "fresh": {"first_steps": 2, "context": "fresh"},
     "cached": {"first_steps": 2, "context": "cached"},

@@ -2,6 +2,7 @@
 
 from itertools import groupby
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -9,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tofu_diffusers import TofuConfig, apply_tofu, default_config, remove_tofu
+from tofu_diffusers.clock import moves
+from tofu_diffusers.predictions import Predictions
 from tofu_diffusers.schedule import left_out
 
 STEPS = 8
@@ -224,3 +227,148 @@ def test_another_size_within_a_generation_runs_the_denoiser():
         handle.step(2, 4)
         out = model(**wide).sample
     assert torch.equal(out, model(**wide).sample)
+
+
+# ---- corrected -------------------------------------------------------------------------------------
+
+
+def scheduler(kind, **options):
+    made = getattr(diffusers, f"{kind}Scheduler")(**options)
+    made.set_timesteps(25)
+    return made
+
+
+def response(made, index):
+    """What a prediction of one at one step, of zero at all others, leaves in the end."""
+    made.set_timesteps(25)
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for i, t in enumerate(made.timesteps):
+        x = made.step(torch.full_like(x, float(i == index)), t, x, return_dict=False)[0]
+    return x.item()
+
+
+TRAILING = {"timestep_spacing": "trailing"}
+LINEAR = [
+    ("DDIM", {"clip_sample": False, "set_alpha_to_one": True, **TRAILING}, 1e-3),
+    ("DDIM", {"clip_sample": False, "prediction_type": "v_prediction", **TRAILING}, 0.1),
+    ("EulerDiscrete", TRAILING, 1e-3),
+    ("EulerDiscrete", {"prediction_type": "v_prediction", **TRAILING}, 0.1),
+    ("FlowMatchEulerDiscrete", {"shift": 3.0}, 1e-3),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "within"), LINEAR)
+def test_moves_are_what_a_step_adds_of_its_prediction(kind, options, within):
+    made = scheduler(kind, **options)
+    found = moves(made)
+    assert len(found) == 25
+    last = response(made, 23)
+    for index in (2, 10, 16, 20):
+        # As far as a step is what its first order says; 0.1 of angles, whose sines they are.
+        assert response(made, index) / last == pytest.approx(found[index] / found[23], rel=within)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        scheduler("EulerAncestralDiscrete"),
+        scheduler("DDPM"),
+        scheduler("LCM", original_inference_steps=50),
+        scheduler("HeunDiscrete"),
+        scheduler("FlowMatchHeunDiscrete"),
+        scheduler("PNDM"),
+        scheduler("DPMSolverMultistep", algorithm_type="sde-dpmsolver++"),
+        scheduler("DDIM", prediction_type="sample"),
+    ],
+    ids=lambda made: type(made).__name__,
+)
+def test_steps_of_another_kind_have_no_moves(made):
+    assert moves(made) is None
+
+
+def test_moves_of_flow_matching_are_alike_for_other_solvers():
+    own = scheduler("FlowMatchEulerDiscrete", shift=3.0)
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    for kind in ("UniPCMultistep", "DPMSolverMultistep"):
+        ratio = [a / b for a, b in zip(moves(scheduler(kind, **options)), moves(own), strict=True)]
+        # Their timesteps are spaced a little otherwise.
+        assert max(ratio[:-2]) / min(ratio[:-2]) < 1.2
+
+
+STEP_LISTS = st.lists(st.floats(0.1, 3.0), min_size=6, max_size=16)
+
+
+@given(STEP_LISTS, st.integers(0, 2**31), st.floats(0, 0.8), st.sampled_from([1, 2]))
+def test_a_rest_is_made_up_for_by_what_lies_between_the_steps_around_it(sizes, seed, ratio, calls):
+    """The sum of moves times predictions ends as if rests had been interpolated, but for a last rest."""
+    count = len(sizes)
+    torch.manual_seed(seed)
+    computed = torch.randn(calls, count, 2, 3, dtype=torch.float64)
+    skipped = left_out(range(2, count), ratio)
+    past = Predictions("corrected")
+    past.begin(sizes)
+    total, expected = torch.zeros(calls, 2, 3), torch.zeros(calls, 2, 3)
+    for step, move in enumerate(sizes):
+        for call in range(calls):
+            at = torch.tensor(float(step))
+            if step in skipped:
+                given = past.restored(str(call), at, return_dict=False)[0]
+                before = max(set(range(step)) - skipped)
+                after = min(set(range(step, count)) - skipped)
+                share = (step - before) / (after - before)
+                wanted = torch.lerp(computed[call, before], computed[call, after], share)
+                if after == count - 1:
+                    wanted = given
+            else:
+                wanted = computed[call, step]
+                given = past.record(str(call), (wanted,), at)[0]
+            total[call] += move * given
+            expected[call] += move * wanted
+    torch.testing.assert_close(total, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("build", [tiny.tiny_sd, tiny.tiny_sd3, tiny.tiny_wan])
+def test_corrected_differs_from_taylor_where_a_rest_is_followed_by_another_step(build):
+    pipe = build()
+    made = {}
+    for restore in ("taylor", "corrected"):
+        with apply_tofu(pipe, ratio=0.5, scope="step", restore=restore, first_steps=2) as handle:
+            made[restore] = tiny.generate(pipe, steps=STEPS)
+            assert torch.equal(tiny.generate(pipe, steps=STEPS), made[restore])
+            made[f"{restore} bytes"] = handle.summary().cache_bytes
+        with apply_tofu(pipe, ratio=0.2, scope="step", restore=restore, first_steps=STEPS - 2):
+            made[f"{restore} last"] = tiny.generate(pipe, steps=STEPS)
+        with apply_tofu(pipe, ratio=0.0, scope="step", restore=restore):
+            made[f"{restore} none"] = tiny.generate(pipe, steps=STEPS)
+    assert not torch.equal(made["taylor"], made["corrected"])
+    assert made["taylor bytes"] == made["corrected bytes"]
+    assert torch.equal(made["taylor last"], made["corrected last"])
+    assert torch.equal(made["corrected none"], tiny.generate(pipe, steps=STEPS))
+
+
+def test_corrected_is_taylor_where_steps_have_no_moves():
+    pipe = tiny.tiny_ddpm()
+    made = []
+    for restore in ("taylor", "corrected"):
+        with apply_tofu(pipe, ratio=0.5, scope="step", restore=restore, first_steps=2):
+            made.append(tiny.generate(pipe, steps=STEPS))
+    assert torch.equal(*made)
+
+
+def test_of_some_of_the_steps_the_moves_are_theirs():
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**tiny.tiny_sd().components)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with apply_tofu(pipe, ratio=0.5, scope="step", restore="corrected") as handle:
+        tiny.generate(pipe, steps=16, image=image, strength=0.5)
+        ((_, session),) = handle._sessions
+        assert session.predictions.moves == moves(pipe.scheduler)[8:]
+        assert len(session.predictions.weights) == 8
+
+
+def test_corrected_is_for_whole_predictions():
+    with pytest.raises(ValueError, match="'corrected' takes back what was wrong with whole pred"):
+        TofuConfig(restore="corrected", fold="prune", scope="block")
+    config = TofuConfig(scope="step", restore="corrected")
+    assert TofuConfig.from_json(config.to_json()) == config
+    assert default_config("unet", {"restore": "corrected"}).scope == "step"

@@ -94,7 +94,9 @@ class Predictions:
         if self.weights is None or cache.slope is None:
             cache.record(rows, step)
             return out
-        weight = self.weights[cache.last.long().clamp(min=0), step.long()][..., None]
+        last = cache.last.long().clamp(min=0)
+        # Expanded: an index without axes would be read by the host.
+        weight = self.weights[last, step.long().expand_as(last)][..., None]
         before = wide(cache.slope) * weight
         cache.record(rows, step)
         lacking = wide(cache.slope) * weight - before

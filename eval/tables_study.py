@@ -110,9 +110,9 @@ def drift_table(model: str, stage: str) -> str:
 LENGTHS = (10, 20, 50)
 # In the order of the README: the default at two savings, what else removes tokens, what must be beaten.
 SHORT = (
-    "step-17", "step-17-first4", "step-12", "step-12-first4", "tokens-fresh-0.5", "tokens-cached-0.5",
-    "tofu-0.5", "tome-0.5", "pitome-0.5", "random-0.5", "tomesd-0.5", "deepcache-2", "taylorseer-2",
-    "steps-17", "steps-12", "multistep-12", "line-12", "late-12",
+    "step-17-corrected", "step-17-first4-corrected", "step-12-corrected", "step-12-first4-corrected",
+    "tokens-fresh-0.5", "tokens-cached-0.5", "tofu-0.5", "tome-0.5", "pitome-0.5", "random-0.5", "tomesd-0.5",
+    "deepcache-2", "taylorseer-2", "steps-17", "steps-12", "multistep-12", "line-12", "late-12",
 )  # fmt: skip
 
 
@@ -261,9 +261,12 @@ def ahead_table(stage: str) -> str:
             if not is_default(model, row):
                 continue
             count = name.split("-")[1]
-            for rival in ("steps", "multistep", "line", "late", "repeat"):
-                other = rows.get(f"{rival}-{count}")
-                if other is None:
+            rivals = (
+                f"{rival}-{count}" for rival in ("steps", "multistep", "line", "late", "repeat")
+            )
+            for rival in (*rivals, name.removesuffix("-corrected")):
+                other = rows.get(rival)
+                if other in (None, row):
                     continue
                 change = difference(of_mean(row["psnr_db"]), of_mean(other["psnr_db"]))
                 lines.append(

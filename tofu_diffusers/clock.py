@@ -127,12 +127,13 @@ def moves(scheduler: Any) -> list[float] | None:
     """
     config, count = scheduler.config, len(scheduler.timesteps)
     sigmas, alphas = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
-    noisy = any(word in type(scheduler).__name__ for word in NOISY)
+    name = type(scheduler).__name__
+    noisy = any(word in name for word in NOISY) or config.get("stochastic_sampling", False)
     if noisy or str(config.get("algorithm_type", "")).startswith("sde"):
         return None
-    flow = config.get("use_flow_sigmas", False) or alphas is None
+    flow = "FlowMatch" in name or config.get("use_flow_sigmas", False)
     kind = "flow_prediction" if flow else config.get("prediction_type")
-    if kind not in ("flow_prediction", "epsilon", "v_prediction"):
+    if kind not in ("flow_prediction", "epsilon", "v_prediction") or (alphas is None and not flow):
         return None
     if sigmas is not None and len(sigmas) == count + 1:
         levels = sigmas.tolist()

@@ -35,8 +35,8 @@ class Predictions:
 
     "corrected" also looks back. At the first step that runs after a rest, what was extrapolated can be
     interpolated; how far the latents went wrong in between is known, and that step's prediction is changed
-    such that it brings them back: a predictor and a corrector, as solvers of equations have them. The
-    prediction that is remembered stays as it was.
+    such that it brings them back: a predictor and a corrector, as solvers of equations have them (and FoCa,
+    arXiv 2508.16211, for features inside the denoiser). The prediction that is remembered stays as it was.
 
     Args:
         restore: "temporal" (repeat the last), "taylor" (extrapolate the last two) or "corrected".

@@ -280,6 +280,7 @@ def test_moves_are_what_a_step_adds_of_its_prediction(kind, options, within):
         scheduler("DPMSolverMultistep", algorithm_type="sde-dpmsolver++"),
         scheduler("FlowMatchEulerDiscrete", stochastic_sampling=True),
         scheduler("EDMEuler"),
+        scheduler("SASolver"),
         scheduler("DDIM", prediction_type="sample"),
     ],
     ids=lambda made: type(made).__name__,

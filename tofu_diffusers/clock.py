@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CLOCK = "_tofu_clock"
 WATCHED = ("set_timesteps", "step")
-NOISY = ("Ancestral", "DDPM", "LCM", "SDE", "TCD")
+NOISY = ("Ancestral", "DDPM", "LCM", "SASolver", "SDE", "TCD")
 """In the names of schedulers that draw noise at every step, which drowns what was wrong before."""
 
 

@@ -124,11 +124,13 @@ def rest_weights(moves: list[float]) -> Tensor:
     Returns:
         [N, N] float32, 0 where there is no step between the two.
     """
-    count = len(moves)
-    weights = torch.zeros(count, count)
-    for i in range(count):
-        lacking = 0.0
-        for k in range(i + 1, count - 1):
-            weights[i, k] = lacking / moves[k]
-            lacking += moves[k] * (k - i)
-    return weights
+    move = torch.tensor(moves, dtype=torch.float64)
+    place = torch.arange(len(moves), dtype=torch.float64)
+    # Sums up to, not with, each step: of the moves, and of the moves times their place.
+    zero = move.new_zeros(1)
+    plain = torch.cat([zero, move.cumsum(0)])
+    placed = torch.cat([zero, (move * place).cumsum(0)])
+    lacking = (placed[:-1] - placed[1:, None]) - place[:, None] * (plain[:-1] - plain[1:, None])
+    weights = (lacking / move).triu(2)
+    weights[:, -1] = 0.0
+    return weights.float()

@@ -94,6 +94,11 @@ def interval(entry: Mapping[str, Any] | None, digits: int, unit: str = "") -> st
     return text
 
 
+def versions(row: Mapping[str, Any]) -> str:
+    """Of the packages that a row was measured with."""
+    return ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+
+
 def _settings(setting: Mapping[str, Any]) -> str:
     options = dict(setting["options"])
     if setting["kind"] == "stack":
@@ -114,7 +119,7 @@ CELLS: dict[str, Callable[[Row], str]] = {
     "speed": lambda row: interval(row["speed"], 2, "x"),
     "warnings": _warnings,
     "threads": lambda row: str(row.get("threads", "-")),
-    "versions": lambda row: ", ".join(f"{k} {v}" for k, v in row["versions"].items()),
+    "versions": versions,
     **{key: lambda row, key=key: str(row[key]) for key in (
         "pipeline", "weights", "n", "seed", "steps", "device", "commit",
     )},

@@ -157,14 +157,19 @@ def stacked(
     threshold = 0.0
     if partner == "first_block_cache":
         threshold = fitting_threshold(case, model, inputs)
-    kinds = {"plain": (False, None), "tofu": (True, None), "partner": (False, partner)}
+    kinds: dict[str, tuple[bool, str | None]] = {
+        "plain": (False, None),
+        "tofu": (True, None),
+        "partner": (False, partner),
+        "both": (True, partner),
+    }
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(**GRAPHS))
         lanes = {
             name: stack.enter_context(
                 lane(case, model, inputs, tofu=tofu, partner=other, threshold=threshold)
             )
-            for name, (tofu, other) in {**kinds, "both": (True, partner)}.items()
+            for name, (tofu, other) in kinds.items()
         }
         made = {name: each.generate()[0] for name, each in lanes.items()}
         for name, without in (("tofu", "plain"), ("both", "partner")):
@@ -219,11 +224,9 @@ def measure(
                 return None
             found = stacked(case, model, inputs, name, rounds)
             settings = {"partner": name, "tofu": TOFU.options(), "steps": STEPS, "rounds": rounds}
-            append(
-                out,
-                {"id": row, "model": case.model, "size": case.size, **settings, **found, **about},
-            )
-            print(line(read(out)[-1]), flush=True)
+            measured = {"id": row, "model": case.model, "size": case.size, **settings, **found}
+            append(out, measured | about)
+            print(line(measured), flush=True)
         del model, inputs
     return f"{len(read(out))} rows"
 

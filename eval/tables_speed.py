@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eval.jsonl import read
 from eval.manifest import ROOT
-from eval.report import interval
+from eval.report import interval, versions
 from eval.suite_rows import read_rows
 from eval.tables_study import described
 
@@ -22,17 +22,16 @@ def stacking_table(paths: Sequence[Path]) -> str:
     """Speeds alone and together, a line a partner."""
     rows = [(path, row) for path in paths for row in read(path)]
     first = rows[0][1]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     devices = dict.fromkeys(f"{row['device']}, {row['dtype']}" for _, row in rows)
     lines = [
-        f"Random weights; {'; '.join(devices)}; {versions}. Time of {first['steps']} unreduced steps over "
-        f"that of as many with each, in turns, median of {first['rounds']} (p20 to p80).",
+        f"Random weights; {'; '.join(devices)}; {versions(first)}. Time of {first['steps']} unreduced "
+        f"steps over that of as many with each, in turns, median of {first['rounds']} (p20 to p80).",
         "",
         "| model | with | tofu | the other | both | share of the product |",
         "|---|---|---|---|---|---|",
     ]
     for path, row in rows:
-        speeds = (f"{interval(row['speed'][name], 2)}" for name in ("tofu", "partner", "both"))
+        speeds = (interval(row["speed"][name], 2) for name in ("tofu", "partner", "both"))
         share = row["share_of_product"]
         lines.append(
             f"| {row['model']} {row['size']} | {row['partner'].replace('_', ' ')} "
@@ -152,10 +151,9 @@ def speed_table(model: str) -> str:
     """Times of some settings, as `python -m eval speed` wrote them."""
     data = json.loads(SPEEDS[model].read_text(encoding="utf-8"))
     about, steps = data["about"], data["about"]["call"]["num_inference_steps"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         f"Embedded pipeline `{model}` (weights {about['pipeline']['weights']}), batch of {about['n']}, "
-        f"{steps} steps; {about['device']}, {about['threads']} threads; {versions}; commit "
+        f"{steps} steps; {about['device']}, {about['threads']} threads; {versions(about)}; commit "
         f"{about['commit'][:12]}. Unreduced time over that of the setting, in turns, median of "
         f"{data['rows'][0]['rounds']} (p20 to p80).",
         "",

@@ -12,7 +12,7 @@ import numpy as np
 from eval.bootstrap import difference, of_mean
 from eval.jsonl import read
 from eval.manifest import ROOT
-from eval.report import interval
+from eval.report import interval, versions
 from tofu_diffusers import profile
 
 FAMILY = {"unet": "unet", "mmdit": "sd3"}
@@ -84,7 +84,6 @@ def line(model: str, row: Row) -> str:
 def circumstances(rows: Sequence[Row]) -> str:
     """Of rows that share them, whatever their pipelines."""
     row = rows[0]
-    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     weights = {each["pipeline"]: each["weights"] for each in rows}
     pipelines = ", ".join(f"`{name}` (weights {those})" for name, those in weights.items())
     call = row.get("call", {})
@@ -93,7 +92,7 @@ def circumstances(rows: Sequence[Row]) -> str:
     steps = " or ".join(dict.fromkeys(str(each["steps"]) for each in rows))
     return (
         f"Embedded pipeline {pipelines}, {size}{steps} steps, {guidance}n = {row['n']}, "
-        f"seed {row['seed']} on; {row['device']}; {versions}. PSNR to the unreduced picture of "
+        f"seed {row['seed']} on; {row['device']}; {versions(row)}. PSNR to the unreduced picture of "
         "the same seed in dB, mean with its 95 % bootstrap interval. FLOPs of the denoiser, counted, "
         "unreduced over reduced."
     )
@@ -145,7 +144,12 @@ def plans_table(stage: str) -> str:
 
 def named(model: str, stage: str) -> dict[str, Row]:
     """A stage's rows by the name of their setting."""
-    return {row["setting"]["name"]: row for row in rows_of(model, stage)}
+    return by_name(rows_of(model, stage))
+
+
+def by_name(rows: Iterable[Row]) -> dict[str, Row]:
+    """Rows of one stage by the name of their setting."""
+    return {row["setting"]["name"]: row for row in rows}
 
 
 def side_by_side(shown: Mapping[str, Mapping[str, Row]]) -> str:
@@ -201,12 +205,12 @@ def beside_rivals(groups: Iterable[tuple[str, str, Sequence[Row]]]) -> str:
     every = []
     for model, also, rows in groups:
         every += rows
-        by_name = {row["setting"]["name"]: row for row in rows}
-        for row in rows:
+        names = by_name(rows)
+        for name, row in names.items():
             if not is_default(model, row):
                 continue
-            count = row["setting"]["name"].split("-")[1]
-            beside = [row, *(by_name[f"{rival}-{count}"] for rival in ("late", "line", "steps"))]
+            count = name.split("-")[1]
+            beside = [row, *(names[f"{rival}-{count}"] for rival in ("late", "line", "steps"))]
             cells = [
                 f"{each['metrics']['psnr_db']['value']:.1f} {cite(model, each)}" for each in beside
             ]

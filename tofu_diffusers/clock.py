@@ -30,7 +30,7 @@ class Clock:
 
     def start(self) -> None:
         for session in self.sessions:
-            session.begin(noise_levels(self.scheduler), sizes=moves(self.scheduler))
+            session.follow(self.scheduler)
 
     def advance(self) -> None:
         for session in self.sessions:
@@ -119,7 +119,8 @@ def moves(scheduler: Any) -> list[float] | None:
     """How far each step of the coming generation moves the latents along the prediction, up to a factor.
 
     To first order a step adds the prediction times a difference: of sigma under flow matching, of
-    sigma / alpha where noise is predicted, of the angle atan(sigma / alpha) where velocity is.
+    sigma / alpha where noise is predicted, of the angle atan(sigma / alpha) where velocity is. One host
+    read a generation.
 
     Returns:
         One number a timestep, all above 0; None where a step is not of this kind: several calls a step,

@@ -55,6 +55,11 @@ class Predictions:
         return 1 if self.restore == "temporal" else 2
 
     @property
+    def corrects(self) -> bool:
+        """Whether it has a use for how far the steps go."""
+        return self.restore == "corrected"
+
+    @property
     def kept(self) -> str:
         """The restore whose cache is kept."""
         return "temporal" if self.restore == "temporal" else "taylor"
@@ -71,8 +76,8 @@ class Predictions:
 
     def begin(self, moves: list[float] | None) -> None:
         """Take note of how far the steps of a generation go, as `clock.moves` has it."""
-        self.moves = moves if self.restore == "corrected" else None
-        self.weights = None if self.moves is None else rest_weights(self.moves)
+        self.moves = moves
+        self.weights = None if moves is None else rest_weights(moves)
 
     def to(self, device: torch.device) -> None:
         """Where the denoiser is."""

@@ -152,18 +152,14 @@ class Session:
 
     # ---- between calls -------------------------------------------------------------------------
 
-    def begin(
-        self,
-        noise: list[float],
-        conditions: int | None = None,
-        sizes: list[float] | None = None,
-    ) -> None:
-        """Start a generation whose steps have these noise levels (1 = pure noise).
+    def follow(self, scheduler: Any) -> None:
+        """Start the generation that a scheduler has set its timesteps for."""
+        self.begin(noise_levels(scheduler))
+        if self.predictions is not None and self.predictions.corrects:
+            self.predictions.begin(moves(scheduler))
 
-        Args:
-            conditions: Of guidance in a batch, where it is known.
-            sizes: How far the steps go (`clock.moves`), where it is known.
-        """
+    def begin(self, noise: list[float], conditions: int | None = None) -> None:
+        """Start a generation whose steps have these noise levels (1 = pure noise)."""
         self.conditions = str(self._announced() if conditions is None else conditions)
         self.noise = noise
         # Anew: a tensor made in inference mode cannot be written outside of it.
@@ -175,7 +171,7 @@ class Session:
         self.known = self.unread = None
         self.forget()
         if self.predictions is not None:
-            self.predictions.begin(sizes)
+            self.predictions.begin(None)
         self._go_to(0)
         whole = self.whole_steps()
         if 0 < len(noise) <= FEW_STEPS and whole and self.config.ratio > 0:
@@ -375,8 +371,8 @@ class Session:
             self.step = self.step.to(sample.device)
         if self.predictions is not None:
             self.predictions.to(sample.device)
-        if self.predictions is not None and self.condition not in self.predictions.past:
-            self.units[0].ratio = "0.0"
+            if self.condition not in self.predictions.past:
+                self.units[0].ratio = "0.0"
 
     def leaves_out(self) -> bool:
         """Whether the denoiser does not run at this step (scope "step")."""
@@ -566,7 +562,7 @@ class Session:
             return
         if not is_watched(scheduler, self):
             watch(scheduler, self)
-            self.begin(noise_levels(scheduler), sizes=moves(scheduler))
+            self.follow(scheduler)
         planned = getattr(pipeline, "num_timesteps", None)
         starting = self.told and self.index == 0 and self.calls == 0
         if starting and planned and planned < len(self.noise):

@@ -147,12 +147,18 @@ def _train(job: Job) -> bool:
 
 def _generate(job: Job) -> bool:
     """The pictures of both, by the weights in the archives, whichever machine wrote these."""
+    from pipelines.emoji import data
+    from pipelines.emoji.prompts import prompt_sets
+
     missing = [model for model in PARTS if not (job.work / f"{model}.npz").exists()]
-    for model in PARTS if missing else ():  # the second has parts of the first
+    if not missing:
+        return True
+    for model in PARTS:  # the second has parts of the first
         with tarfile.open(job.work / f"{model}.tar") as archive:
             archive.extractall(job.home, filter="data")
+    sets = {name: prompts[: job.most] for name, prompts in prompt_sets(data.load(job.data)).items()}
     for model in missing:
-        if not (job.enough and generate(job, model)):
+        if not (job.enough and generate(job, model, sets)):
             return False
         give_out(job)
     return True
@@ -211,16 +217,14 @@ def give_out(job: Job) -> None:
         )
 
 
-def generate(job: Job, model: str) -> bool:
+def generate(job: Job, model: str, sets: Mapping[str, Sequence[str]]) -> bool:
     """The pictures of one pipeline in one file; whether the time was enough.
 
     Picture i of all sets has seed i. They are compressed as the training pictures are.
     """
     from pipelines.emoji import data, load_pipeline, weights_hash
     from pipelines.emoji.card import GUIDANCE, SEED, generate_batch
-    from pipelines.emoji.prompts import prompt_sets
 
-    sets = {name: prompts[: job.most] for name, prompts in prompt_sets(data.load(job.data)).items()}
     prompts = [prompt for part in sets.values() for prompt in part]
     pipe: Any = load_pipeline(model, home=job.home).to(job.device)
     pipe.set_progress_bar_config(disable=True)

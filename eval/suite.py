@@ -2,8 +2,8 @@
 
     python -m eval speed --suite full --out suite.csv
 
-Every row is one way to run a step, in turns with the unreduced model, after the whole steps that it needs.
-Beside it stands its ceiling (`eval.ceilings`); what a row says is in `eval.suite_rows`.
+Every row is one way to run a step, in turns with the unreduced model and with its ceiling (`eval.ceilings`),
+after the whole steps that it needs; what a row says is in `eval.suite_rows`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from eval.ceilings import First, first_method, run_on_first
 from eval.manifest import provenance
 from eval.speed import spread
 from eval.suite_models import SUITES, Case, free_memory, here, twin
-from eval.suite_rows import KEY, SAME, against_ceiling, append_row, as_text, line, read_rows
+from eval.suite_rows import KEY, SAME, append_row, as_text, line, read_rows
 from pipelines.timer import Timer
 from tofu_diffusers import Handle, apply_tofu
 
@@ -51,13 +51,18 @@ BY_SEED = {"method": "random", "fold": "prune", "restore": "taylor", "share": "l
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to run a step: kind "unreduced", "ceiling", "tofu" or "tomesd"."""
+    """One way to run a step: kind "unreduced", "tofu" or "tomesd", or what bounds tofu, "ceiling"."""
 
     kind: str
     ratio: float = 0.0
     scope: str = ""
     context: str = ""
     method: str = ""
+
+    @property
+    def bounds(self) -> list[Cell]:
+        """What it is compared with beside the unreduced model: its ceiling, where it has one."""
+        return [replace(self, kind="ceiling", method="")] if self.kind == "tofu" else []
 
     def options(self) -> dict[str, Any]:
         """Of `apply_tofu`."""
@@ -70,21 +75,19 @@ class Cell:
         )
 
 
-def _pairs(ratio: float) -> list[Cell]:
-    """Scope "block" at a ratio: with each context the ceiling, then what tofu takes."""
+def _contexts(ratio: float) -> list[Cell]:
+    """Scope "block" at a ratio, with each context."""
     return [
-        Cell(kind, ratio, "block", context, method)
+        Cell("tofu", ratio, "block", context, "importance")
         for context in ("none", "fresh", "cached")
-        for kind, method in (("ceiling", ""), ("tofu", "importance"))
     ]
 
 
-FIRST_CELLS = (Cell("unreduced"), *_pairs(0.5))
+FIRST_CELLS = (Cell("unreduced"), *_contexts(0.5))
 MORE_CELLS = (
-    *_pairs(0.25),
-    *_pairs(0.75),
+    *_contexts(0.25),
+    *_contexts(0.75),
     Cell("tofu", 0.5, "block", "none", "tome"),
-    Cell("ceiling", 0.5, "attention", "none"),
     Cell("tofu", 0.5, "attention", "none", "tome"),
     Cell("tomesd", 0.5, "attention", "none", "tomesd"),
 )
@@ -164,38 +167,40 @@ class Bench:
         return int(max(grids[run.level].tokens for run in family.runs(model)))
 
     def row(self, cell: Cell, compiled: bool, rounds: int) -> dict[str, Any]:
-        """Measured: times, speed, FLOPs, memory."""
+        """Measured: times, speed, share of the ceiling, FLOPs, memory."""
         plain = self._plain(compiled)
         with ExitStack() as stack:
             stack.enter_context(torch._dynamo.config.patch(**GRAPHS))
-            ours = [stack.enter_context(self.applied(cell, m, w)) for m, w in self.models]
-            whole, flops = self._whole_flops(), 0.0
+            stack.enter_context(first_method())
+            before = self._allocated()
+            bounds = []
+            for bound in cell.bounds:
+                bounds.append(self._applied(stack, bound))
+                self._prepare(plain, bounds[-1], bound, compiled)
+            # What the ceiling's context keeps is not tofu's.
+            held = self._allocated() - before
+            ours, whole, flops = self._applied(stack, cell), self._whole_flops(), 0.0
             if cell.kind == "tomesd":
                 whole, flops = self._eager_flops(self._plain(False)), self._eager_flops(ours)
                 if flops == whole:
                     return {"note": "n/a: tomesd merges nothing in this model"}
-            if compiled:
-                for lane in ours:
-                    compile_blocks(lane.model, self.case.family)
-            for base, own in zip(plain, ours, strict=True):
-                self._warm_up(base, own, cell)
+            self._prepare(plain, ours, cell, compiled)
             flops = flops or self._flops(cell, ours)
             if cell.kind != "unreduced" and not flops < whole:
                 raise RuntimeError(f"{cell} removed nothing: {flops:.4g} FLOPs a step")
-            steps, bases, peak = self._in_turns(plain, ours, rounds)
-        times, speed = spread(steps), spread([b / s for b, s in zip(bases, steps, strict=True)])
-        return {
-            "step_ms": times["value"],
-            "step_ms_p20": times["low"],
-            "step_ms_p80": times["high"],
+            (bases, *limits, steps), peak = self._in_turns([plain, *bounds, ours], rounds)
+        row = {
+            **_spread_of("step_ms", steps),
             "unreduced_ms": spread(bases)["value"],
-            "speed": speed["value"],
-            "speed_p20": speed["low"],
-            "speed_p80": speed["high"],
+            **_spread_of("speed", _ratios(bases, steps)),
             "flops_ratio": whole / flops,
-            "peak_mib": peak,
+            "peak_mib": None if peak is None else (peak - held) / 2**20,
             "note": self._note(),
         }
+        for limit in limits:
+            row["ceiling_speed"] = spread(_ratios(bases, limit))["value"]
+            row |= _spread_of("share", _ratios(limit, steps))
+        return row
 
     def _plain(self, compiled: bool) -> list[Lane]:
         """The unreduced model, one for all rows: to compile it for each would take most of the time."""
@@ -217,7 +222,7 @@ class Bench:
     def applied(self, cell: Cell, model: Any, weight: float) -> Iterator[Lane]:
         own = twin(model)
         if cell.kind == "tofu" or (cell.kind == "ceiling" and not is_free(cell)):
-            with first_method(), apply_tofu(own, **cell.options()) as handle:
+            with apply_tofu(own, **cell.options()) as handle:
                 yield self._lane(weight, own, handle)
             return
         if cell.kind == "ceiling":
@@ -227,6 +232,15 @@ class Bench:
 
             tomesd.apply_patch(own, ratio=cell.ratio)
         yield Lane(own, weight, self.inputs, self.case.conditions)
+
+    def _applied(self, stack: ExitStack, cell: Cell) -> list[Lane]:
+        return [stack.enter_context(self.applied(cell, m, w)) for m, w in self.models]
+
+    def _prepare(self, plain: list[Lane], ours: list[Lane], cell: Cell, compiled: bool) -> None:
+        for base, own in zip(plain, ours, strict=True):
+            if compiled:
+                compile_blocks(own.model, self.case.family)
+            self._warm_up(base, own, cell)
 
     def _warm_up(self, base: Lane, own: Lane, cell: Cell) -> None:
         for _ in range(REDUCED):
@@ -240,19 +254,27 @@ class Bench:
             )
 
     def _in_turns(
-        self, plain: list[Lane], ours: list[Lane], rounds: int
-    ) -> tuple[list[float], list[float], float | None]:
-        """Times of ours and of the unreduced model, ms, and the most memory that ours took, MiB."""
-        cuda = self.device.type == "cuda"
-        steps, bases, peak = [], [], 0.0
+        self, lanes: Sequence[Sequence[Lane]], rounds: int
+    ) -> tuple[list[list[float]], int | None]:
+        """Times of each, ms a round, and the most memory while the last ran, bytes."""
+        times: list[list[float]] = [[] for _ in lanes]
+        peak = 0
         for _ in range(rounds):
-            bases.append(sum(lane.weight * lane.step()[1] for lane in plain))
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(self.device)
-            steps.append(sum(lane.weight * lane.step()[1] for lane in ours))
-            if cuda:
-                peak = max(peak, torch.cuda.max_memory_allocated(self.device) / 2**20)
-        return steps, bases, peak if cuda else None
+            for some, own in zip(lanes, times, strict=True):
+                if self._cuda:
+                    torch.cuda.reset_peak_memory_stats(self.device)
+                own.append(sum(lane.weight * lane.step()[1] for lane in some))
+            if self._cuda:
+                peak = max(peak, torch.cuda.max_memory_allocated(self.device))
+        return times, peak if self._cuda else None
+
+    @property
+    def _cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _allocated(self) -> int:
+        """Bytes on a GPU."""
+        return torch.cuda.memory_allocated(self.device) if self._cuda else 0
 
     def _flops(self, cell: Cell, ours: list[Lane]) -> float:
         """Of one reduced step; those of tofu by its own count, after the warm-up's steps."""
@@ -289,7 +311,7 @@ class Bench:
         """Of one step, counted as it runs."""
         # The counter does not see the CPU's fused attention.
         unfused: AbstractContextManager[object] = (
-            nullcontext() if self.device.type == "cuda" else sdpa_kernel(SDPBackend.MATH)
+            nullcontext() if self._cuda else sdpa_kernel(SDPBackend.MATH)
         )
         total = 0.0
         for lane in lanes:
@@ -297,6 +319,17 @@ class Bench:
                 lane.step()
             total += lane.weight * counter.get_total_flops()
         return total
+
+
+def _ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def _spread_of(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Median, p20 and p80, as a row has them."""
+    found = spread(values)
+    return {name: found["value"], f"{name}_p20": found["low"], f"{name}_p80": found["high"]}
 
 
 def is_free(cell: Cell) -> bool:
@@ -396,7 +429,6 @@ def run(
         except Exception as error:  # whatever it is, the other rows are still wanted
             row["note"] = f"failed: {type(error).__name__}: {str(error)[:300]}"
         free_memory()
-        row |= against_ceiling(row, rows)
         rows.append(append_row(out, row | about))
         print(line(rows[-1]), flush=True)
         took = time.monotonic() - start

@@ -17,7 +17,7 @@ from tofu_diffusers import METHODS
 
 CPU = torch.device("cpu")
 FLUX, UNET = SUITES["tiny"]
-SHORT = [Cell("unreduced"), *suite._pairs(0.5)[:2]]
+SHORT = list(suite.FIRST_CELLS[:2])
 # In billions, as published.
 PARAMETERS = {
     "SD1.5": 0.860,
@@ -110,8 +110,9 @@ def test_the_free_ceiling_is_the_blocks_on_the_first_tokens(bench):
 
 
 def test_a_ceiling_has_the_flops_of_what_it_bounds(bench):
-    for ceiling, tofu in zip(*[iter(suite._pairs(0.5))] * 2, strict=True):
-        least, ours = (bench.row(cell, False, 1)["flops_ratio"] for cell in (ceiling, tofu))
+    for tofu in suite.FIRST_CELLS[1:]:
+        cells = (*tofu.bounds, tofu)
+        least, ours = (bench.row(cell, False, 1)["flops_ratio"] for cell in cells)
         assert ours > 1.2
         # What the plan's matching adds, on a grid this small.
         assert 0.97 * least < ours < 1.001 * least
@@ -157,27 +158,28 @@ def test_rows_are_written_and_a_second_call_measures_nothing(out, monkeypatch):
     assert suite.run(work(), out, 1, commit="abc")
     first = out.read_text()
     rows = list(csv.DictReader(first.splitlines()))
-    assert [row["kind"] for row in rows] == ["unreduced", "ceiling", "tofu"]
+    assert [row["kind"] for row in rows] == ["unreduced", "tofu"]
     assert list(rows[0]) == list(FIELDS)
     for row in rows:
         assert float(row["step_ms_p20"]) <= float(row["step_ms"]) <= float(row["step_ms_p80"])
         assert (row["tokens"], row["mode"], row["commit"]) == ("36", "eager", "abc")
         assert row["note"] == "" and float(row["speed"]) > 0
-    assert rows[1]["overhead"] == "" and rows[2]["ceiling_speed"] == rows[1]["speed"]
-    share = 1 - float(rows[2]["speed"]) / float(rows[1]["speed"])
-    assert float(rows[2]["overhead"]) == pytest.approx(share, abs=1e-4)
+    assert rows[0]["share"] == rows[0]["ceiling_speed"] == ""
+    # In a single round the share is the quotient of the two speeds.
+    share = float(rows[1]["speed"]) / float(rows[1]["ceiling_speed"])
+    assert float(rows[1]["share"]) == pytest.approx(share, rel=1e-4)
     monkeypatch.setattr(suite, "Bench", None)
     assert suite.run(work(), out, 1) and out.read_text() == first
 
 
 def test_what_was_written_before_a_kill_stays(out):
-    suite.run(work(SHORT[:2]), out, 1)
+    suite.run(work(SHORT[:1]), out, 1)
     whole = out.read_text()
     with out.open("a") as file:
         file.write("FLUX-tiny,96x96,1,")
     suite.run(work(), out, 1)
     assert out.read_text().startswith(whole)
-    assert len(read_rows(out)) == 3
+    assert len(read_rows(out)) == 2
 
 
 def test_a_row_that_fails_says_so_and_the_others_go_on(out, capsys):
@@ -211,16 +213,13 @@ def test_the_most_important_rows_come_first():
     items = list(suite.jobs(cases, suite.modes_of("full")))
     assert len(set(items_key(items))) == len(items)
     head = len(cases) * len(suite.FIRST_CELLS)
-    assert [case for case, *_ in items[:head:7]] == list(cases)
+    assert [case for case, *_ in items[:head:4]] == list(cases)
     modes = [mode for _, mode, _ in items]
     assert modes == sorted(modes)  # compiled, then eager
     served = {case.family.name for case, _, cell in items if cell.kind == "tomesd"}
     assert served == {"unet"}
-    # A ceiling is measured before what it bounds.
-    for i, (case, mode, cell) in enumerate(items):
-        if cell.kind == "tofu":
-            bound = (case, mode, replace(cell, kind="ceiling", method=""))
-            assert bound in items[:i]
+    for _, _, cell in items:
+        assert [bound.kind for bound in cell.bounds] == ["ceiling"] * (cell.kind == "tofu")
 
 
 def items_key(items):
@@ -255,7 +254,7 @@ def test_the_command_runs_a_suite(out, monkeypatch):
     monkeypatch.setattr(suite, "FIRST_CELLS", tuple(SHORT))
     monkeypatch.setattr(suite, "MORE_CELLS", ())
     assert main(["speed", "--suite", "cpu", "--rounds", "1", "--out", str(out)]) == 0
-    assert len(read_rows(out)) == 3
+    assert len(read_rows(out)) == 2
 
 
 # ---- the table -------------------------------------------------------------------------------------
@@ -276,18 +275,18 @@ def told(out, *rows):
 
 
 def test_the_table_puts_a_row_beside_its_ceiling(out):
-    bounded = TIMES | {"ceiling_speed": 2.0, "overhead": 0.25, "peak_mib": 1234.5}
+    shares = {"share": 0.75, "share_p20": 0.7, "share_p80": 0.8}
+    bounded = TIMES | shares | {"ceiling_speed": 2.0, "peak_mib": 1234.5}
     lines = told(
         out,
         ("A", Cell("unreduced"), TIMES),
-        ("A", Cell("ceiling", 0.5, "block", "none"), TIMES | {"speed": 2.0}),
         ("A", Cell("tofu", 0.5, "block", "none", "importance"), bounded),
         ("A", Cell("tofu", 0.5, "block", "none", "tome"), TIMES),
     )
     assert lines == [
         "| A 8x8, eager | 4,096 | block, none, importance | 0.5 | 1.90x | 2.00x | 1.50x (1.40 to 1.60) | "
-        "75% | 25% | 1,234 |",
-        "| A 8x8, eager | 4,096 | block, none, tome | 0.5 | 1.90x |  | 1.50x (1.40 to 1.60) |  |  |  |",
+        "75% (70% to 80%) | 1,234 |",
+        "| A 8x8, eager | 4,096 | block, none, tome | 0.5 | 1.90x |  | 1.50x (1.40 to 1.60) |  |  |",
     ]
 
 
@@ -318,12 +317,12 @@ def test_the_table_says_why_something_was_not_measured(out):
     lines = told(
         out,
         ("A", Cell("tomesd", 0.5, "attention", "none", "tomesd"), {"note": "n/a: merges nothing"}),
-        ("A", Cell("ceiling", 0.5, "block", "none"), {"note": "failed: a|b", "tokens": None}),
+        ("A", Cell("tofu", 0.5, "block", "none", "x"), {"note": "failed: a|b", "tokens": None}),
         ("B", Cell("tofu", 0.5, "block", "none", "tome"), TIMES | {"note": "1 and 2 of 9 layers"}),
     )
     assert lines[:2] == [
-        "| A 8x8, eager | 4,096 | tomesd, attention, none | 0.5 | n/a: merges nothing | | | | | |",
-        "| A 8x8, eager |  | ceiling, block, none | 0.5 | failed: a\\|b | | | | | |",
+        "| A 8x8, eager | 4,096 | tomesd, attention, none | 0.5 | n/a: merges nothing | | | | |",
+        "| A 8x8, eager |  | block, none, x | 0.5 | failed: a\\|b | | | | |",
     ]
     assert lines[2].startswith("| B 8x8, eager (1 and 2 of 9 layers) | 4,096 | block, none, tome |")
 
@@ -332,9 +331,9 @@ def test_the_table_reads_what_a_suite_writes(out):
     suite.run(work(), out, 1)
     (line,) = suite_table(out).splitlines()[4:]
     row = read_rows(out)[-1]
-    share = f"{float(row['speed']) / float(row['ceiling_speed']):.0%}"
+    share = f"{float(row['share']):.0%}"
     assert line.startswith(
         f"| {row['model']} {row['size']}, eager | 36 | block, none, importance | 0.5 |"
     )
-    assert f"| {share} |" in line
-    assert {text.count("|") for text in suite_table(out).splitlines()[2:]} == {11}
+    assert f"| {share} (" in line
+    assert {text.count("|") for text in suite_table(out).splitlines()[2:]} == {10}

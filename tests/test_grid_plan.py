@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.plans import plan_keeping
 from tofu_diffusers.grid import TokenGrid
 from tofu_diffusers.plan import Plan, complement, highest, make_plan, positions_of
 
@@ -17,7 +18,7 @@ def random_plan(batch: int, tokens: int, slots: int, seed: int) -> Plan:
     order = torch.stack([torch.randperm(tokens, generator=g) for _ in range(batch)])
     kept = order[:, :slots].sort(dim=1).values
     match = kept.gather(1, torch.randint(slots, (batch, tokens), generator=g))
-    return make_plan(kept, match)
+    return plan_keeping(kept, match)
 
 
 def test_tokens_counts_the_image_only() -> None:
@@ -76,8 +77,16 @@ def test_plan_is_a_pytree() -> None:
 
 
 def test_what_match_says_of_kept_tokens_is_ignored() -> None:
-    plan = make_plan(torch.tensor([[1, 3]]), torch.tensor([[3, 0, 1, 0]]))
+    plan = plan_keeping(torch.tensor([[1, 3]]), torch.tensor([[3, 0, 1, 0]]))
     assert plan.assign.tolist() == [[1, 0, 0, 1]]
+
+
+def test_without_matches_all_go_to_the_first_that_is_kept() -> None:
+    keep = torch.tensor([[False, True, False, True], [True, False, True, False]])
+    plan = make_plan(keep, None, 2)
+    plan.check()
+    assert plan.kept.tolist() == [[1, 3], [0, 2]]
+    assert plan.assign.tolist() == [[0, 0, 0, 1], [0, 0, 1, 0]]
 
 
 @QUICK

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.plans import plan_keeping
 from tofu_diffusers.fold import EPS, FOLDS, reduce
 from tofu_diffusers.grid import TokenGrid
 from tofu_diffusers.methods import METHODS, Evidence, Method, make_method
-from tofu_diffusers.plan import Plan, make_plan
+from tofu_diffusers.plan import Plan
 from tofu_diffusers.restore import CACHED, RESTORES, UpdateCache, restore
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -90,7 +91,7 @@ def plans(draw: st.DrawFn) -> Plan:
     slots, g = draw(st.integers(1, tokens)), torch.Generator().manual_seed(draw(seeds))
     order = torch.stack([torch.randperm(tokens, generator=g) for _ in range(batch)])
     kept = order[:, :slots].sort(dim=1).values
-    return make_plan(kept, kept.gather(1, torch.randint(slots, (batch, tokens), generator=g)))
+    return plan_keeping(kept, kept.gather(1, torch.randint(slots, (batch, tokens), generator=g)))
 
 
 def assert_rows_close(got: Tensor, want: Tensor, tol: float) -> None:
@@ -408,7 +409,7 @@ def test_mlerp_restore_inverts_the_fold_on_parallel_groups(
 
 
 def test_a_copy_does_not_invert_the_mlerp_fold() -> None:
-    plan = make_plan(torch.tensor([[0]]), torch.tensor([[0, 0]]))
+    plan = plan_keeping(torch.tensor([[0]]), torch.tensor([[0, 0]]))
     x = torch.tensor([[[1.0, 2.0], [3.0, 6.0]]])
     y = reduce(x, plan, "mlerp")
     torch.testing.assert_close(restore(y, plan, "mlerp", x=x, folded=y), x)

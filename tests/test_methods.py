@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tofu_diffusers.fold import FOLDS, reduce
 from tofu_diffusers.grid import TokenGrid
-from tofu_diffusers.methods import METHODS, Evidence, Method, make_method, register
+from tofu_diffusers.methods import METHODS, Evidence, Method, make_method, matching, register
+from tofu_diffusers.methods.tome import Tome
 from tofu_diffusers.plan import Plan
 from tofu_diffusers.restore import RESTORES
 
@@ -234,6 +235,29 @@ def test_one_destination_in_every_whole_cell(
     assert method.max_remove(grid) == grid.tokens - len(want)
     if not drawn:
         assert all(p // (h * w) % cf == p // w % h % ch == p % w % cw == 0 for p in where)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 4}])
+def test_what_the_grid_decides_is_made_once(monkeypatch, options: dict) -> None:
+    method, constants, made = make_method("tome", **options), {}, []
+    grids = [TokenGrid(9, 6), TokenGrid(6, 9), TokenGrid(9, 6)]
+    for seed, grid in enumerate(grids):
+        expected = method.plan(evidence(grid, 20, seed))
+        with monkeypatch.context() as patch:
+            patch.setattr(Tome, "destinations", seen(made, grid, Tome.destinations))
+            patch.setattr(matching, "tiles_of", seen(made, grid, matching.tiles_of))
+            plan = method.plan(evidence(grid, 20, seed, constants=constants))
+        assert torch.equal(plan.kept, expected.kept) and torch.equal(plan.assign, expected.assign)
+    each = 1 + bool(options)
+    assert made == grids[:1] * each + grids[1:2] * each
+
+
+def seen(made: list, grid: TokenGrid, function):
+    def noted(*given):
+        made.append(grid)
+        return function(*given)
+
+    return noted
 
 
 def test_drawn_destinations_change_with_seed_and_step_only() -> None:

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tofu_diffusers.plan import Plan, make_plan
+from tests.plans import plan_keeping
+from tofu_diffusers.plan import Plan
 from tofu_diffusers.restore import CACHED, RESTORES, UpdateCache, restore
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True)
@@ -23,7 +24,7 @@ def plan_at(seed: int, slots: int = 5) -> Plan:
     g = torch.Generator().manual_seed(seed)
     kept = torch.stack([torch.randperm(N, generator=g) for _ in range(B)])[:, :slots]
     kept = kept.sort(dim=1).values
-    return make_plan(kept, kept.gather(1, torch.randint(slots, (B, N), generator=g)))
+    return plan_keeping(kept, kept.gather(1, torch.randint(slots, (B, N), generator=g)))
 
 
 def empty(how: str, dtype: torch.dtype = torch.float64) -> UpdateCache:
@@ -101,7 +102,7 @@ def test_a_copy_until_there_is_a_value(how: str) -> None:
 
 
 def test_blend_is_a_copy_where_the_past_of_the_match_is_unknown() -> None:
-    cache, plan = empty("blend"), make_plan(torch.tensor([[0]] * B), torch.zeros(B, N).long())
+    cache, plan = empty("blend"), plan_keeping(torch.tensor([[0]] * B), torch.zeros(B, N).long())
     cache.record(normal(0, B, N - 1, C), at(0), torch.arange(1, N).expand(B, -1))
     update = normal(1, B, 1, C)
     full = restore(update, plan, "blend", cache=cache, step=at(1))

@@ -90,17 +90,19 @@ class Plan(NamedTuple):
             raise ValueError("a kept token is assigned to another slot than its own")
 
 
-def make_plan(kept: Tensor, match: Tensor) -> Plan:
-    """Build a plan from kept positions and, for every token, the position of its match.
+def make_plan(keep: Tensor, match: Tensor | None, count: int) -> Plan:
+    """Build a plan from the tokens to keep and, for every other, the position of its match.
 
     Args:
-        kept: [B, K] int64, ascending positions.
+        keep: [B, N] bool, `count` set in every row.
         match: [B, N] int64, for every removed token the position of a kept one. What it says of
-            kept tokens is ignored: they match themselves.
+            kept tokens is ignored: they match themselves. None: they all go to the first kept one.
     """
-    slots = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    slot_of = torch.zeros_like(match).scatter(1, kept, slots)
-    return Plan(kept, slot_of.gather(1, match.scatter(1, kept, kept)))
+    slot, place = keep.cumsum(1) - 1, torch.arange(keep.shape[1], device=keep.device)
+    kept = _at_slots(place, torch.where(keep, slot, count), count)
+    if match is None:
+        return Plan(kept, torch.where(keep, slot, 0))
+    return Plan(kept, slot.gather(1, torch.where(keep, place, match)))
 
 
 def complement(positions: Tensor, tokens: int) -> Tensor:
@@ -113,10 +115,14 @@ def complement(positions: Tensor, tokens: int) -> Tensor:
 def positions_of(flags: Tensor, count: int) -> Tensor:
     """Where the flags are set, ascending.  [B, N] bool, `count` set in every row -> [B, count] int64"""
     # A running count gives each its slot: nonzero() would have a dynamic shape, and to sort costs more.
-    slot = torch.where(flags, flags.cumsum(1) - 1, count)
-    place = torch.arange(flags.shape[1], device=flags.device).expand_as(slot)
-    found = place.new_zeros(flags.shape[0], count + 1).scatter(1, slot, place)
-    return found[:, :count]
+    place = torch.arange(flags.shape[1], device=flags.device)
+    return _at_slots(place, torch.where(flags, flags.cumsum(1) - 1, count), count)
+
+
+def _at_slots(place: Tensor, slot: Tensor, count: int) -> Tensor:
+    """Each place [N] at its slot [B, N]; what has slot `count` is left out.  -> [B, count]"""
+    found = slot.new_zeros(slot.shape[0], count + 1)
+    return found.scatter(1, slot, place.expand_as(slot))[:, :count]
 
 
 def highest(score: Tensor, count: int) -> Tensor:

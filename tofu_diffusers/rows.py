@@ -32,5 +32,7 @@ def put_(x: Tensor, positions: Tensor, rows: Tensor) -> None:
 
 def _flat(positions: Tensor, tokens: int) -> Tensor:
     """Positions in the flattened batch.  [B, M] -> [B * M]"""
+    if positions.shape[0] == 1:
+        return positions.flatten()
     start = torch.arange(positions.shape[0], device=positions.device)[:, None] * tokens
     return (positions + start).flatten()

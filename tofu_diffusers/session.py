@@ -113,6 +113,7 @@ class Session:
     held: int = 0
     computed: dict[int, Tensor] = field(default_factory=dict)
     schedulers: list[Any] = field(default_factory=list)
+    constants: dict[Any, Any] = field(default_factory=dict)
 
     # Within calls.
     calls: int = 0
@@ -219,6 +220,7 @@ class Session:
         for projection in self.projections:
             projection.rows.clear()
         self.shapes.clear()
+        self.constants.clear()
         if self.predictions is not None:
             self.predictions.past.clear()
         self.tracker = None
@@ -520,6 +522,7 @@ class Session:
                 importance=weights,
                 seed=self.config.seed,
                 matched=self.matched,
+                constants=self.constants,
             )
             plan = self.method.plan(evidence)
             return plan if plan.kept.shape[0] == self.images else plan.repeat(self.images)

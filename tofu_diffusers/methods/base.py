@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..grid import TokenGrid
 from ..plan import Plan
 
 Source = Literal["change", "cfg", "attention", "key_norm"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Evidence:
         seed: of the image.
         matched: whether anybody reads where removed tokens go; if not, a method that need not know for its
             choice leaves it open: they go to the first kept one.
+        constants: where `once` keeps what it has made, for as long as the caller likes; None: nowhere.
     """
 
     metric: Tensor
@@ -41,6 +45,20 @@ class Evidence:
     importance: Tensor | None = None
     seed: int = 0
     matched: bool = True
+    constants: dict[Any, Any] | None = None
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
+        """What `make` gives, which must depend on the grid, the device and the key alone.
+
+        Made again in traced code, where it is a constant of the graph.
+        """
+        if self.constants is None or torch.compiler.is_compiling():
+            return make()
+        full = (key, self.grid, self.metric.device)
+        if full not in self.constants:
+            self.constants[full] = make()
+        made: _T = self.constants[full]
+        return made
 
 
 class Method(ABC):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..grid import TokenGrid
-from ..plan import Plan, highest, positions_of
+from ..plan import Plan, highest
 from .base import Evidence, Method, Source, register
 from .matching import as_window, assign_to_kept
 
@@ -92,8 +92,7 @@ class Importance(Method):
             due = forced(age.gather(1, order), count, self.max_age)
             rest = count - due.sum(dim=1, keepdim=True)
             keep = torch.zeros_like(due).scatter(1, order, due | ((~due).cumsum(1) <= rest))
-        kept = positions_of(keep, count)
-        return assign_to_kept(evidence, kept, as_window(self.window))
+        return assign_to_kept(evidence, keep, as_window(self.window))
 
 
 def forced(age: Tensor, count: int, max_age: int) -> Tensor:

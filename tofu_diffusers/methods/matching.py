@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..grid import TokenGrid
 from ..kernels import best_match, best_match_tiles, energy, energy_tiles
-from ..plan import Plan, complement, make_plan
+from ..plan import Plan, make_plan, positions_of
 from ..rows import take
 from .base import Evidence, as_sides
 
@@ -71,12 +71,12 @@ def _is_global(grid: TokenGrid, window: Window | None) -> bool:
 
 
 def match(
-    metric: Tensor, grid: TokenGrid, queries: Tensor, candidates: Tensor, window: Window | None
+    evidence: Evidence, queries: Tensor, candidates: Tensor, window: Window | None
 ) -> tuple[Tensor, Tensor]:
     """For each query, its most similar candidate; the lowest position of equals.
 
     Args:
-        metric: [B, N, C].
+        evidence: of N tokens and their metric [B, N, C].
         queries: [B, M] int64, positions.
         candidates: [B, D] int64, ascending positions, D >= 1.
         window: look only inside the query's tile. In a tile without candidates the match is the
@@ -86,10 +86,11 @@ def match(
         value [B, M] in float32 or float64, -inf where the tile had no candidate;
         position [B, M] int64.
     """
+    metric, grid = evidence.metric, evidence.grid
     if window is None or _is_global(grid, window):
         value, index = best_match(take(metric, queries), take(metric, candidates))
         return value, candidates.gather(1, index)
-    members, place = tiles_of(grid, window, metric.device)
+    members, place = _tiles(evidence, window)
     flag = torch.zeros(metric.shape[:2], dtype=torch.int64, device=metric.device)
     flag = flag.scatter(1, candidates, torch.ones_like(candidates))
     values, positions = best_match_tiles(metric, flag.bool(), members)
@@ -100,22 +101,46 @@ def match(
     return value, torch.where(value == -torch.inf, candidates.gather(1, before), position)
 
 
-def assign_to_kept(evidence: Evidence, kept: Tensor, window: Window | None) -> Plan:
-    """The plan that keeps these tokens [B, K], ascending, and assigns every other to its best of them."""
-    grid = evidence.grid
-    everyone = kept[:, :1].repeat(1, grid.tokens)
+def _tiles(evidence: Evidence, window: Window) -> tuple[Tensor, Tensor]:
+    grid, device = evidence.grid, evidence.metric.device
+    return evidence.once(("tiles", window), lambda: tiles_of(grid, window, device))
+
+
+def assign_to_kept(evidence: Evidence, keep: Tensor, window: Window | None) -> Plan:
+    """The plan that keeps the tokens flagged [B, N] and assigns every other to its best of them."""
+    tokens, removed = evidence.grid.tokens, evidence.remove
+    count = tokens - removed
     if not evidence.matched:
-        return make_plan(kept, everyone)
-    removed = complement(kept, grid.tokens)
-    _, position = match(evidence.metric, grid, removed, kept, window)
-    return make_plan(kept, everyone.scatter(1, removed, position))
+        return make_plan(keep, None, count)
+    others = positions_of(~keep, removed)
+    _, position = match(evidence, others, positions_of(keep, count), window)
+    everyone = torch.zeros_like(keep, dtype=torch.int64)
+    return make_plan(keep, everyone.scatter(1, others, position), count)
 
 
-def energies(
-    metric: Tensor, grid: TokenGrid, margin: float, alpha: float, window: Window | None
-) -> Tensor:
-    """PiToMe's energy of every token over the grid, or over its tile.  [B, N, C] -> [B, N]"""
-    if window is None or _is_global(grid, window):
+def folding(evidence: Evidence, sources: Tensor, folds: Tensor, position: Tensor) -> Plan:
+    """The plan in which some tokens fold into their matches and all others are kept.
+
+    Args:
+        sources: [B, M] int64, positions of those that may fold.
+        folds: [B, M] bool, which of them do, `evidence.remove` a row. Of equally similar pairs
+            `highest` names the earlier.
+        position: [B, M] int64, of their matches, none of them a source.
+    """
+    batch, tokens = sources.shape[0], evidence.grid.tokens
+    keep = torch.ones(batch, tokens, dtype=torch.bool, device=sources.device)
+    match = torch.zeros(batch, tokens, dtype=torch.int64, device=sources.device)
+    return make_plan(
+        keep.scatter(1, sources, ~folds),
+        match.scatter(1, sources, position),
+        tokens - evidence.remove,
+    )
+
+
+def energies(evidence: Evidence, margin: float, alpha: float, window: Window | None) -> Tensor:
+    """PiToMe's energy of every token over the grid, or over its tile.  -> [B, N]"""
+    metric = evidence.metric
+    if window is None or _is_global(evidence.grid, window):
         return energy(metric, margin, alpha)
-    members, place = tiles_of(grid, window, metric.device)
+    members, place = _tiles(evidence, window)
     return energy_tiles(metric, members, margin, alpha).flatten(1)[:, place]

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..grid import TokenGrid
-from ..plan import Plan, complement, highest, make_plan, positions_of
+from ..plan import Plan, highest
 from .base import Evidence, Method, register
-from .matching import as_window, energies, match
+from .matching import as_window, energies, folding, match
 
 
 @register
@@ -60,16 +58,13 @@ class Pitome(Method):
         return "mean"
 
     def choose(self, evidence: Evidence) -> Plan:
-        metric, grid, k = evidence.metric, evidence.grid, evidence.remove
+        k = evidence.remove
         margin = self.margin * (1.0 - evidence.depth)
-        energy = energies(metric, grid, margin, self.alpha, as_window(self.window))
+        energy = energies(evidence, margin, self.alpha, as_window(self.window))
         order = energy.argsort(dim=1, descending=True, stable=True)
         if self.protect:
             order = order[:, : 2 * k]
         # B in token order, so that of equally similar tokens the earlier one is the match.
         a, b = order[:, 0::2], order[:, 1::2].sort(dim=1).values
-        value, position = match(metric, grid, a, b, as_window(self.window))
-        best = positions_of(highest(value, k), k)
-        kept = complement(a.gather(1, best), grid.tokens)
-        everyone = torch.zeros_like(energy, dtype=torch.int64)
-        return make_plan(kept, everyone.scatter(1, a, position))
+        value, position = match(evidence, a, b, as_window(self.window))
+        return folding(evidence, a, highest(value, k), position)

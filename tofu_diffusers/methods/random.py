@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..noise import uniform
-from ..plan import Plan, highest, positions_of
+from ..plan import Plan, highest
 from .base import Evidence, Method, register
 from .matching import as_window, assign_to_kept
 
@@ -34,6 +34,5 @@ class Random(Method):
         metric, grid = evidence.metric, evidence.grid
         place = torch.arange(grid.tokens, device=metric.device)
         draw = uniform(evidence.seed, evidence.step, place)
-        count = grid.tokens - evidence.remove
-        kept = positions_of(highest(draw[None], count), count).expand(metric.shape[0], -1)
-        return assign_to_kept(evidence, kept, as_window(self.window))
+        keep = highest(draw[None], grid.tokens - evidence.remove).expand(metric.shape[0], -1)
+        return assign_to_kept(evidence, keep, as_window(self.window))

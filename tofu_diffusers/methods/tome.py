@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..grid import TokenGrid
 from ..noise import uniform
-from ..plan import Plan, complement, highest, make_plan, positions_of
+from ..plan import Plan, complement, highest
 from .base import Evidence, Method, as_sides, register
-from .matching import as_window, match
+from .matching import as_window, folding, match
 
 
 @register
@@ -92,13 +92,18 @@ class Tome(Method):
         frame = place // (cell[1] * cell[2])
         return (position + (frame * grid.height + row) * grid.width + column).sort().values
 
+    def _sides(self, evidence: Evidence) -> tuple[Tensor, Tensor]:
+        """Destinations [1, D] and sources [1, N - D]."""
+        targets = self.destinations(evidence)[None]
+        return targets, complement(targets, evidence.grid.tokens)
+
     def choose(self, evidence: Evidence) -> Plan:
-        grid, batch = evidence.grid, evidence.metric.shape[0]
-        targets = self.destinations(evidence).expand(batch, -1)
-        sources = complement(targets, grid.tokens)
-        value, position = match(evidence.metric, grid, sources, targets, as_window(self.window))
-        # Of equally similar pairs the one with the earlier source folds.
-        best = positions_of(highest(value, evidence.remove), evidence.remove)
-        kept = complement(sources.gather(1, best), grid.tokens)
-        everyone = torch.zeros(batch, grid.tokens, dtype=torch.int64, device=kept.device)
-        return make_plan(kept, everyone.scatter(1, sources, position))
+        batch = evidence.metric.shape[0]
+        if self.random:
+            targets, sources = self._sides(evidence)
+        else:
+            cell = self._cell(evidence.grid)
+            targets, sources = evidence.once(("cells", cell), lambda: self._sides(evidence))
+        targets, sources = targets.expand(batch, -1), sources.expand(batch, -1)
+        value, position = match(evidence, sources, targets, as_window(self.window))
+        return folding(evidence, sources, highest(value, evidence.remove), position)

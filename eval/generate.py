@@ -220,8 +220,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those that say what to generate, whatever the setting."""
+def add_run_arguments(
+    parser: argparse.ArgumentParser, out: str = "folder; goes on where it was"
+) -> None:
+    """Those that say what to generate, whatever the setting; `out`: what --out is."""
     embedded, sets = ", ".join(sorted(MODELS)), ", ".join(sorted(BUILT_IN))
     parser.add_argument(
         "--pipeline",
@@ -233,7 +235,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torchrun takes --n for its own, shortened; -n goes through.
     parser.add_argument("-n", "--n", type=int, help="only the first n prompts")
-    parser.add_argument("--out", type=Path, required=True, help="folder; goes on where it was")
+    parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--steps", type=int, default=25, help="(%(default)s)")
     parser.add_argument("--guidance", type=float, default=4.0, help="(%(default)s)")
     parser.add_argument("--scheduler", help="a class of diffusers; default: the pipeline's own")

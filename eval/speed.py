@@ -207,7 +207,7 @@ def measure(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The pipeline, prompts and call as of `generate`; `--out` is a JSON file, of a suite a CSV."""
-    generate.add_run_arguments(parser)
+    generate.add_run_arguments(parser, out="JSON file; of a suite a CSV, goes on where it was")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--setting",

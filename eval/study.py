@@ -266,7 +266,7 @@ class Study:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `generate` but the setting, and the stage."""
-    generate.add_run_arguments(parser)
+    generate.add_run_arguments(parser, out="JSON-lines file; goes on where it was")
     parser.add_argument("--stage", choices=sorted(STAGES), required=True)
 
 

@@ -131,11 +131,13 @@ def samplers(steps: int) -> Iterator[Trial]:
 
 
 def tokens(steps: int) -> Iterator[Trial]:
-    """The same as `TOKENS`, in both contexts at two ratios."""
+    """The same as `TOKENS`, in both contexts at two ratios; "corrected" too."""
     for ratio in (0.5, 0.75):
         for context in ("fresh", "cached"):
+            name = f"tokens-{context}-{ratio:g}"
             options = {**TOKENS, "context": context, "ratio": ratio, "first_steps": steps // 4}
-            yield Trial(tofu(f"tokens-{context}-{ratio:g}", **options), steps)
+            yield Trial(tofu(name, **options), steps)
+            yield Trial(tofu(f"{name}-corrected", **{**options, "restore": "corrected"}), steps)
 
 
 def front(steps: int) -> Iterator[Trial]:

@@ -15,6 +15,7 @@ SETTINGS = {
     # The tokens of the default profile, but from the third step on: generations here are short.
     "fresh": {"first_steps": 2, "context": "fresh"},
     "cached": {"first_steps": 2, "context": "cached"},
+    "fresh_corrected": {"first_steps": 2, "context": "fresh", "restore": "corrected"},
     "attention": {"method": "tofu", "scope": "attention"},
     "span_temporal": {
         "method": "random",

@@ -369,9 +369,7 @@ def test_of_some_of_the_steps_the_moves_are_theirs():
         assert len(session.predictions.weights) == 8
 
 
-def test_corrected_is_for_whole_predictions():
-    with pytest.raises(ValueError, match="'corrected' takes back what was wrong with whole pred"):
-        TofuConfig(restore="corrected", fold="prune", scope="block")
+def test_corrected_alone_is_the_default_profile():
     config = TofuConfig(scope="step", restore="corrected")
     assert TofuConfig.from_json(config.to_json()) == config
     assert default_config("unet", {"restore": "corrected"}).scope == "step"

@@ -26,7 +26,8 @@ TOKEN_FIELDS = (
 )  # fmt: skip
 FILE_NAME = "tofu_config.json"
 FORMAT = 1
-STEP_RESTORES = ("temporal", "taylor", "corrected")
+CORRECTED = "corrected"
+STEP_RESTORES = ("temporal", "taylor", CORRECTED)
 
 
 def one_of(what: str, value: object, valid: Iterable[str]) -> None:
@@ -48,9 +49,9 @@ class TofuConfig:
             there. None: "tofu", or "all" in scope "step".
         method_options: Options of the method, by name.
         fold: What a kept token becomes: "prune", "mean", "mlerp"; None: the method's own.
-        restore: What a removed token gets back: "copy", "mlerp", "temporal", "taylor", "blend"; in scope
-            "step" also "corrected" (what "taylor" got wrong is taken back at the next step that runs); None:
-            the method's own.
+        restore: What a removed token gets back: "copy", "mlerp", "temporal", "taylor", "blend", "corrected"
+            (what "taylor" got wrong is taken back at the next step that computes it); None: the method's
+            own. In scope "step": "temporal", "taylor", "corrected".
         scope: Around what tokens shrink: "attention", "block", "span" (a run of blocks) or "step" (the whole
             denoiser: at some steps it does not run, and its prediction is restored from its past).
         context: What attention sees of removed tokens: "none"; "fresh" (keys and values from their
@@ -121,7 +122,7 @@ class TofuConfig:
         if self.fold is not None:
             one_of("fold", self.fold, FOLDS)
         if self.restore is not None:
-            one_of("restore", self.restore, {*RESTORES, *STEP_RESTORES})
+            one_of("restore", self.restore, {*RESTORES, CORRECTED})
         one_of("context", self.context, CONTEXTS)
         one_of("share", self.share, SHARES)
         for name in ("first_steps", "last_steps", "first_blocks", "last_blocks", "min_tokens"):
@@ -153,13 +154,13 @@ class TofuConfig:
     def _check_combination(self) -> None:
         if self.scope == "step":
             self._check_step()
-        elif self.restore not in (None, *RESTORES):
+        elif self.restore == CORRECTED and self.scope == "attention":
             raise ValueError(
-                f"restore {self.restore!r} takes back what was wrong with whole predictions; scope "
-                f"{self.scope!r} has none: use scope='step', or restore='taylor'"
+                f"restore {CORRECTED!r} takes back what was wrong with tokens' predictions; scope "
+                "'attention' computes most of those at every step: use scope='block', or restore='taylor'"
             )
         prunes = {self.fold_at(depth) for depth in (0.0, 1.0)} == {"prune"}
-        cached = {self.restore_at(depth) for depth in (0.0, 1.0)} & CACHED
+        cached = {self.restore_at(depth) for depth in (0.0, 1.0)} & {*CACHED, CORRECTED}
         if (self.context != "none" or cached) and not prunes:
             what = (
                 f"context {self.context!r}"
@@ -233,7 +234,7 @@ class TofuConfig:
         method = self.make_method()
         reasons = {
             f"restore {self.restore_at(0.0)!r}": bool(
-                {self.restore_at(0.0), self.restore_at(1.0)} & {*CACHED, *STEP_RESTORES}
+                {self.restore_at(0.0), self.restore_at(1.0)} & {*CACHED, CORRECTED}
             ),
             f"context {self.context!r}": self.context == "cached",
             f"method {self.method!r} (source {method.source!r})": method.warmup > 0,

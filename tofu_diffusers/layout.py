@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .attach import attach, parameters_of
-from .config import TofuConfig
+from .config import CORRECTED, TofuConfig
 from .families import Family, Run
 from .rotary import QuerySite, RotarySite, query_forward, rotary_forward
 from .session import Session
@@ -208,13 +208,15 @@ class Layout:
         config = self.config
         key = {"block": block_name, "run": run.name, "level": str(run.level)}[config.share]
         shelf = self._shelves.setdefault(key, Shelf(run.level))
+        restore = config.restore_at(depth)
         unit = Unit(
             name,
             run.level,
             shelf,
             depth,
             config.fold_at(depth),
-            config.restore_at(depth),
+            # What is corrected is the prediction; the updates inside are extrapolated.
+            "taylor" if restore == CORRECTED else restore,
             width,
             split=split,
         )

@@ -106,7 +106,7 @@ class Predictions:
         cache.record(rows, step)
         lacking = wide(cache.slope) * weight - before
         prediction = (wide(rows) + lacking).to(rows.dtype).view(out[0].shape)
-        return type(out)(sample=prediction) if hasattr(out, "sample") else (prediction, *out[1:])
+        return with_prediction(out, prediction)
 
     def restored(self, condition: str, step: Tensor, return_dict: bool) -> Any:
         """What the denoiser would return at this step."""
@@ -114,6 +114,11 @@ class Predictions:
         rows = own_update(self.kept, past.cache, step, past.cache.value.dtype)
         prediction = rows.view(past.shape)
         return past.kind(sample=prediction) if return_dict else (prediction,)
+
+
+def with_prediction(out: Any, prediction: Tensor) -> Any:
+    """What a denoiser returned, a tuple or an output, with another prediction."""
+    return type(out)(sample=prediction) if hasattr(out, "sample") else (prediction, *out[1:])
 
 
 def rest_weights(moves: list[float]) -> Tensor:

@@ -15,18 +15,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .attach import checkpoints_blocks, compiled_alone, hook_on
 from .clock import is_watched, moves, noise_level, noise_levels, watch
-from .config import TofuConfig
+from .config import CORRECTED, TofuConfig
+from .corrections import Corrections, Debt
 from .families.base import Family
 from .grid import TokenGrid
 from .kernels.reference import normalise
 from .methods import Evidence, Method
 from .plan import Plan
-from .predictions import Predictions
+from .predictions import Predictions, with_prediction
 from .restore import CACHED, UpdateCache
 from .schedule import left_out, quantise
 from .tracker import Tracker
@@ -135,6 +137,7 @@ class Session:
     opened: tuple[Tensor, Tensor, Plan | None] | None = None
     last_call: dict[str, Any] | None = None
     predictions: Predictions | None = None
+    corrections: Corrections | None = None
 
     def __post_init__(self) -> None:
         self.method = self.config.make_method()
@@ -144,6 +147,8 @@ class Session:
         self.max_age = None if bounded and self.config.reuse == 1 else self.config.max_age
         if self.config.scope == "step":
             self.predictions = Predictions(self.units[0].restore)
+        elif self.config.restore == CORRECTED:
+            self.corrections = Corrections()
         # With a past of its own to build on, no removed token gets another's update.
         own = all(unit.restore in ("temporal", "taylor") for unit in self.units)
         inside = self.config.scope in ("block", "span")
@@ -156,8 +161,13 @@ class Session:
     def follow(self, scheduler: Any) -> None:
         """Start the generation that a scheduler has set its timesteps for."""
         self.begin(noise_levels(scheduler))
-        if self.predictions is not None and self.predictions.corrects:
-            self.predictions.begin(moves(scheduler))
+        if self.looks_back is not None and self.looks_back.corrects:
+            self.looks_back.begin(moves(scheduler))
+
+    @property
+    def looks_back(self) -> Predictions | Corrections | None:
+        """What may change a prediction by how far earlier steps went."""
+        return self.corrections if self.predictions is None else self.predictions
 
     def begin(self, noise: list[float], conditions: int | None = None) -> None:
         """Start a generation whose steps have these noise levels (1 = pure noise)."""
@@ -171,8 +181,8 @@ class Session:
         self.held = 0
         self.known = self.unread = None
         self.forget()
-        if self.predictions is not None:
-            self.predictions.begin(None)
+        if self.looks_back is not None:
+            self.looks_back.begin(None)
         self._go_to(0)
         whole = self.whole_steps()
         if 0 < len(noise) <= FEW_STEPS and whole and self.config.ratio > 0:
@@ -223,6 +233,8 @@ class Session:
         self.constants.clear()
         if self.predictions is not None:
             self.predictions.past.clear()
+        if self.corrections is not None:
+            self.corrections.debts.clear()
         self.tracker = None
         self.opened = None
 
@@ -371,10 +383,10 @@ class Session:
                 self.last_call = shapes_only(named)
         if self.step is not None and self.step.device != sample.device:
             self.step = self.step.to(sample.device)
-        if self.predictions is not None:
-            self.predictions.to(sample.device)
-            if self.condition not in self.predictions.past:
-                self.units[0].ratio = "0.0"
+        if self.looks_back is not None:
+            self.looks_back.to(sample.device)
+        if self.predictions is not None and self.condition not in self.predictions.past:
+            self.units[0].ratio = "0.0"
 
     def leaves_out(self) -> bool:
         """Whether the denoiser does not run at this step (scope "step")."""
@@ -473,8 +485,38 @@ class Session:
                 self._check_limit(self._bytes() + self.predictions.nbytes_for(out[0]))
             out = self.predictions.record(self.condition, out, self.step)
             self.held = max(self.held, self._bytes())
-        if self.tracker is None or self.step is None:
-            return out
+        if self.tracker is not None and self.step is not None:
+            self._track(out, self.tracker, self.step)
+        if self.corrections is not None and self.corrections.moves is not None:
+            assert self.step is not None
+            with torch.no_grad():
+                return self._corrected(out, self.corrections, self.step)
+        return out
+
+    def _corrected(self, out: Any, corrections: Corrections, step: Tensor) -> Any:
+        """What the denoiser returned, with what the tokens lack that this step computed."""
+        level = min(self.grids)
+        grid = self.grids[level]
+        maps = self.family.prediction(out[0], grid)
+        if self.condition not in corrections.debts:
+            needed = self._bytes() + Debt.nbytes_for(maps)
+            self._check_limit(needed)
+            self.held = max(self.held, needed)
+        kept = [rows for shelf in self.shelves if shelf.level == level for rows in shelf.kept()]
+        computed = None
+        if kept:
+            flags = torch.zeros(self.images, grid.tokens, dtype=torch.bool, device=maps.device)
+            for rows in kept:
+                flags = flags.scatter(1, rows, True)
+            sides = grid.row.sides if self.family.packed else grid.sides
+            volume = flags.view(-1, 1, *sides).repeat(self.groups, 1, 1, 1, 1)
+            computed = F.interpolate(volume.float(), size=maps.shape[2:], mode="nearest").bool()
+        maps = corrections.settled(self.condition, maps, computed, step)
+        prediction = self.family.with_prediction(out[0], grid, maps)
+        return with_prediction(out, prediction)
+
+    def _track(self, out: Any, tracker: Tracker, step: Tensor) -> None:
+        """Note which tokens were computed and how their predictions changed."""
         with torch.no_grad():
             maps = self.family.prediction(out[0], self.grids[min(self.grids)])
             images, groups = self.images, self.groups
@@ -484,10 +526,9 @@ class Session:
                 for shelf in self.shelves:
                     kept[shelf.level] += shelf.kept()
                 back = maps[-images:] if self.family.conditional_first else maps[:images]
-                self.tracker.note(first, back if groups > 1 else None, kept, self.step)
+                tracker.note(first, back if groups > 1 else None, kept, step)
             elif self.condition == "1":
-                self.tracker.note_second(first)
-        return out
+                tracker.note_second(first)
 
     def _make_plan(
         self, unit: Unit, metric: Tensor, remove: int, importance: Callable[[int], Tensor]
@@ -574,8 +615,9 @@ class Session:
             distances = [abs(noise - level) for noise in self.noise]
             begin = min(distances.index(min(distances)), len(self.noise) - planned)
             self.noise = self.noise[begin : begin + planned]
-            if self.predictions is not None and self.predictions.moves is not None:
-                self.predictions.begin(self.predictions.moves[begin : begin + planned])
+            back = self.looks_back
+            if back is not None and back.moves is not None:
+                back.begin(back.moves[begin : begin + planned])
             self._set_ratios()
 
     def _check_reach(self) -> None:
@@ -600,6 +642,8 @@ class Session:
             unit.updates.pop(self.condition, None)
         for projection in self.projections:
             projection.rows.pop(self.condition, None)
+        if self.corrections is not None:
+            self.corrections.debts.pop(self.condition, None)
         if self.predictions is not None:
             # How much room a prediction takes shows when there is one.
             self.predictions.past.pop(self.condition, None)
@@ -639,5 +683,5 @@ class Session:
         """Held now in cached updates and cached keys and values."""
         updates = [cache.nbytes for unit in self.units for cache in unit.updates.values()]
         rows = [rows for projection in self.projections for rows in projection.rows.values()]
-        kept = self.predictions.nbytes if self.predictions is not None else 0
+        kept = self.looks_back.nbytes if self.looks_back is not None else 0
         return kept + sum(updates) + sum(each.numel() * each.element_size() for each in rows)

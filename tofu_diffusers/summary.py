@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .config import CORRECTED
 from .flops import count
 from .profiles import default_config, profile
 from .session import Session, StepRecord
@@ -132,9 +133,18 @@ def summarise(
 
 
 def _rows(denoiser: str, session: Session, steps: list[StepRecord]) -> list[Row]:
-    scope = session.config.scope
+    scope, corrected = session.config.scope, session.corrections is not None
     return [
-        Row(denoiser, unit.name, scope, unit.fold, unit.restore, calls, tokens, kept / calls)
+        Row(
+            denoiser,
+            unit.name,
+            scope,
+            unit.fold,
+            CORRECTED if corrected else unit.restore,
+            calls,
+            tokens,
+            kept / calls,
+        )
         for unit, calls, tokens, kept in _counts(session, steps)
     ]
 

@@ -151,6 +151,14 @@ class Family(ABC):
             return tokens.transpose(1, 2)[:, :, None, None]
         return out.unsqueeze(2) if out.ndim == 4 else out
 
+    def with_prediction(self, out: Tensor, grid: TokenGrid, maps: Tensor) -> Tensor:
+        """What the denoiser returned with another prediction, as `prediction` gives it."""
+        if self.packed:
+            tokens = maps.flatten(2).transpose(1, 2)
+            end = grid.text_before + grid.tokens
+            return torch.cat([out[:, : grid.text_before], tokens, out[:, end:]], dim=1)
+        return maps.view(out.shape)
+
     def hidden(self, kwargs: Kwargs) -> Tensor:
         """The image tokens among a block's (or attention's) arguments.  -> [B, N, C]"""
         hidden: Tensor = kwargs["hidden_states"]

@@ -1,0 +1,173 @@
+"""Restore "corrected" of single tokens: what they lacked while they were not computed is given back."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import tiny
+from tofu_diffusers import TofuConfig, apply_tofu
+from tofu_diffusers.corrections import Corrections
+
+STEPS = 8
+TOKENS = {
+    "ratio": 0.5,
+    "scope": "block",
+    "fold": "prune",
+    "context": "fresh",
+    "first_steps": 2,
+    "share": "level",
+}
+BUILDS = {
+    "unet": tiny.tiny_sd,
+    "sd3": tiny.tiny_sd3,
+    "flux": tiny.tiny_flux,
+    "wan": tiny.tiny_wan,
+    "pixart": tiny.tiny_pixart,
+}
+
+
+@given(
+    st.lists(st.floats(0.1, 3.0), min_size=4, max_size=12),
+    st.integers(0, 2**31),
+    st.sampled_from([1, 2]),
+)
+def test_what_a_token_lacked_lies_between_the_steps_that_computed_it(sizes, seed, calls):
+    """The sum of moves times predictions ends as if every token's had been interpolated in between, but for
+    what the last step computes."""
+    count, tokens = len(sizes), 7
+    draw = torch.Generator().manual_seed(seed)
+    made = torch.randn(calls, count, 2, 3, 1, 1, tokens, generator=draw, dtype=torch.float64)
+    computed = torch.rand(count, 2, 1, 1, 1, tokens, generator=draw) < 0.5
+    computed[0] = True
+    corrections = Corrections()
+    corrections.begin(sizes)
+    total, expected = (torch.zeros(made.shape[:1] + made.shape[2:]).double() for _ in range(2))
+    for step, move in enumerate(sizes):
+        mask = None if bool(computed[step].all()) else computed[step]
+        for call in range(calls):
+            at = torch.tensor(float(step))
+            total[call] += move * corrections.settled(str(call), made[call, step], mask, at)
+    for row in range(2):
+        for token in range(tokens):
+            runs = [step for step in range(count) if computed[step, row, ..., token]]
+            for step, move in enumerate(sizes):
+                before = max(run for run in runs if run <= step)
+                after = min((run for run in runs if run >= step), default=count)
+                wanted = made[:, step, row, ..., token]
+                if step not in runs and after < count - 1:
+                    ends = (made[:, run, row, ..., token] for run in (before, after))
+                    wanted = torch.lerp(*ends, (step - before) / (after - before))
+                expected[:, row, ..., token] += move * wanted
+    torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["importance", "random"])
+@pytest.mark.parametrize("family", BUILDS)
+def test_it_differs_from_taylor_where_a_token_is_computed_again(family, method):
+    pipe = BUILDS[family]()
+    made = {}
+    for restore in ("taylor", "corrected"):
+        options = {**TOKENS, "method": method, "restore": restore}
+        with apply_tofu(pipe, **options) as handle:
+            made[restore] = tiny.generate(pipe, ["a cat", "a dog"], steps=STEPS)
+            again = tiny.generate(pipe, ["a cat", "a dog"], steps=STEPS)
+            assert torch.equal(again, made[restore])
+            made[f"{restore} bytes"] = handle.summary().cache_bytes
+            assert f" {restore} " in str(handle.summary())
+        # Only the last step is reduced: no token is computed after it.
+        with apply_tofu(pipe, **options | {"first_steps": STEPS - 1}):
+            made[f"{restore} last"] = tiny.generate(pipe, steps=STEPS)
+        with apply_tofu(pipe, **options | {"ratio": 0.0}):
+            made[f"{restore} none"] = tiny.generate(pipe, steps=STEPS)
+    assert made["corrected"].isfinite().all()
+    assert not torch.equal(made["taylor"], made["corrected"])
+    assert made["taylor bytes"] < made["corrected bytes"]
+    assert torch.equal(made["taylor last"], made["corrected last"])
+    assert torch.equal(made["corrected none"], tiny.generate(pipe, steps=STEPS))
+
+
+@pytest.mark.parametrize("family", BUILDS)
+def test_a_token_is_corrected_where_it_stands(family, monkeypatch):
+    """On a grid that is no square: what is said to be computed are the places of the kept tokens."""
+    pipe, seen = BUILDS[family](), []
+    inner = Corrections.settled
+
+    def settled(self, condition, prediction, computed, step):
+        (session,) = {id(each): each for _, each in handle._sessions}.values()
+        level = min(session.grids)
+        grid, shelf = session.grids[level], session.units[0].shelf
+        if computed is None:
+            assert shelf.kept() == []
+        else:
+            (kept,) = shelf.kept()
+            rows, columns = prediction.shape[3:]
+            sides = (1, 1, grid.tokens) if session.family.packed else grid.sides
+            assert rows % sides[1] == 0 and columns % sides[2] == 0
+            # Of every token the first place of its patch.
+            first = computed[..., :: rows // sides[1], :: columns // sides[2]]
+            found = [row.flatten().nonzero().flatten().tolist() for row in first]
+            assert found == kept.tolist() * (len(found) // len(kept))
+            assert int(computed.sum()) * grid.tokens == kept.shape[1] * computed.numel()
+        seen.append((condition, computed is None))
+        return inner(self, condition, prediction, computed, step)
+
+    monkeypatch.setattr(Corrections, "settled", settled)
+    size = {} if family == "wan" else {"height": 96, "width": 160}
+    with apply_tofu(pipe, **TOKENS, method="random", restore="corrected") as handle:
+        tiny.generate(pipe, ["a cat", "a dog"], steps=5, **size)
+    calls = 2 if family == "wan" else 1
+    whole = max(2, sum(each for _, each in seen) // calls)
+    assert seen == [(str(call), step < whole) for step in range(5) for call in range(calls)]
+    assert whole <= 3
+
+
+def test_without_known_moves_it_is_taylor():
+    pipe = tiny.tiny_ddpm()
+    made = []
+    for restore in ("taylor", "corrected"):
+        with apply_tofu(pipe, **{**TOKENS, "context": "none"}, method="random", restore=restore):
+            made.append(tiny.generate(pipe, steps=STEPS))
+    assert torch.equal(*made)
+
+
+def test_what_it_keeps_counts_against_the_limit():
+    pipe = tiny.tiny_sd()
+    options = {**TOKENS, "method": "random", "restore": "corrected"}
+    with apply_tofu(pipe, **options) as handle:
+        tiny.generate(pipe, steps=4)
+        needed = handle.summary().cache_bytes
+    with (
+        apply_tofu(pipe, **options, memory_limit=0.999 * needed / 2**30),
+        pytest.raises(MemoryError, match="memory_limit"),
+    ):
+        tiny.generate(pipe, steps=4)
+    with apply_tofu(pipe, **options, memory_limit=1.001 * needed / 2**30):
+        tiny.generate(pipe, steps=4)
+
+
+def test_half_precision_is_summed_in_single():
+    pipe = tiny.tiny_sd().to(torch.bfloat16)
+    with apply_tofu(pipe, **TOKENS, method="random", restore="corrected") as handle:
+        found = []
+        (session,) = {id(each): each for _, each in handle._sessions}.values()
+
+        def note(*_):
+            found.append(session.corrections.debts["0"].used.dtype)
+
+        pipe.unet.register_forward_hook(note)
+        out = tiny.generate(pipe, steps=4)
+    assert set(found) == {torch.float32} and out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"scope": "attention", "fold": "prune"}, "scope 'attention' computes most of those"),
+        ({"scope": "block", "fold": "mlerp"}, "restore 'corrected' needs fold 'prune'"),
+        ({"scope": "block", "fold": "prune", "method": "all"}, "cannot have method 'all'"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        TofuConfig(restore="corrected", **options)

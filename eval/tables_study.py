@@ -118,8 +118,9 @@ LENGTHS = (10, 20, 50)
 # In the order of the README: the default at two savings, what else removes tokens, what must be beaten.
 SHORT = (
     "step-17-corrected", "step-17-first4-corrected", "step-12-corrected", "step-12-first4-corrected",
-    "tokens-fresh-0.5", "tokens-cached-0.5", "tofu-0.5", "tome-0.5", "pitome-0.5", "random-0.5", "tomesd-0.5",
-    "deepcache-2", "taylorseer-2", "steps-17", "steps-12", "multistep-12", "line-12", "late-12",
+    "tokens-fresh-0.5-corrected", "tokens-fresh-0.5", "tokens-cached-0.5-corrected", "tofu-0.5", "tome-0.5",
+    "pitome-0.5", "random-0.5", "tomesd-0.5", "deepcache-2", "taylorseer-2", "steps-17", "steps-12",
+    "multistep-12", "line-12", "late-12",
 )  # fmt: skip
 
 

@@ -154,11 +154,6 @@ class TofuConfig:
     def _check_combination(self) -> None:
         if self.scope == "step":
             self._check_step()
-        elif self.restore == CORRECTED and self.scope == "attention":
-            raise ValueError(
-                f"restore {CORRECTED!r} takes back what was wrong with tokens' predictions; scope "
-                "'attention' computes most of those at every step: use scope='block', or restore='taylor'"
-            )
         prunes = {self.fold_at(depth) for depth in (0.0, 1.0)} == {"prune"}
         cached = {self.restore_at(depth) for depth in (0.0, 1.0)} & {*CACHED, CORRECTED}
         if (self.context != "none" or cached) and not prunes:

@@ -202,6 +202,9 @@ def test_cache_memory_is_counted_and_limited():
                 for tensor in (cache.value, cache.slope, cache.last)
             ]
             tensors += [rows for p in session.projections for rows in p.rows.values()]
+            tensors += [
+                t for debt in session.corrections.debts.values() for t in vars(debt).values()
+            ]
             seen.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
         hook = pipe.unet.conv_out.register_forward_pre_hook(look)
@@ -212,6 +215,7 @@ def test_cache_memory_is_counted_and_limited():
         # Nothing is kept while the latents are decoded.
         assert not any(unit.updates for unit in session.units)
         assert not any(projection.rows for projection in session.projections)
+        assert not session.corrections.debts
     gib = held / 2**30
     with apply_tofu(pipe, ratio=0.5, context="cached", memory_limit=gib * 1.01):
         tiny.generate(pipe, steps=4)

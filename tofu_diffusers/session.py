@@ -487,17 +487,24 @@ class Session:
             self.held = max(self.held, self._bytes())
         if self.tracker is not None and self.step is not None:
             self._track(out, self.tracker, self.step)
-        if self.corrections is not None and self.corrections.moves is not None:
-            assert self.step is not None
+        if self._settles and self.corrections is not None and self.step is not None:
             with torch.no_grad():
                 return self._corrected(out, self.corrections, self.step)
         return out
 
+    @property
+    def _settles(self) -> bool:
+        """Whether predictions of this generation are corrected by tokens."""
+        return self.corrections is not None and self.corrections.moves is not None
+
+    def _maps(self, prediction: Tensor) -> Tensor:
+        """A prediction as maps, by the finest grid."""
+        return self.family.prediction(prediction, self.grids[min(self.grids)])
+
     def _corrected(self, out: Any, corrections: Corrections, step: Tensor) -> Any:
         """What the denoiser returned, with what the tokens lack that this step computed."""
         level = min(self.grids)
-        grid = self.grids[level]
-        maps = self.family.prediction(out[0], grid)
+        grid, maps = self.grids[level], self._maps(out[0])
         if self.condition not in corrections.debts:
             needed = self._bytes() + Debt.nbytes_for(maps)
             self._check_limit(needed)
@@ -518,7 +525,7 @@ class Session:
     def _track(self, out: Any, tracker: Tracker, step: Tensor) -> None:
         """Note which tokens were computed and how their predictions changed."""
         with torch.no_grad():
-            maps = self.family.prediction(out[0], self.grids[min(self.grids)])
+            maps = self._maps(out[0])
             images, groups = self.images, self.groups
             first = self.conditional(maps, images)
             if self.condition == "0":
@@ -655,7 +662,9 @@ class Session:
         for projection in self.projections:
             tokens = self.grids[projection.level].total
             needed += batch * tokens * projection.width * sample.element_size()
-        self._check_limit(needed)
+        # A prediction is as large as the latents, or its own check comes behind the first call.
+        later = Debt.nbytes_for(self._maps(sample)) if self._settles else 0
+        self._check_limit(needed + later)
         for unit in units:
             tokens = self.grids[unit.level].total
             unit.updates[self.condition] = UpdateCache.empty(

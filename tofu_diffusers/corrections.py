@@ -72,11 +72,6 @@ class Corrections:
     factors: Tensor | None = None
 
     @property
-    def corrects(self) -> bool:
-        """Whether it has a use for how far the steps go."""
-        return True
-
-    @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(debt.nbytes for debt in self.debts.values())

@@ -55,11 +55,6 @@ class Predictions:
         return 1 if self.restore == "temporal" else 2
 
     @property
-    def corrects(self) -> bool:
-        """Whether it has a use for how far the steps go."""
-        return self.restore == "corrected"
-
-    @property
     def kept(self) -> str:
         """The restore whose cache is kept."""
         return "temporal" if self.restore == "temporal" else "taylor"

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -31,7 +30,7 @@ from .plan import Plan
 from .predictions import Predictions, with_prediction
 from .restore import CACHED, UpdateCache
 from .schedule import left_out, quantise
-from .tracker import Tracker
+from .tracker import Tracker, flags_of, on_maps
 from .units import Projection, Shelf, Unit
 
 GIB = 2**30
@@ -161,7 +160,7 @@ class Session:
     def follow(self, scheduler: Any) -> None:
         """Start the generation that a scheduler has set its timesteps for."""
         self.begin(noise_levels(scheduler))
-        if self.looks_back is not None and self.looks_back.corrects:
+        if self.looks_back is not None and self.config.restore == CORRECTED:
             self.looks_back.begin(moves(scheduler))
 
     @property
@@ -512,12 +511,9 @@ class Session:
         kept = [rows for shelf in self.shelves if shelf.level == level for rows in shelf.kept()]
         computed = None
         if kept:
-            flags = torch.zeros(self.images, grid.tokens, dtype=torch.bool, device=maps.device)
-            for rows in kept:
-                flags = flags.scatter(1, rows, True)
-            sides = grid.row.sides if self.family.packed else grid.sides
-            volume = flags.view(-1, 1, *sides).repeat(self.groups, 1, 1, 1, 1)
-            computed = F.interpolate(volume.float(), size=maps.shape[2:], mode="nearest").bool()
+            flags = flags_of(kept, maps.new_empty(self.images, grid.tokens))
+            places = on_maps(flags, grid.row if self.family.packed else grid, maps)
+            computed = places.repeat(self.groups, 1, 1, 1, 1)
         maps = corrections.settled(self.condition, maps, computed, step)
         prediction = self.family.with_prediction(out[0], grid, maps)
         return with_prediction(out, prediction)

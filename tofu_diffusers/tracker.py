@@ -109,24 +109,34 @@ class Tracker:
 
     def _note_change(self, prediction: Tensor, kept: Sequence[Tensor], step: Tensor) -> None:
         grid = self.grids[self.finest]
-        computed = torch.zeros_like(self.score) if kept else torch.ones_like(self.score)
-        for rows in kept:
-            computed = computed.scatter(1, rows, 1.0)
-        computed = computed.bool()
+        computed = flags_of(kept, self.score)
         if self.prediction is None:
             self.prediction = torch.zeros_like(prediction)
         squares = (prediction.float() - self.prediction.float()).square().sum(1, keepdim=True)
         change = _pool(squares, grid).sqrt() / self.age(self.finest, step).clamp(min=1.0)
         self.score.copy_(torch.where(computed, change, self.score))
         # Each token is compared with what it was when it was last computed, not with its stale self.
-        volume = computed.float().view(-1, 1, grid.frames, grid.height, grid.width)
-        mask = F.interpolate(volume, size=prediction.shape[2:], mode="nearest").bool()
+        mask = on_maps(computed, grid, prediction)
         self.prediction.copy_(torch.where(mask, prediction, self.prediction))
 
     def _note_guidance(self, conditional: Tensor, unconditional: Tensor) -> None:
         self.guided = True
         squares = (conditional.float() - unconditional.float()).square().sum(1, keepdim=True)
         self.score.copy_(_pool(squares, self.grids[self.finest]).sqrt())
+
+
+def flags_of(kept: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The tokens that any of these plans [I, K] keeps; none: all of them.  -> [I, N] bool, as `like`"""
+    flags = torch.full_like(like, not kept, dtype=torch.bool)
+    for rows in kept:
+        flags = flags.scatter(1, rows, True)
+    return flags
+
+
+def on_maps(flags: Tensor, grid: TokenGrid, maps: Tensor) -> Tensor:
+    """Where flagged tokens stand on maps [B, C, F, H, W].  [I, N] bool -> [I, 1, F, H, W] bool"""
+    volume = flags.float().view(-1, 1, *grid.sides)
+    return F.interpolate(volume, size=maps.shape[2:], mode="nearest").bool()
 
 
 def received_attention(queries: Tensor, keys: Tensor, heads: int, chunk: int = 2**24) -> Tensor:

@@ -57,13 +57,16 @@ def tofu(name: str, **options: Any) -> Setting:
 
 
 def grid(steps: int) -> Iterator[Trial]:
-    """Every valid combination; a method's own fold (by depth for ToFu) is called "own"."""
+    """Every valid combination; a method's own fold (by depth for ToFu) is called "own".
+
+    ToFu is there with its own fold only: with a fold and a restore given, it is ToMe with them.
+    """
     for ratio, method, fold, how, scope, context in itertools.product(
         RATIOS, sorted(METHODS), [*FOLDS, "own"], RESTORES, SCOPES, CONTEXTS
     ):
         own = fold == "own"
         # Apart from ToFu's, a method's own fold is one of the others.
-        if own and method != "tofu":
+        if own != (method == "tofu"):
             continue
         options = {
             "method": method,

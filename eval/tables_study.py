@@ -297,6 +297,9 @@ def worth(
 
     def rest(row: Row) -> tuple[Any, ...]:
         options = {"n": row["n"], **row["setting"]["options"]}
+        # ToFu's matching is ToMe's; in the grid only its fold is its own.
+        if options.get("method") == "tofu":
+            options["method"] = "tome"
         return tuple(sorted((k, str(v)) for k, v in options.items() if k != option))
 
     found: dict[str, dict[tuple[Any, ...], float]] = {mine: {}, other: {}}
@@ -319,12 +322,12 @@ QUESTIONS = (
     ("restore", "temporal", "copy"),
     ("restore", "taylor", "temporal"),
     ("restore", "blend", "temporal"),
+    ("restore", "corrected", "taylor"),
     ("context", "fresh", "none"),
     ("context", "cached", "none"),
     ("context", "fresh", "cached"),
     ("scope", "block", "attention"),
     ("method", "importance", "random"),
-    ("method", "tofu", "tome"),
     ("method", "pitome", "tome"),
     ("method", "tome", "random"),
 )

@@ -19,7 +19,7 @@ from tofu_diffusers.fold import EPS, FOLDS, reduce
 from tofu_diffusers.grid import TokenGrid
 from tofu_diffusers.methods import METHODS, Evidence, Method, make_method
 from tofu_diffusers.plan import Plan
-from tofu_diffusers.restore import CACHED, RESTORES, UpdateCache, restore
+from tofu_diffusers.restore import CACHED, SITE_RESTORES, UpdateCache, restore
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -272,7 +272,7 @@ def test_nothing_data_dependent_or_nondeterministic_runs(method: Method) -> None
             plan = method.plan(e)
             for fold in FOLDS:
                 y = reduce(e.metric, plan, fold)
-                for how in RESTORES:
+                for how in SITE_RESTORES:
                     cache = None
                     if how in CACHED:
                         cache = UpdateCache.empty(how, 2, 30, 4, torch.float32, "cpu")
@@ -321,7 +321,7 @@ def test_reducing_a_copy_gives_the_update_back(
     assert_rows_close(back, y, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("how", RESTORES)
+@pytest.mark.parametrize("how", SITE_RESTORES)
 @LAW
 @given(plans(), st.sampled_from(DTYPES), seeds)
 def test_pruning_any_restored_update_gives_it_back(
@@ -459,7 +459,7 @@ def test_finite_in_finite_out(kind: str, plan: Plan, dtype: torch.dtype, seed: i
         y = reduce(x, plan, fold)
         assert y.isfinite().all(), fold
         assert y.double().norm(dim=-1).amax() <= longest * (1 + TOLERANCE[dtype])
-        for how in RESTORES:
+        for how in SITE_RESTORES:
             cache = None
             if how in CACHED:  # a sign that flips takes slopes and sums out of the dtype's range
                 cache = UpdateCache.empty(how, *plan.assign.shape, 3, dtype, "cpu")

@@ -14,7 +14,7 @@ from tofu_diffusers.grid import TokenGrid
 from tofu_diffusers.methods import METHODS, Evidence, Method, make_method, matching, register
 from tofu_diffusers.methods.tome import Tome
 from tofu_diffusers.plan import Plan
-from tofu_diffusers.restore import RESTORES
+from tofu_diffusers.restore import SITE_RESTORES
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True)
 every_name = pytest.mark.parametrize("name", sorted(METHODS))
@@ -59,7 +59,7 @@ def test_options_are_frozen_and_survive_json(name: str) -> None:
 def test_defaults_name_known_folds_and_restores(name: str) -> None:
     method = make_method(name)
     for depth in (0.0, 0.5, 1.0):
-        assert method.fold(depth) in FOLDS and method.restore(depth) in RESTORES
+        assert method.fold(depth) in FOLDS and method.restore(depth) in SITE_RESTORES
     assert 0 < method.max_ratio <= 1
 
 

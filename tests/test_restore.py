@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.plans import plan_keeping
 from tofu_diffusers.plan import Plan
-from tofu_diffusers.restore import CACHED, RESTORES, UpdateCache, restore
+from tofu_diffusers.restore import CACHED, SITE_RESTORES, UpdateCache, restore
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True)
 B, N, C = 2, 13, 3
@@ -169,7 +169,8 @@ def test_memory_is_what_was_foretold(how: str, dtype: torch.dtype) -> None:
 
 def test_restores_without_a_cache_need_no_memory() -> None:
     assert all(
-        UpdateCache.nbytes_for(how, B, N, C, torch.float16) == 0 for how in set(RESTORES) - CACHED
+        UpdateCache.nbytes_for(how, B, N, C, torch.float16) == 0
+        for how in set(SITE_RESTORES) - CACHED
     )
     with pytest.raises(ValueError, match="'copy' needs no cache"):
         UpdateCache.empty("copy", B, N, C, torch.float32, "cpu")
@@ -187,7 +188,7 @@ def test_a_step_given_as_float32_serves_a_cache_of_any_dtype() -> None:
         assert (full[~plan_at(0).is_kept()] == 3).all()
 
 
-@pytest.mark.parametrize("how", RESTORES)
+@pytest.mark.parametrize("how", SITE_RESTORES)
 def test_compiled_restores_equal_eager_ones(how: str) -> None:
     torch._dynamo.reset()
     x = normal(9, B, N, C).float()
@@ -209,7 +210,7 @@ def test_compiled_restores_equal_eager_ones(how: str) -> None:
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("how", RESTORES)
+@pytest.mark.parametrize("how", SITE_RESTORES)
 def test_restores_run_on_meta_tensors(how: str) -> None:
     plan = Plan(*(t.to("meta") for t in plan_at(0)))
     x = torch.empty(B, N, C, device="meta", dtype=torch.float16)

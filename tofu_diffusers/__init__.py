@@ -7,14 +7,14 @@
 """
 
 from .apply import Handle, apply_tofu, remove_tofu
-from .config import CONTEXTS, SCOPES, TofuConfig
+from .config import CONTEXTS, RESTORES, SCOPES, TofuConfig
 from .families import FAMILIES
 from .fold import FOLDS, reduce
 from .grid import TokenGrid
 from .methods import METHODS, Evidence, Method
 from .plan import Plan
 from .profiles import default_config, profile
-from .restore import RESTORES, UpdateCache, restore
+from .restore import UpdateCache, restore
 from .schedule import Schedule
 from .summary import Summary
 

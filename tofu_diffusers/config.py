@@ -13,7 +13,7 @@ from .fold import FOLDS
 from .methods import METHODS, Method, make_method
 from .methods.all import All
 from .methods.base import hint
-from .restore import CACHED, RESTORES
+from .restore import CACHED, SITE_RESTORES
 from .schedule import Schedule
 
 SCOPES = ("attention", "block", "span", "step")
@@ -27,6 +27,7 @@ TOKEN_FIELDS = (
 FILE_NAME = "tofu_config.json"
 FORMAT = 1
 CORRECTED = "corrected"
+RESTORES = (*SITE_RESTORES, CORRECTED)
 STEP_RESTORES = ("temporal", "taylor", CORRECTED)
 
 
@@ -122,7 +123,7 @@ class TofuConfig:
         if self.fold is not None:
             one_of("fold", self.fold, FOLDS)
         if self.restore is not None:
-            one_of("restore", self.restore, {*RESTORES, CORRECTED})
+            one_of("restore", self.restore, RESTORES)
         one_of("context", self.context, CONTEXTS)
         one_of("share", self.share, SHARES)
         for name in ("first_steps", "last_steps", "first_blocks", "last_blocks", "min_tokens"):

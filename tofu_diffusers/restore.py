@@ -24,7 +24,8 @@ from .kernels.reference import scale_of, wide
 from .plan import Plan
 from .rows import put_, take
 
-RESTORES = ("copy", "mlerp", "temporal", "taylor", "blend")
+# Of a site: "corrected" is of the prediction.
+SITE_RESTORES = ("copy", "mlerp", "temporal", "taylor", "blend")
 CACHED = frozenset({"temporal", "taylor", "blend"})
 
 
@@ -262,7 +263,7 @@ def restore(
     Args:
         update: [B, K, C].
         plan: the plan that x was reduced with.
-        how: one of `RESTORES`.
+        how: one of `SITE_RESTORES`.
         x, folded: the input before [B, N, C] and after [B, K, C] folding; mlerp needs both.
         cache: of this span and condition; the cached forms need it.
         step: 0-d float32 tensor, the current step; the cached forms need it.
@@ -274,8 +275,8 @@ def restore(
     Raises:
         ValueError: unknown form, a missing argument, or shapes that do not belong together.
     """
-    if how not in RESTORES:
-        raise ValueError(f"unknown restore {how!r}; choose one of {', '.join(RESTORES)}")
+    if how not in SITE_RESTORES:
+        raise ValueError(f"unknown restore {how!r}; choose one of {', '.join(SITE_RESTORES)}")
     if update.shape[:2] != plan.kept.shape:
         raise ValueError(
             f"update is {tuple(update.shape)} but the plan keeps {tuple(plan.kept.shape)} "

@@ -14,6 +14,7 @@ COMMANDS = {
     "stacking": ("eval.stacking", "whether tofu's gain and another speed-up's multiply"),
     "growth": ("eval.growth", "how the cost of plans, folds and restores grows with the tokens"),
     "study": ("eval.study", "drift of many combinations, without pictures or times"),
+    "calibrate": ("eval.calibrate", "probes for importance source gradient"),
     "tables": ("eval.tables", "the documents' tables and plots, from committed rows"),
     "report": ("eval.report", "a page with plots, pictures and tables"),
 }

@@ -221,9 +221,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_arguments(
-    parser: argparse.ArgumentParser, out: str = "folder; goes on where it was"
+    parser: argparse.ArgumentParser,
+    out: str = "folder; goes on where it was",
+    prompts: str = "first",
+    batches: bool = True,
 ) -> None:
-    """Those that say what to generate, whatever the setting; `out`: what --out is."""
+    """Those that say what to generate, whatever the setting.
+
+    Args:
+        out: What --out is.
+        prompts: Which ones -n leaves.
+        batches: Whether images are generated together.
+    """
     embedded, sets = ", ".join(sorted(MODELS)), ", ".join(sorted(BUILT_IN))
     parser.add_argument(
         "--pipeline",
@@ -234,16 +243,17 @@ def add_run_arguments(
         "--prompts", default="emoji", help=f"file, one a line, or a set: {sets} (%(default)s)"
     )
     # torchrun takes --n for its own, shortened; -n goes through.
-    parser.add_argument("-n", "--n", type=int, help="only the first n prompts")
+    parser.add_argument("-n", "--n", type=int, help=f"only the {prompts} n prompts")
     parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--steps", type=int, default=25, help="(%(default)s)")
     parser.add_argument("--guidance", type=float, default=4.0, help="(%(default)s)")
     parser.add_argument("--scheduler", help="a class of diffusers; default: the pipeline's own")
     for name in ("height", "width"):
         parser.add_argument(f"--{name}", type=int, help="in pixels; default: the model's own")
-    parser.add_argument(
-        "--batch-size", type=int, default=8, help="images generated together (%(default)s)"
-    )
+    if batches:
+        parser.add_argument(
+            "--batch-size", type=int, default=8, help="images generated together (%(default)s)"
+        )
     parser.add_argument("--seed", type=int, default=0, help="of the first image (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, float16 elsewhere")
 

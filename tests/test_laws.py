@@ -6,6 +6,7 @@ high or three-dimensional; dtypes are the four float ones.
 
 import math
 from dataclasses import fields
+from typing import get_args
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.plans import plan_keeping
 from tofu_diffusers.fold import EPS, FOLDS, reduce
 from tofu_diffusers.grid import TokenGrid
 from tofu_diffusers.methods import METHODS, Evidence, Method, make_method
+from tofu_diffusers.methods.base import Source
 from tofu_diffusers.plan import Plan
 from tofu_diffusers.restore import CACHED, SITE_RESTORES, UpdateCache, restore
 
@@ -38,6 +40,7 @@ OPTIONS = (
     {"max_age": 4},
     {"protect": False},
     {"source": "cfg"},
+    {"source": {"change": 1, "key_norm": 0.5}},
 )
 
 
@@ -72,7 +75,7 @@ def evidence(grid: TokenGrid, remove: int, metric: Tensor, seed: int = 0) -> Evi
         depth=0.5,
         step=torch.tensor(3.0),
         age=torch.randint(1, 4, rows, generator=g).float(),
-        importance=torch.rand(rows, generator=g),
+        importance={source: torch.rand(rows, generator=g) for source in get_args(Source)},
         seed=seed,
     )
 
@@ -170,7 +173,7 @@ def test_a_plan_does_not_depend_on_its_row_or_neighbours(
                 e.depth,
                 e.step,
                 e.age[b : b + 1],
-                e.importance[b : b + 1],
+                {source: score[b : b + 1] for source, score in e.importance.items()},
                 e.seed,
             )
         )
@@ -198,7 +201,8 @@ def test_equal_tokens_are_told_apart_by_position(method: Method) -> None:
     grid = TokenGrid(5, 6)
     remove = min(9, method.max_remove(grid))
     e = evidence(grid, remove, torch.ones(1, 30, 4))
-    e = Evidence(e.metric, grid, remove, 0.5, e.step, torch.ones(1, 30), torch.ones(1, 30))
+    even = dict.fromkeys(e.importance, torch.ones(1, 30))
+    e = Evidence(e.metric, grid, remove, 0.5, e.step, torch.ones(1, 30), even)
     plan = method.plan(e)
     same = method.plan(Evidence(e.metric * 2, grid, remove, 0.5, e.step, e.age, e.importance))
     assert torch.equal(plan.kept, same.kept) and torch.equal(plan.assign, same.assign)
@@ -209,8 +213,9 @@ def test_meta_tensors_give_the_same_shapes(method: Method) -> None:
     for grid in (TokenGrid(5, 6), TokenGrid(3, 4, 2), TokenGrid(64, 48)):
         remove = min(grid.tokens // 3, method.max_remove(grid))
         e = evidence(grid, remove, torch.zeros(2, grid.tokens, 4))
-        tensors = [t.to("meta") for t in (e.metric, e.step, e.age, e.importance)]
-        plan = method.plan(Evidence(tensors[0], grid, remove, 0.5, *tensors[1:]))
+        metric, step, age = (t.to("meta") for t in (e.metric, e.step, e.age))
+        importance = {source: score.to("meta") for source, score in e.importance.items()}
+        plan = method.plan(Evidence(metric, grid, remove, 0.5, step, age, importance))
         assert plan.kept.shape == (2, grid.tokens - remove) and plan.kept.dtype == torch.int64
         assert plan.assign.shape == (2, grid.tokens) and plan.assign.device.type == "meta"
         assert plan.removed().shape == (2, remove)
@@ -222,7 +227,9 @@ def test_compiled_without_a_graph_break_gives_the_same_plan(method: Method) -> N
     grid = TokenGrid(5, 6)
     remove = min(10, method.max_remove(grid))
 
-    def run(x: Tensor, step: Tensor, age: Tensor, importance: Tensor, seed: int) -> Plan:
+    def run(
+        x: Tensor, step: Tensor, age: Tensor, importance: dict[Source, Tensor], seed: int
+    ) -> Plan:
         return method.plan(Evidence(x, grid, remove, 0.5, step, age, importance, seed))
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")

@@ -21,7 +21,7 @@ def plan(side, channels, remove, name, **options):
     g = torch.Generator().manual_seed(0)
     n = side * side
     e = Evidence(torch.randn(1, n, channels, generator=g), TokenGrid(side, side), remove,
-                 age=torch.ones(1, n), importance=torch.rand(1, n, generator=g))
+                 age=torch.ones(1, n), importance={"change": torch.rand(1, n, generator=g)})
     before = peak()
     made = make_method(name, **options).plan(e)
     made.check()

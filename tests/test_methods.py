@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, fields
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from tofu_diffusers.fold import FOLDS, reduce
 from tofu_diffusers.grid import TokenGrid
 from tofu_diffusers.methods import METHODS, Evidence, Method, make_method, matching, register
+from tofu_diffusers.methods.base import Source
 from tofu_diffusers.methods.tome import Tome
 from tofu_diffusers.plan import Plan
 from tofu_diffusers.restore import SITE_RESTORES
@@ -27,7 +29,8 @@ def normal(seed: int, *shape: int) -> Tensor:
 def evidence(grid: TokenGrid, remove: int, seed: int = 0, **more: object) -> Evidence:
     ages = torch.ones(2, grid.tokens)
     scores = normal(seed + 1, 2, grid.tokens).abs()
-    given = {"step": torch.tensor(0.0), "age": ages, "importance": scores, "seed": seed}
+    by_source = dict.fromkeys(get_args(Source), scores)
+    given = {"step": torch.tensor(0.0), "age": ages, "importance": by_source, "seed": seed}
     return Evidence(normal(seed, 2, grid.tokens, 5), grid, remove, **{**given, **more})
 
 
@@ -82,6 +85,28 @@ def test_defaults_name_known_folds_and_restores(name: str) -> None:
         ("pitome", {"alpha": -1}, "alpha is -1"),
         ("pitome", {"protect": 3}, "protect is 3"),
         ("importance", {"source": "grad"}, "unknown source 'grad'; choose one of change, cfg"),
+        (
+            "importance",
+            {"source": {"change": 1, "key": 1}},
+            "unknown source 'key'; choose one of change",
+        ),
+        ("importance", {"source": {}}, "source is {}; name one, or several with their exponents"),
+        ("importance", {"source": ["cfg"]}, "source is .'cfg'.; name one, or several with"),
+        (
+            "importance",
+            {"source": {"cfg": 0}},
+            "source 'cfg' has exponent 0; give a number above 0",
+        ),
+        (
+            "importance",
+            {"source": "gradient"},
+            "'gradient' needs the file that calibrate_gradient wrote",
+        ),
+        (
+            "importance",
+            {"probe": "a file"},
+            "'gradient' needs the file .* and the others need none",
+        ),
         ("importance", {"age_exponent": -1}, "age_exponent is -1"),
         ("importance", {"age_exponent": "2"}, "age_exponent is '2'"),
         ("importance", {"max_age": 1}, "max_age is 1; give an int of 2 or more"),
@@ -330,7 +355,7 @@ def kept_by(method: Method, scores: list[float], ages: list[float], count: int) 
     grid = TokenGrid(1, len(scores))
     e = Evidence(
         normal(0, 1, len(scores), 3), grid, len(scores) - count,
-        age=torch.tensor([ages]), importance=torch.tensor([scores]),
+        age=torch.tensor([ages]), importance=dict.fromkeys(get_args(Source), torch.tensor([scores])),
     )  # fmt: skip
     return method.plan(e).kept[0].tolist()
 
@@ -343,22 +368,44 @@ def test_importance_keeps_the_highest_score_times_age() -> None:
     assert kept_by(make_method("importance", source="cfg"), scores, ages, 2) == [0, 2]
 
 
+def test_several_sources_multiply() -> None:
+    change, cfg = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[9.0, 4.0, 1.0, 0.0]])
+    grid = TokenGrid(1, 4)
+    e = Evidence(
+        normal(0, 1, 4, 3), grid, 3, age=torch.ones(1, 4), importance={"change": change, "cfg": cfg}
+    )
+    for powers, kept in (
+        ({"change": 1, "cfg": 1}, 0),  # 9, 8, 3, 0
+        ({"change": 1, "cfg": 0.5}, 1),  # 3, 4, 3, 0
+        ({"change": 3, "cfg": 0.5}, 2),  # 3, 16, 27, 0
+        ({"change": 1}, 3),
+    ):
+        assert make_method("importance", source=powers).plan(e).kept.tolist() == [[kept]]
+    # Scores too small for their product to be a number.
+    tiny = {source: score * 1e-30 for source, score in e.importance.items()}
+    small = Evidence(e.metric, grid, 3, age=e.age, importance=tiny)
+    assert make_method("importance", source={"change": 1, "cfg": 1}).plan(small).kept.tolist() == [
+        [0]
+    ]
+
+
 def test_importance_breaks_ties_by_position() -> None:
     assert kept_by(make_method("importance"), [1.0] * 40, [1.0] * 40, 7) == list(range(7))
 
 
 def test_warmup_follows_the_source() -> None:
-    sources = ("change", "cfg", "attention", "key_norm")
-    assert [make_method("importance", source=s).warmup for s in sources] == [2, 1, 0, 0]
+    sources = ("change", "cfg", "attention", "key_norm", {"cfg": 1, "attention": 2})
+    assert [make_method("importance", source=s).warmup for s in sources] == [2, 1, 0, 0, 1]
+    assert make_method("importance", source="gradient", probe="a file").warmup == 0
     assert all(
-        make_method(n).source is None and make_method(n).warmup == 0
+        make_method(n).sources == () and make_method(n).warmup == 0
         for n in ("tome", "pitome", "random", "tofu")
     )
 
 
 def test_importance_without_its_evidence_is_refused() -> None:
     e = evidence(TokenGrid(4, 4), 4)
-    with pytest.raises(ValueError, match=r"needs Evidence.importance \(change\).*2 whole steps"):
+    with pytest.raises(ValueError, match=r"needs Evidence.importance of 'change'.*2 whole steps"):
         make_method("importance").plan(Evidence(e.metric, e.grid, 4, age=e.age))
     with pytest.raises(ValueError, match=r"needs Evidence.age"):
         make_method("importance").plan(Evidence(e.metric, e.grid, 4, importance=e.importance))
@@ -387,7 +434,7 @@ def test_no_token_waits_longer_than_max_age(
             "flat": torch.ones(1, tokens),
         }[enemy]
         plan = method.plan(
-            Evidence(normal(0, 1, tokens, 2), grid, remove, age=age, importance=score)
+            Evidence(normal(0, 1, tokens, 2), grid, remove, age=age, importance={"change": score})
         )
         assert age.max() <= max_age
         age = torch.where(plan.is_kept(), 1.0, age + 1)

@@ -7,6 +7,7 @@
 """
 
 from .apply import Handle, apply_tofu, remove_tofu
+from .calibrate import calibrate_gradient
 from .config import CONTEXTS, RESTORES, SCOPES, TofuConfig
 from .families import FAMILIES
 from .fold import FOLDS, reduce
@@ -38,6 +39,7 @@ __all__ = [
     "UpdateCache",
     "__version__",
     "apply_tofu",
+    "calibrate_gradient",
     "default_config",
     "profile",
     "reduce",

@@ -48,7 +48,7 @@ def apply_tofu(target: Any, config: TofuConfig | float | None = None, **options:
             raise ValueError(f"ratio given twice: {config!r} and {options['ratio']!r}")
         options["ratio"], config = config, None
     family = options.get("family", config.family if config is not None else None)
-    pipeline, models = _denoisers(target, family)
+    pipeline, models = denoisers(target, family)
     plans = []
     for model in models:
         if changed_by_tomesd(model):
@@ -210,7 +210,7 @@ class Handle:
             self.remove()
 
 
-def _denoisers(target: Any, family: str | None) -> tuple[Any, list[nn.Module]]:
+def denoisers(target: Any, family: str | None) -> tuple[Any, list[nn.Module]]:
     """The pipeline (None for a bare model) and its denoisers, unwrapped."""
     parts = components(target)
     if not parts:

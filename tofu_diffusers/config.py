@@ -233,7 +233,7 @@ class TofuConfig:
                 {self.restore_at(0.0), self.restore_at(1.0)} & {*CACHED, CORRECTED}
             ),
             f"context {self.context!r}": self.context == "cached",
-            f"method {self.method!r} (source {method.source!r})": method.warmup > 0,
+            f"method {self.method!r} (source {', '.join(method.sources)})": method.warmup > 0,
             f"schedule {self.schedule.kind!r}": not self.schedule.is_constant,
             "first_steps and last_steps": self.first_steps + self.last_steps > 0,
             f"reuse {self.reuse}": self.reuse > 1,

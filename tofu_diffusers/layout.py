@@ -11,6 +11,7 @@ from .attach import attach, parameters_of
 from .config import CORRECTED, TofuConfig
 from .families import Family, Run
 from .rotary import QuerySite, RotarySite, query_forward, rotary_forward
+from .sensitivity import load_probes
 from .session import Session
 from .sites import (
     AttentionSite,
@@ -87,6 +88,9 @@ class Layout:
                 f"first_blocks={config.first_blocks}, last_blocks={config.last_blocks}, "
                 f"scope={config.scope!r} leave none; relax one of them"
             )
+        probe = config.method_options.get("probe")
+        widths = {laid.name: laid.alone.width for laid in self._blocks}
+        self._probes = {} if probe is None else load_probes(probe, widths)
 
     def attach(self, model: nn.Module, session: Session) -> None:
         """Put the forwards on the denoiser's modules, with this session."""
@@ -106,6 +110,7 @@ class Layout:
                 laid.first,
                 laid.last,
                 laid.alone,
+                self._probes.get(laid.name),
             )
             attach(laid.block, forward, site)
             for norm in self.family.norms(laid.block):

@@ -26,6 +26,7 @@ from .families.base import Family
 from .grid import TokenGrid
 from .kernels.reference import normalise
 from .methods import Evidence, Method
+from .methods.base import Source
 from .plan import Plan
 from .predictions import Predictions, with_prediction
 from .restore import CACHED, UpdateCache
@@ -431,11 +432,13 @@ class Session:
         """Whether the unit shrinks in this call: some only where runs are split, some only where not."""
         return unit.split is None or unit.split == self.split
 
-    def plan(self, unit: Unit, metric: Tensor, importance: Callable[[int], Tensor]) -> Plan | None:
+    def plan(
+        self, unit: Unit, metric: Tensor, importance: Callable[[int], dict[Source, Tensor]]
+    ) -> Plan | None:
         """The unit's plan for this call's rows, made from `metric` [B, N, C] or shared; None: whole.
 
         Rows of one image share the plan of its conditional row. `importance` is called with the number of
-        images where the method reads importance from the block itself.
+        images, and gives what the method reads from the block itself.
 
         Raises:
             RuntimeError: if the metric's tokens are not the grid's.
@@ -534,28 +537,32 @@ class Session:
                 tracker.note_second(first)
 
     def _make_plan(
-        self, unit: Unit, metric: Tensor, remove: int, importance: Callable[[int], Tensor]
+        self,
+        unit: Unit,
+        metric: Tensor,
+        remove: int,
+        importance: Callable[[int], dict[Source, Tensor]],
     ) -> Plan:
         with torch.no_grad():
             grid = self.grids[unit.level]
             start = grid.text_before
             rows = self.conditional(metric, self.images)[:, start : start + grid.tokens]
-            age = weights = None
+            age, scores = None, {}
             if self.tracker is not None and self.step is not None:
                 age = self.tracker.age(unit.level, self.step)
-                weights = self.tracker.importance(unit.level)
-                if self.method.source == "cfg" and not self.tracker.guided:
+                scores = self.tracker.importance(unit.level)
+                if "cfg" in scores and not self.tracker.guided:
                     raise ValueError(
                         "importance source 'cfg' needs classifier-free guidance, and this generation "
                         "has none; raise guidance_scale above 1 or use source 'change'"
                     )
-            if self.method.source in ("attention", "key_norm"):
-                weights = importance(self.images)[:, start : start + grid.tokens]
+            for source, score in importance(self.images).items():
+                scores[source] = score[:, start : start + grid.tokens]
             if self.config.share_plan and self.images > 1:
                 # Side by side, the cosine of two tokens is the mean of their cosines in every image.
                 rows = normalise(rows).transpose(0, 1).flatten(1)[None]
                 age = age[:1] if age is not None else None
-                weights = weights.mean(0, keepdim=True) if weights is not None else None
+                scores = {source: score.mean(0, keepdim=True) for source, score in scores.items()}
             evidence = Evidence(
                 metric=rows,
                 grid=grid,
@@ -563,7 +570,7 @@ class Session:
                 depth=unit.depth if self.method.reads_depth else 0.0,
                 step=self.step if self.told else None,
                 age=age,
-                importance=weights,
+                importance=scores,
                 seed=self.config.seed,
                 matched=self.matched,
                 constants=self.constants,
@@ -670,11 +677,11 @@ class Session:
             tokens = self.grids[projection.level].total
             projection.rows[self.condition] = sample.new_zeros(batch, tokens, projection.width)
         self.held = max(self.held, needed)
-        if self.tracker is None and self.told and self.method.source is not None:
+        if self.tracker is None and self.told and self.method.sources:
             grids = self.grids
             if self.family.packed:
                 grids = {level: grid.row for level, grid in grids.items()}
-            self.tracker = Tracker(self.method.source, self.images, grids, sample.device)
+            self.tracker = Tracker(self.method.sources, self.images, grids, sample.device)
 
     def _check_limit(self, needed: int) -> None:
         limit = self.config.memory_limit

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from .attach import attach, bind, detach, state_of
 from .families.base import Kwargs
 from .fold import reduce
+from .methods.base import Source
 from .plan import Plan
 from .restore import UpdateCache, restore, restore_onto
 from .rotary import QuerySite, RotarySite, with_context
 from .rows import put_, take
+from .sensitivity import sensitivity
 from .session import Session
 from .tracker import key_norm, received_attention
 from .units import Projection, Unit
@@ -57,6 +59,9 @@ class Site:
     While the block runs on kept tokens, `plan` says which, `whole` is what it would have been given, `inputs`
     what its attentions would read of tokens that they are not given (context "fresh"), and `row` which row
     of the batch it is, if only one.
+
+    Args:
+        probe: Of the block, where importance is read with one; see `sensitivity`.
     """
 
     name: str
@@ -68,12 +73,13 @@ class Site:
     first: bool
     last: bool
     alone: Unit
+    probe: Tensor | None = None
     plan: Plan | None = None
     whole: Tensor | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
     row: int | None = None
     metric: Tensor | None = None
-    importance: Callable[[int], Tensor] | None = None
+    importance: Callable[[int], dict[Source, Tensor]] | None = None
     probing: bool = False
 
 
@@ -388,7 +394,24 @@ def restored(
     )
 
 
-def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> Tensor:
+def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> dict[Source, Tensor]:
+    """What the method's sources in the block say of the conditional rows.  -> source -> [I, N] float32"""
+    site: Site = module.__dict__["_tofu"]
+    session = site.session
+    found: dict[Source, Tensor] = {}
+    for source in session.method.sources:
+        if source == "gradient":
+            assert site.probe is not None
+            site.probe = site.probe.to(x.device)
+            found[source] = sensitivity(session.conditional(x, images), site.probe)
+        elif source in ("attention", "key_norm"):
+            found[source] = attention_importance(module, x, named, images, source)
+    return found
+
+
+def attention_importance(
+    module: Any, x: Tensor, named: Kwargs, images: int, source: Source
+) -> Tensor:
     """Importance read from the block's own first attention, of the conditional rows.  -> [I, N] float32"""
     site: Site = module.__dict__["_tofu"]
     session = site.session
@@ -402,7 +425,7 @@ def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> Tensor:
     inputs = session.conditional(family.attention_inputs(module, x, named)[name], images)
     site.probing = True
     keys = attention.to_k(inputs)
-    if session.method.source == "key_norm":
+    if source == "key_norm":
         importance = key_norm(keys)
     else:
         importance = received_attention(attention.to_q(inputs), keys, attention.heads)

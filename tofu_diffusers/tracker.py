@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .grid import TokenGrid
+from .methods.base import Source
 
 
 class Tracker:
@@ -17,9 +18,9 @@ class Tracker:
     Predictions are compared at the resolution of the latents and pooled to each level's grid.
 
     Args:
-        source: "change" (norm of the difference of a token's last two computed predictions, per step of
-            age) or "cfg" (norm of the difference of conditional and unconditional prediction of the last
-            step, as IBTM, ICCV 2025); another source keeps ages only.
+        sources: Of "change" (norm of the difference of a token's last two computed predictions, per step of
+            age) and "cfg" (norm of the difference of conditional and unconditional prediction of the last
+            step, as IBTM, ICCV 2025) those to track; for others there are ages only.
         images: Rows that stand for one image each.
         grids: The token grid of every level, as predictions have it.
         device: Of the latents.
@@ -27,12 +28,11 @@ class Tracker:
 
     def __init__(
         self,
-        source: str | None,
+        sources: Collection[Source],
         images: int,
         grids: Mapping[int, TokenGrid],
         device: torch.device,
     ) -> None:
-        self.source = source
         self.grids = dict(grids)
         # Levels are numbered from the finest.
         self.finest = min(grids)
@@ -43,7 +43,12 @@ class Tracker:
         self.first: Tensor | None = None
         self.guided = False
         finest = grids[self.finest].tokens
-        self.score = torch.zeros(images, finest, device=device)
+        tracked: tuple[Source, ...] = ("change", "cfg")
+        self.scores = {
+            source: torch.zeros(images, finest, device=device)
+            for source in tracked
+            if source in sources
+        }
 
     def halve(self, conditional_first: bool) -> None:
         """What were taken for 2 I images are the two conditions of I, after steps that ran whole."""
@@ -53,7 +58,7 @@ class Tracker:
             return (first if conditional_first else second).clone()
 
         self.last = {level: conditional(last) for level, last in self.last.items()}
-        self.score = conditional(self.score)
+        self.scores = {source: conditional(score) for source, score in self.scores.items()}
         if self.prediction is not None:
             self.prediction = conditional(self.prediction)
         if self.first is not None:
@@ -64,11 +69,12 @@ class Tracker:
         """Steps since each token of the level was computed.  -> [I, N] float32"""
         return step - self.last[level]
 
-    def importance(self, level: int) -> Tensor:
-        """The score pooled to the level's grid.  -> [I, N] float32"""
-        finest = self.grids[self.finest]
-        volume = self.score.view(-1, 1, finest.frames, finest.height, finest.width)
-        return _pool(volume, self.grids[level])
+    def importance(self, level: int) -> dict[Source, Tensor]:
+        """The scores pooled to the level's grid.  -> source -> [I, N] float32"""
+        sides, grid = self.grids[self.finest].sides, self.grids[level]
+        return {
+            source: _pool(score.view(-1, 1, *sides), grid) for source, score in self.scores.items()
+        }
 
     def note(
         self,
@@ -85,9 +91,9 @@ class Tracker:
             kept: By level, the kept positions [I, K] of every plan used; none: the level ran whole.
             step: 0-d float32.
         """
-        if self.source == "change":
+        if "change" in self.scores:
             self._note_change(prediction, kept[self.finest], step)
-        elif self.source == "cfg":
+        if "cfg" in self.scores:
             self.first = prediction
             if other is not None:
                 self._note_guidance(prediction, other)
@@ -101,7 +107,7 @@ class Tracker:
     def note_second(self, prediction: Tensor) -> None:
         """The step's second call is done: with guidance in two calls, the other condition."""
         if (
-            self.source == "cfg"
+            "cfg" in self.scores
             and self.first is not None
             and prediction.shape[0] == self.first.shape[0]
         ):
@@ -109,12 +115,13 @@ class Tracker:
 
     def _note_change(self, prediction: Tensor, kept: Sequence[Tensor], step: Tensor) -> None:
         grid = self.grids[self.finest]
-        computed = flags_of(kept, self.score)
+        score = self.scores["change"]
+        computed = flags_of(kept, score)
         if self.prediction is None:
             self.prediction = torch.zeros_like(prediction)
         squares = (prediction.float() - self.prediction.float()).square().sum(1, keepdim=True)
         change = _pool(squares, grid).sqrt() / self.age(self.finest, step).clamp(min=1.0)
-        self.score.copy_(torch.where(computed, change, self.score))
+        score.copy_(torch.where(computed, change, score))
         # Each token is compared with what it was when it was last computed, not with its stale self.
         mask = on_maps(computed, grid, prediction)
         self.prediction.copy_(torch.where(mask, prediction, self.prediction))
@@ -122,7 +129,7 @@ class Tracker:
     def _note_guidance(self, conditional: Tensor, unconditional: Tensor) -> None:
         self.guided = True
         squares = (conditional.float() - unconditional.float()).square().sum(1, keepdim=True)
-        self.score.copy_(_pool(squares, self.grids[self.finest]).sqrt())
+        self.scores["cfg"].copy_(_pool(squares, self.grids[self.finest]).sqrt())
 
 
 def flags_of(kept: Sequence[Tensor], like: Tensor) -> Tensor:

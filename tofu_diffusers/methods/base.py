@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 from ..grid import TokenGrid
 from ..plan import Plan
 
-Source = Literal["change", "cfg", "attention", "key_norm"]
+Source = Literal["change", "cfg", "attention", "key_norm", "gradient"]
+# Steps that must run whole before a source has something to say.
+WARMUP: dict[Source, int] = {"change": 2, "cfg": 1, "attention": 0, "key_norm": 0, "gradient": 0}
 _T = TypeVar("_T")
 
 
@@ -29,7 +31,7 @@ class Evidence:
         depth: of the site in the denoiser, 0 (first) to 1 (last).
         step: 0-d float32; None: unknown.
         age: [B, N] float32, steps since each token was last computed; 1: at the last step.
-        importance: [B, N] float32, higher is kept; of the kind that the method's `source` names.
+        importance: [B, N] float32, zero or more and higher is kept, by each of the method's `sources`.
         seed: of the image.
         matched: whether anybody reads where removed tokens go; if not, a method that need not know for its
             choice leaves it open: they go to the first kept one.
@@ -42,7 +44,7 @@ class Evidence:
     depth: float = 0.0
     step: Tensor | None = None
     age: Tensor | None = None
-    importance: Tensor | None = None
+    importance: Mapping[Source, Tensor] = field(default_factory=dict)
     seed: int = 0
     matched: bool = True
     constants: dict[Any, Any] | None = None
@@ -76,14 +78,14 @@ class Method(ABC):
     """Whether the same tokens are kept in every image, because only the seed decides."""
 
     @property
-    def source(self) -> Source | None:
-        """What `Evidence.importance` must hold; None: the method does not read it."""
-        return None
+    def sources(self) -> tuple[Source, ...]:
+        """What `Evidence.importance` must hold; none: the method does not read it."""
+        return ()
 
     @property
     def warmup(self) -> int:
         """Steps that must run whole before there is evidence."""
-        return {None: 0, "change": 2, "cfg": 1, "attention": 0, "key_norm": 0}[self.source]
+        return max((WARMUP[source] for source in self.sources), default=0)
 
     @property
     def max_ratio(self) -> float:
@@ -159,7 +161,7 @@ def make_method(name: str, **options: Any) -> Method:
             f"unknown method {name!r}{hint(str(name), valid)}; choose one of {', '.join(valid)}"
         )
     cls = METHODS[name]
-    allowed = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    allowed = [item.name for item in fields(cls)]  # type: ignore[arg-type]
     for option in options:
         if option not in allowed:
             raise ValueError(

@@ -1,11 +1,13 @@
 """Keep the tokens that matter most, and let none wait too long.
 
-Scores of the previous step: change of the prediction, guidance magnitude (IBTM, ICCV 2025),
-received attention or key norm; times age, as token-wise caches do (ToCa, RAS).
+Scores of the previous step: change of the prediction, guidance magnitude (IBTM, ICCV 2025); of the tokens
+themselves: received attention, key norm, or how much the prediction depends on them, guessed by a probe;
+or a product of these; times age, as token-wise caches do (ToCa, RAS).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -24,8 +26,10 @@ class Importance(Method):
     """The highest importance * age ** age_exponent is kept.
 
     Options:
-        source: what `Evidence.importance` holds: change, cfg, attention or key_norm.
-        age_exponent: 0 ignores age. None: 2 for change, else 0.
+        source: change, cfg, attention, key_norm or gradient; or several with their exponents, such as
+            {"change": 1, "gradient": 0.5}: importance is then the product of these powers.
+        probe: file that `calibrate_gradient` wrote; for source gradient, and only for it.
+        age_exponent: 0 ignores age. None: 2 with change, else 0.
         max_age: no token waits longer than this many steps; None: no bound. With it at most
             1 - 1/max_age of the tokens can be removed.
         window: assign removed tokens only inside tiles: an int, or (frames, rows, columns)
@@ -34,15 +38,28 @@ class Importance(Method):
 
     name = "importance"
 
-    source: Source = "change"
+    source: Source | Mapping[Source, float] = "change"
+    probe: str | None = None
     age_exponent: float | None = None
     max_age: int | None = None
     window: int | tuple[int | None, int | None, int | None] | None = None
 
     def __post_init__(self) -> None:
-        if self.source not in get_args(Source):
+        if not self.source or not isinstance(self.source, (str, Mapping)):
             raise ValueError(
-                f"unknown source {self.source!r}; choose one of {', '.join(get_args(Source))}"
+                f"source is {self.source!r}; name one, or several with their exponents"
+            )
+        for source, power in self.powers.items():
+            if source not in get_args(Source):
+                raise ValueError(
+                    f"unknown source {source!r}; choose one of {', '.join(get_args(Source))}"
+                )
+            if isinstance(power, bool) or not isinstance(power, (int, float)) or power <= 0:
+                raise ValueError(f"source {source!r} has exponent {power!r}; give a number above 0")
+        if ("gradient" in self.powers) != (self.probe is not None):
+            raise ValueError(
+                f"source {self.source!r} with probe {self.probe!r}: source 'gradient' needs the file that "
+                "calibrate_gradient wrote as probe, and the others need none"
             )
         exponent = self.age_exponent
         number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
@@ -54,6 +71,15 @@ class Importance(Method):
                 "(1 computes every token at every step)"
             )
         object.__setattr__(self, "window", as_window(self.window))
+
+    @property
+    def powers(self) -> dict[Source, float]:
+        """Exponent of each source."""
+        return dict(self.source) if isinstance(self.source, Mapping) else {self.source: 1.0}
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(self.powers)
 
     @property
     def max_ratio(self) -> float:
@@ -68,15 +94,16 @@ class Importance(Method):
         return "taylor"
 
     def choose(self, evidence: Evidence) -> Plan:
-        score, age = evidence.importance, evidence.age
-        exponent = self.age_exponent
+        age, exponent = evidence.age, self.age_exponent
         if exponent is None:
-            exponent = 2.0 if self.source == "change" else 0.0
-        if score is None:
-            raise ValueError(
-                f"importance needs Evidence.importance ({self.source}) and has none; "
-                f"run {self.warmup} whole steps first, or choose another source"
-            )
+            exponent = 2.0 if "change" in self.powers else 0.0
+        for source in self.sources:
+            if source not in evidence.importance:
+                raise ValueError(
+                    f"importance needs Evidence.importance of {source!r} and has none; "
+                    f"run {self.warmup} whole steps first, or choose another source"
+                )
+        score = self.score(evidence)
         if age is None and (exponent > 0 or self.max_age is not None):
             raise ValueError(
                 "importance needs Evidence.age for age_exponent and max_age and has none; "
@@ -93,6 +120,18 @@ class Importance(Method):
             rest = count - due.sum(dim=1, keepdim=True)
             keep = torch.zeros_like(due).scatter(1, order, due | ((~due).cumsum(1) <= rest))
         return assign_to_kept(evidence, keep, as_window(self.window))
+
+    def score(self, evidence: Evidence) -> Tensor:
+        """The product of the sources' powers.  -> [B, N] float32"""
+        if isinstance(self.source, str):
+            return evidence.importance[self.source]
+        product = torch.ones_like(evidence.metric[..., 0], dtype=torch.float32)
+        for source, power in self.powers.items():
+            part = evidence.importance[source] ** power
+            # By its mean: the order stays, and products of small numbers do not vanish.
+            mean = part.mean(dim=1, keepdim=True)
+            product = product * (part / mean.clamp(min=torch.finfo(part.dtype).tiny))
+        return product
 
 
 def forced(age: Tensor, count: int, max_age: int) -> Tensor:

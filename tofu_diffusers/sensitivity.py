@@ -1,0 +1,121 @@
+"""How much a prediction depends on each token: measured by its gradient once, then guessed from the token.
+
+The gradient of a sum of the prediction with random signs, with respect to a block's input, has at each token
+the expected square norm of that token's part of the Jacobian (Hutchinson's estimator). A probe per block,
+linear in the token's features, is fitted to its logarithm; then no backward pass is needed any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+KIND = "gradient probes"
+
+
+def features(x: Tensor) -> Tensor:
+    """What a probe reads of tokens: standardised over the channels, as behind a norm, and how long they are.
+
+    Args:
+        x: [B, N, C], the input of a block, any float dtype.
+
+    Returns:
+        [B, N, C + 1] float32.
+    """
+    x = x.float()
+    variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
+    tiny = torch.finfo(x.dtype).tiny
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=tiny).log()
+    return torch.cat([(x - mean) * (variance + 1e-6).rsqrt(), length], dim=-1)
+
+
+def sensitivity(x: Tensor, probe: Tensor) -> Tensor:
+    """How much the prediction depends on each token, by a probe [C + 1]; up to a factor an image.
+
+    Returns:
+        [B, N] float32, above zero.
+    """
+    logarithm = features(x) @ probe
+    return (logarithm - logarithm.mean(dim=1, keepdim=True)).exp()
+
+
+class Fit:
+    """Ridge regression of the logarithm of gradient norms on features, within each image.
+
+    What an image and a step have in common (how noisy it is) says nothing of which token matters more, so
+    both sides are taken relative to their mean over the image's tokens.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.square = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+        self.product = torch.zeros(width + 1, dtype=torch.float64)
+
+    def add(self, x: Tensor, gradient: Tensor) -> None:
+        """Tokens and their gradients, both [B, N, C]."""
+        known = features(x).double().cpu()
+        known = (known - known.mean(dim=1, keepdim=True)).flatten(0, 1)
+        wanted = log_norm(gradient).double().cpu()
+        wanted = (wanted - wanted.mean(dim=1, keepdim=True)).flatten()
+        self.square += known.T @ known
+        self.product += known.T @ wanted
+
+    def probe(self, ridge: float = 1e-3) -> Tensor:
+        """The probe, with this share of the features' mean square as penalty.  -> [C + 1] float32"""
+        penalty = ridge * self.square.diagonal().mean().clamp(min=1e-12)
+        regular = self.square + penalty * torch.eye(len(self.product), dtype=torch.float64)
+        probe: Tensor = torch.linalg.solve(regular, self.product)
+        return probe.float()
+
+
+def log_norm(gradient: Tensor) -> Tensor:
+    """Logarithm of each token's gradient norm.  [B, N, C] -> [B, N] float32"""
+    norm: Tensor = torch.linalg.vector_norm(gradient.float(), dim=-1)
+    return norm.clamp(min=torch.finfo(torch.float32).tiny).log()
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's, of each row of [B, N], averaged."""
+    ranks = torch.stack([each.argsort(dim=1).argsort(dim=1).double() for each in (a, b)])
+    ranks = ranks - ranks.mean(dim=2, keepdim=True)
+    first, second = ranks / torch.linalg.vector_norm(ranks, dim=2, keepdim=True)
+    return float((first * second).sum(dim=1).mean())
+
+
+def save_probes(path: str | Path, probes: Mapping[str, Tensor]) -> None:
+    """Write the probes, by block name, as safetensors."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(probes), path, metadata={"kind": KIND})
+
+
+def load_probes(path: str | Path, widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """The probes of these blocks, whose tokens have so many channels.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file holds no probes, or not those of these blocks.
+    """
+    remedy = "write one with calibrate_gradient(pipe, prompts, path)"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no probe file {path}; {remedy}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            probes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            kind = (file.metadata() or {}).get("kind")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error}); {remedy}") from error
+    if kind != KIND:
+        raise ValueError(f"{path} holds no gradient probes; {remedy}")
+    for name, width in widths.items():
+        has = probes[name].numel() - 1 if name in probes else None
+        if has != width:
+            what = "none" if has is None else f"one for {has} channels"
+            raise ValueError(
+                f"{path} was made for another denoiser: for {name} with {width} channels it has {what}; "
+                f"{remedy}"
+            )
+    return {name: probes[name] for name in widths}

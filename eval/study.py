@@ -95,6 +95,10 @@ TOKENS = {
 }
 
 
+# The token that has waited longest is due first; of those that have waited as long, what changes most.
+DUE = {"source": "change", "age_exponent": 16}
+
+
 def matched(steps: int, speeds: Sequence[float] = (1.5, 2, 3)) -> Iterator[Trial]:
     """Scope "step" and what it must beat, at so many times fewer FLOPs.
 
@@ -134,13 +138,16 @@ def samplers(steps: int) -> Iterator[Trial]:
 
 
 def tokens(steps: int) -> Iterator[Trial]:
-    """The same as `TOKENS`, in both contexts at two ratios; "corrected" too."""
+    """The same as `TOKENS`, in both contexts at two ratios; "corrected" too, and then by turns ("due")."""
     for ratio in (0.5, 0.75):
         for context in ("fresh", "cached"):
             name = f"tokens-{context}-{ratio:g}"
             options = {**TOKENS, "context": context, "ratio": ratio, "first_steps": steps // 4}
             yield Trial(tofu(name, **options), steps)
-            yield Trial(tofu(f"{name}-corrected", **{**options, "restore": "corrected"}), steps)
+            corrected = {**options, "restore": "corrected"}
+            yield Trial(tofu(f"{name}-corrected", **corrected), steps)
+            if context == "fresh":
+                yield Trial(tofu(f"{name}-due", **corrected, method_options=DUE), steps)
 
 
 def front(steps: int) -> Iterator[Trial]:

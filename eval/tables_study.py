@@ -65,9 +65,12 @@ def described(row: Row) -> str:
             f"{run} of {steps} steps run"
         )
     if "context" in options:
-        source = options.get("method_options", {}).get("source", "change")
+        how_chosen = options.get("method_options", {})
+        source = how_chosen.get("source", "change")
         chosen = {"random": "at random", "importance": f"by {source.replace('_', ' ')}"}
         how = chosen.get(options["method"], f"as {options['method']} chooses")
+        if how_chosen.get("age_exponent", 0) > 2:
+            how = f"by turns, then {how}"
         return (
             f"tokens {how}, {options['restore']}, context {options['context']}, "
             f"ratio {options['ratio']:g}, {options['first_steps']} whole steps"

@@ -35,6 +35,7 @@ from eval.tables_study import (
     rows_of,
     samplers_table,
     short_table,
+    turns_table,
     worth_table,
 )
 
@@ -61,6 +62,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"{model} speed": (lambda model=model: speed_table(model)) for model in SPEEDS},
     "short": lambda: short_table(FRONT),
     "ahead": lambda: ahead_table(FRONT),
+    "turns": lambda: turns_table(FRONT),
     "lengths": lambda: lengths_table(LENGTHS),
     "samplers": lambda: samplers_table(SAMPLERS),
     "plans": lambda: plans_table(PLANS),

@@ -121,9 +121,9 @@ LENGTHS = (10, 20, 50)
 # In the order of the README: the default at two savings, what else removes tokens, what must be beaten.
 SHORT = (
     "step-17-corrected", "step-17-first4-corrected", "step-12-corrected", "step-12-first4-corrected",
-    "tokens-fresh-0.5-corrected", "tokens-fresh-0.5", "tokens-cached-0.5-corrected", "tofu-0.5", "tome-0.5",
-    "pitome-0.5", "random-0.5", "tomesd-0.5", "deepcache-2", "taylorseer-2", "steps-17", "steps-12",
-    "multistep-12", "line-12", "late-12",
+    "tokens-fresh-0.5-due", "tokens-fresh-0.5-corrected", "tokens-fresh-0.5", "tokens-cached-0.5-corrected",
+    "tofu-0.5", "tome-0.5", "pitome-0.5", "random-0.5", "tomesd-0.5", "deepcache-2", "taylorseer-2",
+    "steps-17", "steps-12", "multistep-12", "line-12", "late-12",
 )  # fmt: skip
 
 
@@ -268,9 +268,22 @@ def is_default(model: str, row: Row) -> bool:
     return mine
 
 
+AHEAD = ("| | against | FLOPs | ahead by, dB |", "|---|---|---|---|")
+
+
+def ahead_line(model: str, row: Row, other: Row) -> str:
+    """By how much a setting is ahead of another, image by image; its own FLOPs."""
+    change = difference(of_mean(row["psnr_db"]), of_mean(other["psnr_db"]))
+    return (
+        f"| `{model}`, {described(row)} {cite(model, row)} | {described(other)} "
+        f"{cite(model, other)} | {row['flops_ratio']:.2f}x | "
+        f"{change.value:+.1f} ({change.low:+.1f} to {change.high:+.1f}) |"
+    )
+
+
 def ahead_table(stage: str) -> str:
     """By how much the default, scope "step", is ahead of what has the same FLOPs, image by image."""
-    lines = ["| | against | FLOPs | ahead by, dB |", "|---|---|---|---|"]
+    lines = [*AHEAD]
     for model in RESULTS:
         rows = named(model, stage)
         for name, row in rows.items():
@@ -282,14 +295,26 @@ def ahead_table(stage: str) -> str:
             )
             for rival in (*rivals, name.removesuffix("-corrected")):
                 other = rows.get(rival)
-                if other in (None, row):
-                    continue
-                change = difference(of_mean(row["psnr_db"]), of_mean(other["psnr_db"]))
-                lines.append(
-                    f"| `{model}`, {described(row)} {cite(model, row)} | {described(other)} "
-                    f"{cite(model, other)} | {row['flops_ratio']:.2f}x | "
-                    f"{change.value:+.1f} ({change.low:+.1f} to {change.high:+.1f}) |"
-                )
+                if other is not None and other is not row:
+                    lines.append(ahead_line(model, row, other))
+    return "\n".join(lines)
+
+
+# Single tokens by turns, and how many steps cost about as much.
+TURNS = (
+    ("unet", "tokens-fresh-0.75", 17),
+    ("mmdit", "tokens-fresh-0.5", 17),
+    ("mmdit", "tokens-fresh-0.75", 12),
+)
+
+
+def turns_table(stage: str) -> str:
+    """By how much single tokens by turns are ahead of the choice by change, and of steps left out."""
+    lines = [*AHEAD]
+    for model, name, count in TURNS:
+        rows = named(model, stage)
+        rivals = (f"{name}-corrected", *(f"{rival}-{count}" for rival in ("steps", "line", "late")))
+        lines += [ahead_line(model, rows[f"{name}-due"], rows[rival]) for rival in rivals]
     return "\n".join(lines)
 
 

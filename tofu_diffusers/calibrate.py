@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .apply import denoisers
-from .attach import bind, parameters_of, state_of
+from .attach import bind, compiled_alone, components, parameters_of, state_of
 from .families import Family, find_family
 from .families.base import Kwargs
 from .noise import uniform
@@ -53,8 +53,9 @@ def calibrate_gradient(
         over images.
 
     Raises:
+        TypeError: if `pipe` is no pipeline.
         ValueError: if there are fewer than two prompts, the pipeline has tofu or several denoisers, or its
-            denoiser was not called.
+            denoiser is compiled or was not called.
     """
     if len(prompts) < 2:
         raise ValueError(
@@ -63,12 +64,19 @@ def calibrate_gradient(
         )
     if calls < 1:
         raise ValueError(f"calls is {calls}; give 1 or more")
+    parts = components(pipe)
+    if not parts:
+        raise TypeError(f"calibrate_gradient takes a diffusers pipeline, not {type(pipe).__name__}")
     _, models = denoisers(pipe, None)
     if len(models) != 1:
         raise ValueError(
             f"{type(pipe).__name__} has {len(models)} denoisers; probes are of one: give a pipeline with one"
         )
     model = models[0]
+    if compiled_alone(model) or all(part is not model for part in parts.values()):
+        raise ValueError(
+            "the denoiser is compiled, and compiled calls cannot be watched; calibrate first, then compile"
+        )
     if state_of(model) is not None:
         raise ValueError("the pipeline has tofu; call remove_tofu(pipe) before calibrating")
     family = find_family(model, None)

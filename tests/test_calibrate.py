@@ -198,7 +198,7 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path):
         calibrate_gradient(pipe, ["a cat", "a dog"], path)
     with pytest.raises(ValueError, match=r"has 2 denoisers; .* give a pipeline with one"):
         calibrate_gradient(tiny.tiny_wan(two=True), ["a cat", "a dog"], path)
-    with pytest.raises(TypeError, match="takes a diffusers pipeline, not UNet2DConditionModel"):
+    with pytest.raises(TypeError, match="takes a diffusers pipeline, not UNet2DCond"):
         calibrate_gradient(pipe.unet, ["a cat", "a dog"], path)
     wrapped, in_place = tiny.tiny_sd(), pipe
     wrapped.unet = torch.compile(wrapped.unet, backend="eager")

@@ -14,6 +14,7 @@ from .fold import FOLDS, reduce
 from .grid import TokenGrid
 from .methods import METHODS, Evidence, Method
 from .plan import Plan
+from .policy import Learned, learn_schedule
 from .profiles import default_config, profile
 from .restore import UpdateCache, restore
 from .schedule import Schedule
@@ -30,6 +31,7 @@ __all__ = [
     "SCOPES",
     "Evidence",
     "Handle",
+    "Learned",
     "Method",
     "Plan",
     "Schedule",
@@ -41,6 +43,7 @@ __all__ = [
     "apply_tofu",
     "calibrate_gradient",
     "default_config",
+    "learn_schedule",
     "profile",
     "reduce",
     "remove_tofu",

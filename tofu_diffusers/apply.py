@@ -48,7 +48,7 @@ def apply_tofu(target: Any, config: TofuConfig | float | None = None, **options:
             raise ValueError(f"ratio given twice: {config!r} and {options['ratio']!r}")
         options["ratio"], config = config, None
     family = options.get("family", config.family if config is not None else None)
-    pipeline, models = denoisers(target, family)
+    pipeline, models = _denoisers(target, family)
     plans = []
     for model in models:
         if changed_by_tomesd(model):
@@ -210,7 +210,7 @@ class Handle:
             self.remove()
 
 
-def denoisers(target: Any, family: str | None) -> tuple[Any, list[nn.Module]]:
+def _denoisers(target: Any, family: str | None) -> tuple[Any, list[nn.Module]]:
     """The pipeline (None for a bare model) and its denoisers, unwrapped."""
     parts = components(target)
     if not parts:
@@ -234,6 +234,26 @@ def denoisers(target: Any, family: str | None) -> tuple[Any, list[nn.Module]]:
             f"and known are {', '.join(sorted(known))}"
         )
     return target, found
+
+
+def only_denoiser(pipe: Any, family: str | None) -> nn.Module:
+    """The denoiser of a pipeline that has one, without tofu: what calibrations measure.
+
+    Raises:
+        TypeError: if `pipe` is no pipeline.
+        ValueError: if it has several denoisers, none of a known class, or tofu.
+    """
+    if not components(pipe):
+        raise TypeError(f"a calibration takes a diffusers pipeline, not {type(pipe).__name__}")
+    _, models = _denoisers(pipe, family)
+    if len(models) != 1:
+        raise ValueError(
+            f"{type(pipe).__name__} has {len(models)} denoisers; a calibration is of one: give a pipeline "
+            "with one"
+        )
+    if state_of(models[0]) is not None:
+        raise ValueError("the pipeline has tofu; call remove_tofu(pipe) before calibrating")
+    return models[0]
 
 
 def _attached(model: nn.Module, like: Session) -> Session:

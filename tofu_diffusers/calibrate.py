@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .apply import denoisers
-from .attach import bind, compiled_alone, components, parameters_of, state_of
+from .apply import only_denoiser
+from .attach import bind, compiled_alone, components, parameters_of
 from .families import Family, find_family
 from .families.base import Kwargs
 from .noise import uniform
@@ -64,21 +64,11 @@ def calibrate_gradient(
         )
     if calls < 1:
         raise ValueError(f"calls is {calls}; give 1 or more")
-    parts = components(pipe)
-    if not parts:
-        raise TypeError(f"calibrate_gradient takes a diffusers pipeline, not {type(pipe).__name__}")
-    _, models = denoisers(pipe, None)
-    if len(models) != 1:
-        raise ValueError(
-            f"{type(pipe).__name__} has {len(models)} denoisers; probes are of one: give a pipeline with one"
-        )
-    model = models[0]
-    if compiled_alone(model) or all(part is not model for part in parts.values()):
+    model = only_denoiser(pipe, None)
+    if compiled_alone(model) or all(part is not model for part in components(pipe).values()):
         raise ValueError(
             "the denoiser is compiled, and compiled calls cannot be watched; calibrate first, then compile"
         )
-    if state_of(model) is not None:
-        raise ValueError("the pipeline has tofu; call remove_tofu(pipe) before calibrating")
     family = find_family(model, None)
     held_out = max(1, len(prompts) // 4)
     fits: dict[str, Fit] = {}

@@ -14,7 +14,7 @@ from .methods import METHODS, Method, make_method
 from .methods.all import All
 from .methods.base import hint
 from .restore import CACHED, SITE_RESTORES
-from .schedule import Schedule
+from .schedule import Schedule, quantise
 
 SCOPES = ("attention", "block", "span", "step")
 CONTEXTS = ("none", "fresh", "cached")
@@ -223,6 +223,11 @@ class TofuConfig:
     def restore_at(self, depth: float) -> str:
         """The restore at a depth in [0, 1]: the field, or else the method's own."""
         return self.restore or self.make_method().restore(depth)
+
+    def ratio_at(self, position: float, depth: float) -> float:
+        """The ratio at a noise level (0: pure noise, 1: clean image) and a depth, by the schedules."""
+        factor = self.schedule.factor(position) * self.depth_schedule.factor(depth)
+        return self.ratio * (factor if factor == 1.0 else quantise(factor))
 
     @property
     def needs_steps(self) -> list[str]:

@@ -30,7 +30,7 @@ from .methods.base import Source
 from .plan import Plan
 from .predictions import Predictions, with_prediction
 from .restore import CACHED, UpdateCache
-from .schedule import left_out, quantise
+from .schedule import left_out
 from .tracker import Tracker, flags_of, on_maps
 from .units import Projection, Shelf, Unit
 
@@ -293,9 +293,7 @@ class Session:
             self.units[0].ratio = "1.0" if not whole and self.index in skipped else "0.0"
             return
         for unit in self.units:
-            factor = config.schedule.factor(1.0 - noise) * config.depth_schedule.factor(unit.depth)
-            ratio = config.ratio * (factor if factor == 1.0 else quantise(factor))
-            unit.ratio = str(0.0 if whole else ratio)
+            unit.ratio = str(0.0 if whole else config.ratio_at(1.0 - noise, unit.depth))
 
     def _record(self) -> StepRecord:
         return StepRecord(self.calls, tuple("0.0" if self.blind else u.ratio for u in self.units))

@@ -55,7 +55,7 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 
 FRONT, LENGTHS = "25steps-n32", "64px-{}steps-n16"
-GRID = ("64px-12steps-n32", "64px-12steps-n4")
+GRID = "64px-12steps-n32"
 PLANS, SAMPLERS = "64px-25steps-n32", "64px-25steps-n16"
 TABLES: dict[str, Callable[[], str]] = {
     **{f"{model} drift": (lambda model=model: drift_table(model, FRONT)) for model in RESULTS},

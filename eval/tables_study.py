@@ -28,14 +28,6 @@ def rows_of(model: str, stage: str) -> list[Row]:
     return [row for row in read(RESULTS[model]) if row["id"].startswith(start)]
 
 
-def most_pictures(model: str, stages: Sequence[str]) -> list[Row]:
-    """The rows of these stages, of settings that are in several those of the first."""
-    found: dict[str, Row] = {}
-    for stage in stages:
-        found = by_name(rows_of(model, stage)) | found
-    return list(found.values())
-
-
 def described(row: Row) -> str:
     """A setting in words."""
     setting, steps = row["setting"], row["steps"]
@@ -324,7 +316,7 @@ def worth(
     """Over all combinations that differ in one option only: how many, mean, p20 and p80 of the dB gained."""
 
     def rest(row: Row) -> tuple[Any, ...]:
-        options = {"n": row["n"], **row["setting"]["options"]}
+        options = dict(row["setting"]["options"])
         # ToFu's matching is ToMe's; in the grid only its fold is its own.
         if options.get("method") == "tofu":
             options["method"] = "tome"
@@ -361,7 +353,7 @@ QUESTIONS = (
 )
 
 
-def worth_table(stages: Sequence[str]) -> str:
+def worth_table(stage: str) -> str:
     """What each choice is worth, by pairs of combinations that differ in nothing else."""
     lines = [
         "| choice | instead of | "
@@ -369,28 +361,26 @@ def worth_table(stages: Sequence[str]) -> str:
         + " |",
         "|---|---|" + "---|---|" * len(RESULTS),
     ]
-    rows = {model: most_pictures(model, stages) for model in RESULTS}
+    rows = {model: rows_of(model, stage) for model in RESULTS}
     for option, mine, other in QUESTIONS:
         cells = []
         for model in RESULTS:
             count, mean, low, high = worth(rows[model], option, mine, other)
             gained = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" if count else "n/a"
             cells += [gained, str(count)]
-        if set(cells[1::2]) == {"0"}:
-            continue  # not measured yet
         named = (value if value != "None" else "ToFu's own, by depth" for value in (mine, other))
         lines.append(f"| {option} {' | '.join(named)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def best_table(stages: Sequence[str]) -> str:
+def best_table(stage: str) -> str:
     """Of the grid: at each saving, the combination with the least drift."""
     lines = [
-        "| | at least | best combination | n | FLOPs | PSNR, dB |",
-        "|---|---|---|---|---|---|",
+        "| | at least | best combination | FLOPs | PSNR, dB |",
+        "|---|---|---|---|---|",
     ]
     for model in RESULTS:
-        rows = most_pictures(model, stages)
+        rows = rows_of(model, stage)
         for floor, ceiling in pairwise((1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 99.0)):
             among = [row for row in rows if floor <= row["flops_ratio"] < ceiling]
             if not among:
@@ -398,7 +388,7 @@ def best_table(stages: Sequence[str]) -> str:
             best = max(among, key=lambda row: row["metrics"]["psnr_db"]["value"])
             psnr = best["metrics"]["psnr_db"]["value"]
             lines.append(
-                f"| `{model}` | {floor:g}x | {best['setting']['name']} {cite(model, best)} | {best['n']} | "
+                f"| `{model}` | {floor:g}x | {best['setting']['name']} {cite(model, best)} | "
                 f"{best['flops_ratio']:.2f}x | {psnr:.1f} |"
             )
     return "\n".join(lines)

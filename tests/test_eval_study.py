@@ -13,7 +13,7 @@ from eval import study, tables, tables_study
 from eval.__main__ import main
 from eval.bootstrap import difference, of_mean
 from eval.generate import Loaded
-from eval.jsonl import append, read
+from eval.jsonl import read
 from eval.settings import Setting
 from eval.speed import UNREDUCED, Bench
 from eval.study import Study, Trial
@@ -173,8 +173,8 @@ def test_an_unknown_table_is_refused():
         tables.filled("<!-- table: nonsense -->\n<!-- /table -->")
 
 
-def row(value, n=4, **options):
-    return {"setting": {"options": options}, "n": n, "metrics": {"psnr_db": {"value": value}}}
+def row(value, **options):
+    return {"setting": {"options": options}, "metrics": {"psnr_db": {"value": value}}}
 
 
 def test_rows_of_another_scheduler_are_others(command):
@@ -207,7 +207,6 @@ def test_what_a_choice_is_worth_is_taken_from_pairs():
         row(30.0, fold="mean", ratio=0.25),
         row(34.0, fold="mlerp", ratio=0.25),
         row(99.0, fold="mlerp", ratio=0.75),  # without a partner
-        row(50.0, fold="mean", ratio=0.75, n=32),  # of other pictures
         row(50.0, fold="prune", ratio=0.5),
     ]
     count, mean, low, high = tables_study.worth(rows, "fold", "mlerp", "mean")
@@ -216,13 +215,12 @@ def test_what_a_choice_is_worth_is_taken_from_pairs():
     assert tables_study.worth(rows, "fold", "mlerp", "none")[0] == 0
 
 
-def test_of_a_setting_the_row_of_the_first_stage_counts(tmp_path, monkeypatch):
-    path = tmp_path / "rows.jsonl"
-    for n, name in ((4, "a"), (4, "b"), (32, "b"), (32, "c"), (8, "d")):
-        append(path, {"id": f"unet-n{n}/{name}", "n": n, "setting": {"name": name}})
-    monkeypatch.setitem(tables_study.RESULTS, "unet", path)
-    found = tables_study.most_pictures("unet", ("n32", "n4"))
-    assert {each["setting"]["name"]: each["n"] for each in found} == {"a": 4, "b": 32, "c": 32}
+@pytest.mark.parametrize("model", tables_study.RESULTS)
+def test_the_committed_grid_is_whole(model):
+    rows = tables_study.rows_of(model, tables.GRID)
+    names = [row["setting"]["name"] for row in rows]
+    assert sorted(names) == sorted(trial.setting.name for trial in study.grid(12))
+    assert {(row["n"], len(row["psnr_db"])) for row in rows} == {(32, 32)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from eval import generate
 from eval.manifest import provenance
-from eval.prompts import load_prompts
+from eval.prompts import first, load_prompts
 from tofu_diffusers import calibrate_gradient
 
 
@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """`python -m eval calibrate`. A mistake in the arguments is a ValueError."""
-    prompts = load_prompts(args.prompts)
-    prompts = prompts if args.n is None else prompts[-args.n :]
+    prompts = first(load_prompts(args.prompts)[::-1], args.n)[::-1]
     loaded = generate.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     call = generate.call_of(args)
     agreement = calibrate_gradient(

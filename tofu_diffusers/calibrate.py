@@ -75,9 +75,8 @@ def calibrate_gradient(
     agreement: dict[str, list[float]] = {}
     probes: dict[str, Tensor] = {}
     for n, prompt in enumerate(prompts):
-        generator = torch.Generator().manual_seed(seed + n)
         with recorded(model) as seen:
-            pipe(prompt, generator=generator, **{"output_type": "latent"} | options)
+            latents(pipe, prompt, seed + n, options)
         if not seen:
             raise ValueError(f"{type(pipe).__name__} never called its {type(model).__name__}")
         if n == len(prompts) - held_out:
@@ -93,6 +92,12 @@ def calibrate_gradient(
                     fits.setdefault(name, Fit(x.shape[2])).add(x, gradient)
     save_probes(path, probes)
     return {name: sum(values) / len(values) for name, values in agreement.items()}
+
+
+def latents(pipe: Any, prompt: Any, seed: int, options: Kwargs) -> Any:
+    """What one generation ends with, before it is decoded where the pipeline can leave that out."""
+    given = {"output_type": "latent", "return_dict": False} | options
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), **given)[0]
 
 
 @contextmanager

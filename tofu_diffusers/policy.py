@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .apply import apply_tofu, only_denoiser, remove_tofu
 from .attach import state_of
+from .calibrate import latents
 from .config import TofuConfig
 from .schedule import Schedule
 from .session import Session
@@ -117,13 +118,8 @@ def learn_schedule(
     _check(prompts, config, most, highest, rounds, candidates)
 
     def generated() -> list[Tensor]:
-        found = []
-        for n, prompt in enumerate(prompts):
-            given = {"output_type": "latent"} | options
-            generator = torch.Generator().manual_seed(seed + n)
-            latents = pipe(prompt, generator=generator, return_dict=False, **given)[0]
-            found.append(torch.as_tensor(latents).float())
-        return found
+        found = [latents(pipe, prompt, seed + n, options) for n, prompt in enumerate(prompts)]
+        return [torch.as_tensor(each).float() for each in found]
 
     model = only_denoiser(pipe, config.family)
     wanted = generated()

@@ -29,9 +29,7 @@ def features(x: Tensor) -> Tensor:
     """
     x = x.float()
     variance, mean = torch.var_mean(x, dim=-1, keepdim=True, correction=0)
-    tiny = torch.finfo(x.dtype).tiny
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=tiny).log()
-    return torch.cat([(x - mean) * (variance + 1e-6).rsqrt(), length], dim=-1)
+    return torch.cat([(x - mean) * (variance + 1e-6).rsqrt(), log_norm(x)[..., None]], dim=-1)
 
 
 def sensitivity(x: Tensor, probe: Tensor) -> Tensor:
@@ -72,9 +70,9 @@ class Fit:
         return probe.float()
 
 
-def log_norm(gradient: Tensor) -> Tensor:
-    """Logarithm of each token's gradient norm.  [B, N, C] -> [B, N] float32"""
-    norm: Tensor = torch.linalg.vector_norm(gradient.float(), dim=-1)
+def log_norm(rows: Tensor) -> Tensor:
+    """Logarithm of the norm of each token, or of its gradient.  [B, N, C] -> [B, N] float32"""
+    norm: Tensor = torch.linalg.vector_norm(rows.float(), dim=-1)
     return norm.clamp(min=torch.finfo(torch.float32).tiny).log()
 
 

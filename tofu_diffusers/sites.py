@@ -55,13 +55,11 @@ class Site:
         names: Its forward's parameters, in order.
         span: The unit it belongs to; `first` and `last` say where in it the block stands.
         alone: The unit it is when its run must be split.
+        probe: Of the block, where importance is read with one; see `sensitivity`.
 
     While the block runs on kept tokens, `plan` says which, `whole` is what it would have been given, `inputs`
     what its attentions would read of tokens that they are not given (context "fresh"), and `row` which row
     of the batch it is, if only one.
-
-    Args:
-        probe: Of the block, where importance is read with one; see `sensitivity`.
     """
 
     name: str

@@ -13,7 +13,12 @@ from pathlib import Path
 # `emoji`: 512 prompts in words that the embedded pipelines were trained on, in sixteens of the same mix:
 # two faces, animals and foods each, three objects, a plant or the sky, a vehicle, a person, something to
 # wear, and three of a colour and an object. So the first n are as fair a sample as all of them.
-BUILT_IN = {"emoji": Path(__file__).with_name("prompts_emoji.txt")}
+# `emoji-captions`: 2,560 in random order, as many as distances of sets need, each of a picture that the
+# embedded pipelines were trained on (`pipelines.emoji.prompts`).
+BUILT_IN = {
+    "emoji": Path(__file__).with_name("prompts_emoji.txt"),
+    "emoji-captions": Path(__file__).with_name("prompts_emoji_captions.txt"),
+}
 MOST_CHARACTERS = (
     2000  # about what the longest text encoders read; more is likelier a lost line break
 )

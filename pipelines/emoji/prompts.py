@@ -41,7 +41,8 @@ def taught(emoji: Emoji) -> set[tuple[str, str]]:
 
 
 def prompt_sets(emoji: Emoji) -> dict[str, list[str]]:
-    """held_out and training: names; compositions; captions: one of each of so many training pictures.
+    """held_out and training: names; compositions; captions: one of each of so many training pictures,
+    no two the same.
 
     A data set with fewer gives what it has.
     """
@@ -64,5 +65,5 @@ def prompt_sets(emoji: Emoji) -> dict[str, list[str]]:
         "held_out": some(names[True], HELD_OUT),
         "compositions": list(COMPOSITIONS),
         "training": some(names[False], TRAINING),
-        "captions": some(captions, CAPTIONS),
+        "captions": some(list(dict.fromkeys(captions)), CAPTIONS),
     }

@@ -189,6 +189,7 @@ def rows(
                 "n": len(manifest),
                 "seed": manifest.seeds[0],
                 "steps": manifest.call["num_inference_steps"],
+                "call": dict(manifest.call),
                 **manifest.provenance,
                 "flops_ratio": flops[setting.name],
                 "speed": timed and timed["speed"],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tofu_diffusers import profile
 FAMILY = {"unet": "unet", "mmdit": "sd3"}
 RESULTS = {name: ROOT / "eval" / "results" / f"study_{name}.jsonl" for name in FAMILY}
 QUALITY = {name: ROOT / "eval" / "results" / f"sweep_{name}.json" for name in FAMILY}
+DISTANCES = {name: ROOT / "eval" / "results" / f"sweep_{name}_64px.json" for name in FAMILY}
 
 Row = Mapping[str, Any]
 
@@ -225,31 +227,64 @@ def beside_rivals(groups: Iterable[tuple[str, str, Sequence[Row]]]) -> str:
     return "\n".join([circumstances(every), "", *lines])
 
 
+Metrics = Mapping[str, Mapping[str, float]]
+
+
 def quality_table() -> str:
     """What settings kept of the pictures' quality, and what they lose of alignment at most."""
-    lines = [
-        "| | FLOPs | PSNR, dB | SSIM | alignment | change | loss at most |",
-        "|---|---|---|---|---|---|---|",
-    ]
+
+    def cells(metrics: Metrics) -> list[str]:
+        alignment = interval(metrics["emoji_alignment"], 2)
+        return [f"{metrics['ssim']['value']:.3f}", alignment, *alignment_lost(metrics)]
+
+    return kept_table(QUALITY, ["SSIM", "alignment", "change", "loss at most"], cells)
+
+
+def distances_table() -> str:
+    """How far sets of pictures are from the pictures of training, and by how much farther at most."""
+
+    def cells(metrics: Metrics) -> list[str]:
+        found = alignment_lost(metrics)[1:]
+        for name, scale in (("fd-effnetlite0-real", 1), ("kid-effnetlite0-real", 1000)):
+            scaled = {key: metrics[name][key] * scale for key in ("value", "low", "high")}
+            found += [interval(scaled, 1), *changed(metrics, name, "upper")]
+        return found
+
+    more = ("change", "increase at most")
+    head = ["loss of alignment at most", "FD", *more, "KID x 1000", *more]
+    return kept_table(DISTANCES, head, cells)
+
+
+def alignment_lost(metrics: Metrics) -> list[str]:
+    """Its change, and the one-sided 95 % bound of the loss."""
+    return changed(metrics, "emoji_alignment", "lower")
+
+
+def changed(metrics: Metrics, name: str, worst: str) -> list[str]:
+    """A metric's change, and how much worse it is at most, by one bound; nothing of the unreduced row."""
+    change = metrics.get(f"{name}-change")
+    if change is None:
+        return ["", ""]
+    worse = change["upper"] if worst == "upper" else -change["lower"]
+    return [f"{change['value']:+.1%}", f"{max(0.0, worse):.1%}"]
+
+
+def kept_table(
+    files: Mapping[str, Path], head: Sequence[str], cells: Callable[[Metrics], list[str]]
+) -> str:
+    """A line a row of sweeps: what it saves and how far it drifts, and `cells` of its metrics."""
+    head = ["", "FLOPs", "PSNR, dB", *head]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     every = []
-    for path in QUALITY.values():
+    for path in files.values():
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             every.append(row)
-            metrics, speed = row["metrics"], f"{row['flops_ratio']:.2f}x"
-            what, cells = "unreduced", ["", "", "", interval(metrics["emoji_alignment"], 2), "", ""]
+            what, saved, drift = "unreduced", "", ""
             if row["setting"]["kind"] != "unreduced":
-                change = metrics["emoji_alignment-change"]
-                what = described(row)
-                cells[:3] = [
-                    speed,
-                    interval(metrics["psnr_db"], 1),
-                    f"{metrics['ssim']['value']:.3f}",
-                ]
-                cells[4:] = [f"{change['value']:+.1%}", f"{max(0.0, -change['lower']):.1%}"]
-            lines.append(
-                f"| `{row['pipeline']}`, {what} <!-- row: {path.name}#{row['id']} --> | "
-                f"{' | '.join(cells)} |"
-            )
+                what, saved = described(row), f"{row['flops_ratio']:.2f}x"
+                drift = interval(row["metrics"]["psnr_db"], 1)
+            what = f"`{row['pipeline']}`, {what} <!-- row: {path.name}#{row['id']} -->"
+            lines.append(f"| {' | '.join([what, saved, drift, *cells(row['metrics'])])} |")
     return "\n".join([circumstances(every), "", *lines])
 
 

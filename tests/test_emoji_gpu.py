@@ -8,9 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from pipelines.emoji import data, gpu, load_pipeline, train, weights_hash
+from eval.features import read_pictures
+from eval.prompts import load_prompts
+from pipelines.emoji import data, gpu, load_pipeline, reference, train, weights_hash
 from pipelines.emoji.captions import COLOURS
 from pipelines.emoji.data import Emoji, pack, unpack, webp
 from pipelines.emoji.loop import Loop
@@ -208,8 +211,39 @@ def test_the_data_does_not_hold_the_compositions():
         for word in name.split()
     }
     assert {prompt.split()[-1] for prompt in COMPOSITIONS} <= known
-    sizes = {name: len(prompts) for name, prompts in prompt_sets(emoji).items()}
+    sets = prompt_sets(emoji)
+    sizes = {name: len(prompts) for name, prompts in sets.items()}
     assert sizes == {"held_out": 64, "compositions": 50, "training": 200, "captions": 2560}
+    assert sets["captions"] == load_prompts("emoji-captions")
+
+
+# What sets of samples are compared with
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_the_reference_is_the_captions_and_pictures_of_training(packed, tmp_path, side):
+    words = ["--out", str(tmp_path / "there"), "--side", str(side), "--data", str(packed)]
+    reference.main(words)
+    emoji = data.load(packed)
+    captions = load_prompts(tmp_path / "there" / "captions.txt")
+    assert captions == prompt_sets(emoji)["captions"]
+    assert 1 <= len(captions) <= 6 and not any("thing number" in each for each in captions)
+    shown = read_pictures(tmp_path / "there" / "pictures.npy")
+    whole = torch.from_numpy(emoji.images[~emoji.held_out]).permute(0, 3, 1, 2)
+    assert len(shown) == len(whole) == 6
+    for mine, picture in zip(next(shown.batches()), whole, strict=True):
+        assert mine.shape == (3, side, side)
+        means = [F.adaptive_avg_pool2d(each.float(), 16) for each in (mine, picture)]
+        assert (means[0] - means[1]).abs().max() < (1 if side == 128 else 40)
+    if side == 128:
+        assert torch.equal(next(shown.batches()), whole)
+
+
+def test_captions_of_training_are_never_twice_the_same():
+    emoji = emoji_data()
+    same = replace(emoji, keywords=[[]] * 8, colours=[None] * 8)
+    captions = prompt_sets(same)["captions"]
+    assert len(captions) == len({*captions})
 
 
 # Quality

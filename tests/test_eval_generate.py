@@ -626,6 +626,11 @@ def test_the_built_in_prompts_are_a_fair_mix_from_the_start():
     assert len({*COLOURS} & {*" ".join(prompts[:32]).split()}) >= 5
 
 
+def test_the_captions_are_as_many_as_distances_of_sets_need():
+    prompts = load_prompts("emoji-captions")
+    assert len(prompts) == 2560 and not {*prompts[:32]} & {*load_prompts("emoji")[:32]}
+
+
 def test_a_file_has_one_prompt_a_line(tmp_path):
     path = tmp_path / "prompts.txt"
     prompts = ["a red apple", "#1 fan", "crème brûlée", "👩‍🚀 in space", "a\u2003b"]
@@ -661,5 +666,7 @@ def test_odd_lines_are_named(tmp_path, data, told):
 
 def test_what_is_neither_a_set_nor_a_file_is_refused(tmp_path):
     for source in ("emojis", tmp_path):
-        with pytest.raises(ValueError, match=r"neither a file nor a built-in set \(emoji\)"):
+        with pytest.raises(
+            ValueError, match=r"neither a file nor a built-in set \(emoji, emoji-captions\)"
+        ):
             load_prompts(source)

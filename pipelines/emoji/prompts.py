@@ -58,7 +58,7 @@ def prompt_sets(emoji: Emoji) -> dict[str, list[str]]:
     }
     rows = [i for i, h in enumerate(held) if not h]
     captions = [
-        caption(emoji.names[i], emoji.keywords[i], emoji.styles[i], emoji.colours[i], rng)
+        caption(emoji.names[i], emoji.keywords[i], emoji.styles[i], emoji.colours[i], rng).strip()
         for i in rows
     ]
     return {

@@ -29,11 +29,11 @@ from eval.tables_study import (
     ahead_table,
     best_table,
     distances_table,
+    drawn_rows,
     drift_table,
     lengths_table,
     plans_table,
     quality_table,
-    rows_of,
     samplers_table,
     short_table,
     turns_table,
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """`python -m eval tables`."""
     for model in RESULTS:
-        figure = pareto(rows_of(model, FRONT), "psnr_db", "flops")
+        figure = pareto(drawn_rows(model, FRONT), "psnr_db", "flops")
         figure.savefig(ROOT / "docs" / f"results_{model}.png", metadata={"Software": None})
     figure = growth([growth_rows(path) for path in GROWTH.values()])
     figure.savefig(ROOT / "docs" / "growth.png", metadata={"Software": None})

@@ -119,20 +119,38 @@ SHORT = (
     "tofu-0.5", "tome-0.5", "pitome-0.5", "random-0.5", "tomesd-0.5", "deepcache-2", "taylorseer-2",
     "steps-17", "steps-12", "multistep-12", "line-12", "late-12",
 )  # fmt: skip
+# Beside these, drawn: the most that each can save.
+FURTHEST = (
+    "step-8-corrected", "step-8-first4-corrected", "tokens-fresh-0.75-due", "steps-8", "line-8", "late-8",
+)  # fmt: skip
+
+
+def chosen(model: str, stage: str, names: Iterable[str]) -> dict[str, Row]:
+    """Rows by name, in this order, as far as there are; of scope "step" only the pipeline's default."""
+    rows = named(model, stage)
+    return {
+        name: rows[name]
+        for name in names
+        if name in rows and (not name.startswith("step-") or is_default(model, rows[name]))
+    }
+
+
+def drawn_rows(model: str, stage: str) -> list[Row]:
+    """Those of the plot."""
+    return list(chosen(model, stage, (*SHORT, *FURTHEST)).values())
 
 
 def short_table(stage: str) -> str:
-    """Both models side by side; of scope "step" only what is the default of each."""
-    found = {model: named(model, stage) for model in RESULTS}
+    """Both models side by side."""
+    found = {model: chosen(model, stage, SHORT) for model in RESULTS}
     shown: dict[str, dict[str, Row]] = {}
     for name in SHORT:
         for model, rows in found.items():
-            row = rows.get(name)
-            if row is None or (name.startswith("step-") and not is_default(model, row)):
+            if name not in rows:
                 continue
             default = f"**default**, {name.split('-')[1]} of 25 steps run"
-            label = default if name.startswith("step-") else described(row)
-            shown.setdefault(label, {})[model] = row
+            label = default if name.startswith("step-") else described(rows[name])
+            shown.setdefault(label, {})[model] = rows[name]
     return side_by_side(shown)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -124,3 +125,21 @@ def test_a_depth_schedule_changes_the_tokens_of_deep_blocks():
         tiny.generate(pipe, steps=2)
         kept = [row["tokens_kept"] / row["tokens_in"] for row in handle.stats()]
     assert kept[0] == 1.0 and kept == sorted(kept, reverse=True) and kept[-1] == 0.5
+
+
+def test_numbers_and_paths_of_any_kind_become_what_json_has(tmp_path):
+    config = TofuConfig(
+        method="importance",
+        method_options={"source": "gradient", "probe": tmp_path / "probes.safetensors"},
+        first_steps=np.int64(2),
+        levels=np.array([0, 1]),
+        ratio=np.float32(0.5),
+    )
+    assert TofuConfig.from_json(config.to_json()) == config
+    assert type(config.first_steps) is int and {type(level) for level in config.levels} == {int}
+
+
+def test_a_seed_of_more_than_64_bits_is_refused_at_once():
+    TofuConfig(method="random", seed=2**63 - 1)
+    with pytest.raises(ValueError, match="seed 9223372036854775808 is above 9223372036854775807"):
+        TofuConfig(method="random", seed=2**63)

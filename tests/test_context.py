@@ -182,6 +182,9 @@ def test_fused_projections_are_refused_with_a_context_and_run_without():
         apply_tofu(pipe, ratio=0.5, context="cached")
     with apply_tofu(pipe, ratio=0.5, method="tome"):
         tiny.generate(pipe)
+    pipe.unet.unfuse_qkv_projections()
+    with apply_tofu(pipe, ratio=0.5, context="cached"):
+        tiny.generate(pipe)
     pipe = tiny.tiny_sd()
     with apply_tofu(pipe, ratio=0.5, context="fresh"):
         pipe.unet.fuse_qkv_projections()

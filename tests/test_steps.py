@@ -12,6 +12,8 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
     UniPCMultistepScheduler,
 )
 
@@ -67,6 +69,44 @@ def test_image_to_image_starts_at_its_own_noise_level():
     session = handle._sessions[0][1]
     assert len(session.noise) == 4 and session.noise[0] < 0.55
     assert [step.ratios[0] for step in session.steps()] == ["0.0", "0.5", "0.5", "0.5"]
+
+
+def image_to_image(compiled):
+    pipe = tiny.tiny_sd()
+    pipe = StableDiffusionImg2ImgPipeline(
+        **{**pipe.components, "feature_extractor": None}, requires_safety_checker=False
+    )
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+    return pipe
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_image_to_image_leaves_out_steps_of_its_own_and_comes_to_an_end(compiled):
+    pipe = image_to_image(compiled)
+    image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    with apply_tofu(pipe, ratio=0.5) as handle:
+        tiny.generate(pipe, steps=20, image=image, strength=0.45)
+        session = handle._sessions[0][1]
+        ratios = [step.ratios[0] for step in session.steps()]
+        assert len(ratios) == len(session.noise) == 9 and ratios[-1] == "0.0" and "1.0" in ratios
+        # One of the nine is left out alone before the last, as of nine steps that are all there are.
+        plain = tiny.tiny_sd()
+        with apply_tofu(plain, ratio=0.5) as other:
+            tiny.generate(plain, steps=9)
+            assert ratios == [s.ratios[0] for s in other._sessions[0][1].steps()]
+        assert not session.told and session._bytes() == 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_few_steps_are_warned_of_where_most_are_skipped(compiled):
+    pipe = image_to_image(compiled)
+    image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    with (
+        apply_tofu(pipe, ratio=0.5, first_steps=4),
+        pytest.warns(UserWarning, match="4 steps, of which 4 run whole"),
+    ):
+        tiny.generate(pipe, steps=20, image=image, strength=0.2)
 
 
 def test_first_and_last_steps_stay_whole():
@@ -298,6 +338,50 @@ def test_guidance_importance_needs_guidance():
         pytest.raises(ValueError, match="source 'cfg' needs classifier-free guidance"),
     ):
         tiny.generate(pipe, steps=5, guidance_scale=1.0)
+
+
+def perturbed(pipe):
+    return StableDiffusionPAGPipeline(
+        **pipe.components, requires_safety_checker=False, pag_applied_layers="mid"
+    )
+
+
+def edits(pipe):
+    """By text and picture: their guidance is apart."""
+    conv = torch.nn.Conv2d(8, 32, 3, padding=1)
+    conv.weight.data = torch.cat([pipe.unet.conv_in.weight.data] * 2, dim=1)
+    conv.bias.data = pipe.unet.conv_in.bias.data
+    pipe.unet.conv_in = conv
+    pipe.unet.register_to_config(in_channels=8)
+    return StableDiffusionInstructPix2PixPipeline(
+        **{**pipe.components, "feature_extractor": None}, requires_safety_checker=False
+    )
+
+
+@pytest.mark.parametrize("options", [{"method": "tome"}, {"scope": "block"}], ids=str)
+@pytest.mark.parametrize("build", [perturbed, edits])
+def test_three_conditions_in_a_batch(build, options):
+    """Images stay apart, each with the plan of its own."""
+    pipe = build(tiny.tiny_sd())
+    if build is perturbed and "scope" in options:
+        apply_tofu(pipe, ratio=0.5, **options)
+        with pytest.raises(ValueError, match=r"perturbed-attention guidance .* use context='none'"):
+            tiny.generate(pipe, steps=4)
+        return
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    pictures = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+
+    def made(rows):
+        images = {} if build is perturbed else {"image": pictures[rows]}
+        prompts = ["a cat", "a dog"][rows]
+        return tiny.generate(pipe, prompts, steps=5, latents=latents[rows], **images)
+
+    whole = made(slice(0, 2))
+    with apply_tofu(pipe, ratio=0.5, **options) as handle:
+        both, second = made(slice(0, 2)), made(slice(1, 2))
+        assert handle.computed()[0].shape[0] == 1 and handle._sessions[0][1].groups == 3
+    torch.testing.assert_close(both[1:], second, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(both, whole, rtol=1e-2, atol=1e-2)
 
 
 def test_a_base_model_before_a_refiner_runs_the_first_steps():

@@ -7,7 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attach import changed_by_tomesd, components, detach, state_of, unwrap
+from .attach import (
+    changed_by_tomesd,
+    check_within_reach,
+    components,
+    detach,
+    state_of,
+    unwrap,
+)
 from .clock import unwatch, watch
 from .config import TofuConfig, check_field_names
 from .families import find_family, known_classes
@@ -41,6 +48,8 @@ def apply_tofu(target: Any, config: TofuConfig | float | None = None, **options:
         TypeError: if the target is no pipeline or model, or a number is not a number.
         ValueError: if the target has no denoiser of a known family or no site, was changed by tomesd, or
             the configuration does not hold. The target is then as it was.
+        FileNotFoundError: if there are no probes where `method_options` say.
+        RuntimeError: if a forward that must change was replaced by another.
     """
     check_field_names(options)
     if config is not None and not isinstance(config, TofuConfig):
@@ -84,6 +93,9 @@ def remove_tofu(target: Any) -> None:
 
     Args:
         target: What `apply_tofu` was given, or a (deep) copy of it.
+
+    Raises:
+        RuntimeError: if a forward was replaced since by one that calls tofu's. The target is then as it was.
     """
     parts = components(target)
     for model in [
@@ -179,6 +191,18 @@ class Handle:
         for _, session in self._sessions:
             session.tell(index, total, conditions)
 
+    def reset(self) -> None:
+        """Forget a generation that was broken off: frees its caches, and ends it for the denoiser.
+
+        One that came to its end, or the next one, does so by itself.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+        """
+        self._check()
+        for _, session in self._sessions:
+            session.begin([])
+
     def remove(self) -> None:
         """Give back the exact original.
 
@@ -187,7 +211,9 @@ class Handle:
         """
         self._check()
         for model, session in self._sessions:
-            _remove(model, session)
+            # Of several denoisers one may have been given another tofu since.
+            if not session.removed:
+                _remove(model, session)
 
     def _check(self) -> None:
         if self.removed:
@@ -263,9 +289,11 @@ def _attached(model: nn.Module, like: Session) -> Session:
 
 
 def _remove(model: nn.Module, session: Session) -> None:
-    for module in model.modules():
-        if state_of(module) is not None:
-            detach(module)
+    modules = [module for module in model.modules() if state_of(module) is not None]
+    for module in modules:
+        check_within_reach(module)
+    for module in modules:
+        detach(module)
     unwatch(session)
     session.forget()
     session.removed = True

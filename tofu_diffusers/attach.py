@@ -41,6 +41,16 @@ def attach(module: nn.Module, forward: Forward, state: object) -> None:
         )
 
 
+def check_within_reach(module: nn.Module) -> None:
+    """Raise RuntimeError if `detach` would leave a wrapper around our forward, which needs the state."""
+    ours = state_of(module).forward
+    if not any(_is(holder.__dict__.get(name), ours) for holder, name in _slots(module)):
+        raise RuntimeError(
+            f"the forward of {type(module).__name__} was replaced after apply_tofu by "
+            f"{module.__dict__.get('forward')!r}; take that change off first"
+        )
+
+
 def detach(module: nn.Module) -> None:
     """Undo `attach`: put the class's forward back wherever ours is, and drop the state."""
     current = module.__dict__.get("forward")

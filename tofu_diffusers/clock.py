@@ -7,6 +7,7 @@ counting the denoiser's calls is not.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from itertools import pairwise
@@ -22,19 +23,37 @@ NOISY = ("Ancestral", "DDPM", "LCM", "SASolver", "SDE", "TCD")
 
 
 class Clock:
-    """Tells sessions when a scheduler starts a generation and when it advances."""
+    """Tells sessions when a scheduler starts a generation and when it advances.
+
+    A scheduler is copied without them, and so without their models, unless its pipeline is copied with it.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
         self.sessions: list[Session] = []
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
+        if id(self.scheduler) not in memo:
+            return self  # of the scheduler's attributes alone, to be put back later (Panorama)
+        clock = Clock(memo[id(self.scheduler)])
+        memo[id(self)] = clock
+        clock.sessions = [
+            copy.deepcopy(session, memo)
+            for session in self.sessions
+            if id(session.pipeline.get()) in memo
+        ]
+        return clock
+
+    def __reduce__(self) -> tuple[type[Clock], tuple[Any]]:
+        return Clock, (self.scheduler,)
+
     def start(self) -> None:
         for session in self.sessions:
             session.follow(self.scheduler)
 
-    def advance(self) -> None:
+    def advance(self, timestep: Any) -> None:
         for session in self.sessions:
-            session.advance()
+            session.advance(self.scheduler, timestep)
 
 
 class Watched:
@@ -44,6 +63,14 @@ class Watched:
         self.clock = clock
         self.name = name
         self.inner = clock.scheduler.__dict__.get(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watched:
+        clock = copy.deepcopy(self.clock, memo)
+        if clock is self.clock:
+            return self
+        watched = Watched.__new__(Watched)
+        watched.__dict__.update(clock=clock, name=self.name, inner=copy.deepcopy(self.inner, memo))
+        return watched
 
     @property
     def _method(self) -> Any:
@@ -60,7 +87,7 @@ class Watched:
         if self.name == "set_timesteps":
             self.clock.start()
         else:
-            self.clock.advance()
+            self.clock.advance(args[1] if len(args) > 1 else kwargs["timestep"])
         return result
 
 

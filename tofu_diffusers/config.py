@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import numbers
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,12 @@ TOKEN_FIELDS = (
     "context", "schedule", "depth_schedule", "max_age", "first_blocks", "last_blocks", "share", "share_plan",
     "reuse", "levels", "min_tokens", "seed",
 )  # fmt: skip
+# Whole numbers, and the least that each may be.
+LEAST = {
+    "first_steps": 0, "last_steps": 0, "first_blocks": 0, "last_blocks": 0, "min_tokens": 0, "reuse": 1,
+    "max_age": 1, "seed": 0,
+}  # fmt: skip
+MOST_SEED = 2**63 - 1
 FILE_NAME = "tofu_config.json"
 FORMAT = 1
 CORRECTED = "corrected"
@@ -115,10 +122,7 @@ class TofuConfig:
         if self.method is None:
             object.__setattr__(self, "method", All.name if self.scope == "step" else "tofu")
         # As JSON has them, so that a configuration read back is equal.
-        options = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dict(self.method_options).items()
-        }
+        options = {name: _plain(value) for name, value in dict(self.method_options).items()}
         object.__setattr__(self, "method_options", options)
         if self.fold is not None:
             one_of("fold", self.fold, FOLDS)
@@ -126,18 +130,17 @@ class TofuConfig:
             one_of("restore", self.restore, RESTORES)
         one_of("context", self.context, CONTEXTS)
         one_of("share", self.share, SHARES)
-        for name in ("first_steps", "last_steps", "first_blocks", "last_blocks", "min_tokens"):
-            _check_whole(name, getattr(self, name), 0)
+        for name, least in LEAST.items():
+            if getattr(self, name) is not None:
+                whole = _whole(name, getattr(self, name), least)
+                object.__setattr__(self, name, whole)
+        if self.seed > MOST_SEED:
+            raise ValueError(f"seed {self.seed} is above {MOST_SEED}, the largest of 64 bits")
         if not isinstance(self.share_plan, bool):
             raise TypeError(f"share_plan must be True or False, not {self.share_plan!r}")
-        _check_whole("reuse", self.reuse, 1)
-        _check_whole("seed", self.seed, 0)
-        if self.max_age is not None:
-            _check_whole("max_age", self.max_age, 1)
         if self.levels is not None:
-            object.__setattr__(self, "levels", tuple(self.levels))
-            for level in self.levels:
-                _check_whole("levels", level, 0)
+            levels = tuple(_whole("levels", level, 0) for level in self.levels)
+            object.__setattr__(self, "levels", levels)
         if self.memory_limit is not None:
             _check_number("memory_limit", self.memory_limit)
             if self.memory_limit <= 0:
@@ -305,8 +308,16 @@ def _check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number, not {value!r}")
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _plain(value: Any) -> Any:
+    """An option's value as JSON has it."""
+    if isinstance(value, tuple):
+        return list(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
     if value < least:
         raise ValueError(f"{name} {value} is below {least}")
+    return int(value)

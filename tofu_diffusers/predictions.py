@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from .kernels.reference import wide
@@ -19,7 +20,7 @@ class Past:
     Args:
         cache: [B, 1, numbers of a prediction].
         shape: Of a prediction.
-        kind: Class of what the denoiser returned.
+        kind: Class of what the denoiser returned, if it was no tuple.
     """
 
     cache: UpdateCache
@@ -89,7 +90,8 @@ class Predictions:
         if condition not in self.past:
             batch, _, numbers = rows.shape
             cache = UpdateCache.empty(self.kept, batch, 1, numbers, rows.dtype, rows.device)
-            self.past[condition] = Past(cache, out[0].shape, type(out))
+            kind = Transformer2DModelOutput if isinstance(out, tuple) else type(out)
+            self.past[condition] = Past(cache, out[0].shape, kind)
         cache = self.past[condition].cache
         if self.weights is None or cache.slope is None:
             cache.record(rows, step)

@@ -52,6 +52,10 @@ class RotarySite:
     names: tuple[str, ...]
     skip: int = 0
 
+    def forget(self) -> None:
+        """Drop what belongs to one call."""
+        self.skip = 0
+
 
 @dataclass(eq=False)
 class QuerySite:

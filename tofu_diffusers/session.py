@@ -43,7 +43,8 @@ class PipelineReference:
     """The pipeline that a session serves, without keeping it alive or copying it along with a model."""
 
     def __init__(self, pipeline: Any = None) -> None:
-        self.get = weakref.ref(pipeline) if pipeline is not None else _nothing
+        self.given = pipeline is not None
+        self.get = weakref.ref(pipeline) if self.given else _nothing
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PipelineReference:
         # Inside a deepcopy of the pipeline the copy is already known; a copied model alone belongs to none.
@@ -184,17 +185,14 @@ class Session:
         if self.looks_back is not None:
             self.looks_back.begin(None)
         self._go_to(0)
-        whole = self.whole_steps()
-        if 0 < len(noise) <= FEW_STEPS and whole and self.config.ratio > 0:
-            warnings.warn(
-                f"{len(noise)} steps, of which {whole} run whole: little is left to save; "
-                "with so few steps choose a method and restore without memory (method='tome')",
-                stacklevel=2,
-            )
 
-    def advance(self) -> None:
+    def advance(self, scheduler: Any, timestep: Any) -> None:
         """One step is done. One that this denoiser had no part in (its pipeline has two) counts as time."""
         if self.told:
+            if self.index == 0:
+                # Where the call was traced, nobody could look before it.
+                self._cut(scheduler, timestep)
+                self._warn_of_few()
             self._note_step()
             self._go_to(self.index + 1)
             if not self.told:
@@ -205,9 +203,19 @@ class Session:
         """A bare model's step, from its user."""
         if index == 0 or not self.told or total != len(self.noise):
             self.begin([1.0 - i / total for i in range(total)], conditions)
+            self._warn_of_few()
         else:
             self._note_step()
         self._go_to(index)
+
+    def _warn_of_few(self) -> None:
+        steps, whole = len(self.noise), self.whole_steps()
+        if steps <= FEW_STEPS and whole and self.config.ratio > 0:
+            warnings.warn(
+                f"{steps} steps, of which {min(steps, whole)} run whole: little is left to save; "
+                "with so few steps choose a method and restore without memory (method='tome')",
+                stacklevel=2,
+            )
 
     def whole_steps(self) -> int:
         """How many steps at the start run whole: as asked, and until there is evidence and context."""
@@ -241,10 +249,20 @@ class Session:
     def _announced(self) -> int:
         """Conditions in a batch, as the pipeline says; 0: it does not say, see `_look_back`."""
         pipeline = self.pipeline.get()
+        if pipeline is None and self.pipeline.given:
+            raise RuntimeError(
+                "the pipeline that apply_tofu was given is gone, and with it what tells guidance; call "
+                "apply_tofu on the pipeline that generates"
+            )
         if pipeline is None or not self.family.guidance_in_batch:
             return 1
         guided = getattr(pipeline, "do_classifier_free_guidance", None)
-        return 0 if guided is None else 1 + bool(guided)
+        if guided is None:
+            return 0
+        # Guidance by a text and by a picture apart from each other (InstructPix2Pix) has three conditions.
+        others = 2 if hasattr(pipeline, "image_guidance_scale") else 1
+        perturbed = getattr(pipeline, "do_perturbed_attention_guidance", False)
+        return 1 + others * bool(guided) + bool(perturbed)
 
     def _look_back(self) -> None:
         """Read, once a generation, what shapes do not tell; until then steps run whole (`blind`).
@@ -493,17 +511,22 @@ class Session:
         return out
 
     @property
+    def finest(self) -> int:
+        """The finest level with units: a denoiser may have no attention on finer ones (SDXL)."""
+        return min(shelf.level for shelf in self.shelves)
+
+    @property
     def _settles(self) -> bool:
         """Whether predictions of this generation are corrected by tokens."""
         return self.corrections is not None and self.corrections.moves is not None
 
     def _maps(self, prediction: Tensor) -> Tensor:
         """A prediction as maps, by the finest grid."""
-        return self.family.prediction(prediction, self.grids[min(self.grids)])
+        return self.family.prediction(prediction, self.grids[self.finest])
 
     def _corrected(self, out: Any, corrections: Corrections, step: Tensor) -> Any:
         """What the denoiser returned, with what the tokens lack that this step computed."""
-        level = min(self.grids)
+        level = self.finest
         grid, maps = self.grids[level], self._maps(out[0])
         if self.condition not in corrections.debts:
             needed = self._bytes() + Debt.nbytes_for(maps)
@@ -526,7 +549,7 @@ class Session:
             images, groups = self.images, self.groups
             first = self.conditional(maps, images)
             if self.condition == "0":
-                kept: dict[int, list[Tensor]] = {level: [] for level in self.grids}
+                kept: dict[int, list[Tensor]] = {level: [] for level in tracker.grids}
                 for shelf in self.shelves:
                     kept[shelf.level] += shelf.kept()
                 back = maps[-images:] if self.family.conditional_first else maps[:images]
@@ -603,11 +626,7 @@ class Session:
         self.split = reason is not None or alone
 
     def _find_scheduler(self, named: dict[str, Any]) -> None:
-        """Follow a scheduler swapped after apply_tofu, and see which of its steps are really run.
-
-        Image-to-image skips the first of the scheduler's steps, a base model before a refiner the last.
-        Where the pipeline announces fewer steps than were set, the first timestep is read, once.
-        """
+        """Follow a scheduler swapped after apply_tofu, and see which of its steps are really run."""
         pipeline = self.pipeline.get()
         scheduler = getattr(pipeline, "scheduler", None)
         if scheduler is None:
@@ -615,10 +634,17 @@ class Session:
         if not is_watched(scheduler, self):
             watch(scheduler, self)
             self.follow(scheduler)
-        planned = getattr(pipeline, "num_timesteps", None)
-        starting = self.told and self.index == 0 and self.calls == 0
-        if starting and planned and planned < len(self.noise):
-            timestep = named["timestep"] / self.family.timestep_scale
+        if self.told and self.index == 0 and self.calls == 0:
+            self._cut(scheduler, named["timestep"] / self.family.timestep_scale)
+
+    def _cut(self, scheduler: Any, timestep: Any) -> None:
+        """See which of the scheduler's steps are really run, from the first one's timestep.
+
+        Image-to-image skips the first of them, a base model before a refiner the last. The timestep is
+        read where the pipeline announces fewer steps than were set, once.
+        """
+        planned = getattr(self.pipeline.get(), "num_timesteps", None)
+        if planned and planned < len(self.noise):
             level = noise_level(scheduler, timestep)
             distances = [abs(noise - level) for noise in self.noise]
             begin = min(distances.index(min(distances)), len(self.noise) - planned)
@@ -676,7 +702,8 @@ class Session:
             projection.rows[self.condition] = sample.new_zeros(batch, tokens, projection.width)
         self.held = max(self.held, needed)
         if self.tracker is None and self.told and self.method.sources:
-            grids = self.grids
+            levels = {shelf.level for shelf in self.shelves}
+            grids = {level: grid for level, grid in self.grids.items() if level in levels}
             if self.family.packed:
                 grids = {level: grid.row for level, grid in grids.items()}
             self.tracker = Tracker(self.method.sources, self.images, grids, sample.device)

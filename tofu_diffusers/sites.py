@@ -8,6 +8,8 @@ own. A block with tokens x, plan M and update f:
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +48,19 @@ class Root:
         default_factory=list
     )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Root:
+        root = Root.__new__(Root)
+        memo[id(self)] = root
+        root.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return root
+
+    def __reduce__(self) -> Any:
+        # Its forwards would be looked for on the classes, and only when it is read back.
+        raise pickle.PicklingError(
+            "a denoiser with tofu cannot be pickled; call remove_tofu first, or write its weights by "
+            "save_pretrained"
+        )
+
 
 @dataclass(eq=False)
 class Site:
@@ -79,6 +94,11 @@ class Site:
     metric: Tensor | None = None
     importance: Callable[[int], dict[Source, Tensor]] | None = None
     probing: bool = False
+
+    def forget(self) -> None:
+        """Drop what belongs to one call."""
+        self.plan = self.whole = self.row = self.metric = self.importance = None
+        self.inputs, self.probing = {}, False
 
 
 @dataclass(eq=False)
@@ -127,8 +147,27 @@ def root_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     session.enter(module, named)
     if session.leaves_out():
         return session.predicted(named.get("return_dict", True))
-    out = root.original(module, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        # What sites hold of a call is not there between calls: a traced one changes nothing.
+        out = root.original(module, *args, **kwargs)
+    else:
+        out = unbroken(root, module, args, kwargs)
     return session.leave(out)
+
+
+def unbroken(root: Root, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+    """The denoiser's own forward; one that fails on the way leaves nothing behind for the next."""
+    try:
+        return root.original(module, *args, **kwargs)
+    except BaseException:
+        for part in module.modules():
+            state = state_of(part)
+            if isinstance(state, AttentionSite):
+                state = state.rotary
+            if isinstance(state, Site | RotarySite):
+                state.forget()
+        root.session.opened = None
+        raise
 
 
 def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -350,8 +389,16 @@ def follow_projections(root: Root) -> None:
 
 
 def check_unfused(attention: nn.Module, name: str, context: str) -> None:
-    """Raise ValueError if queries, keys and values are projected by one module."""
-    if getattr(attention, "fused_projections", False):
+    """Raise ValueError if queries, keys and values of all rows are not each projected by one module."""
+    processor = type(getattr(attention, "processor", None)).__name__
+    if processor.startswith("PAG"):
+        raise ValueError(
+            f"{name} projects the rows of perturbed-attention guidance apart from the others ({processor}), "
+            f"which context {context!r} cannot follow; use context='none', or scope='step'"
+        )
+    # Attentions that cannot be unfused keep the flag when their processors are put back.
+    flag = getattr(attention, "fused_projections", False)
+    if "Fused" in processor or (flag and hasattr(attention, "unfuse_projections")):
         raise ValueError(
             f"{name} has fused QKV projections, which hide the keys and values that context {context!r} "
             "needs; call unfuse_qkv_projections() or use context='none'"

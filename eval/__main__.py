@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 # Imported when asked for: a machine that only generates needs none of the packages that plot or score.
 COMMANDS = {
-    "sweep": ("eval.sweep", "all of the following, for methods at ratios and what they must beat"),
+    "sweep": (
+        "eval.sweep",
+        "generate, score, speed and report: methods at ratios, and what they must beat",
+    ),
     "generate": ("eval.generate", "the images of one setting"),
     "score": ("eval.scores", "what a setting cost in quality"),
     "speed": ("eval.speed", "how long a step takes, in turns with the unreduced pipeline"),

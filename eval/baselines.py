@@ -195,8 +195,19 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def merged_by_tomesd(pipe: Any, **options: Any) -> Iterator[None]:
-    """The pipeline patched by tomesd, which serves UNets of BasicTransformerBlocks.
+def merged_by_tomesd(
+    pipe: Any,
+    *,
+    ratio: float,
+    max_downsample: int = 1,
+    sx: int = 2,
+    sy: int = 2,
+    use_rand: bool = True,
+    merge_attn: bool = True,
+    merge_crossattn: bool = False,
+    merge_mlp: bool = False,
+) -> Iterator[None]:
+    """The pipeline patched by tomesd with its own options, which serves UNets of BasicTransformerBlocks.
 
     Raises:
         ValueError: if it has no UNet.
@@ -208,7 +219,17 @@ def merged_by_tomesd(pipe: Any, **options: Any) -> Iterator[None]:
     # It draws from a forked global generator; the state is put back.
     state = torch.get_rng_state()
     with attributes_kept(pipe.unet):
-        tomesd.apply_patch(pipe, **options)
+        tomesd.apply_patch(
+            pipe,
+            ratio=ratio,
+            max_downsample=max_downsample,
+            sx=sx,
+            sy=sy,
+            use_rand=use_rand,
+            merge_attn=merge_attn,
+            merge_crossattn=merge_crossattn,
+            merge_mlp=merge_mlp,
+        )
         try:
             yield
         finally:

@@ -92,18 +92,27 @@ class Pictures:
             yield torch.stack(batch)
 
 
-def read_pictures(path: str | Path) -> Pictures:
+def read_pictures(path: str | Path, cache: str | Path) -> Pictures:
     """A folder of pictures in the order of their names, a .npy, or a .npz with one array or `images`.
 
+    Args:
+        cache: Folder where their features are kept.
+
     Raises:
-        ValueError: if it holds none.
+        ValueError: if it holds less than two, of which no distance can be taken.
     """
-    path = Path(path)
+    found = _read_pictures(Path(path), Path(cache))
+    if len(found) < 2:
+        raise ValueError(f"{path} holds {len(found)} pictures; a distance needs 2 or more")
+    return found
+
+
+def _read_pictures(path: Path, cache: Path) -> Pictures:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         if not files:
             raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
-        return Pictures(files, path)
+        return Pictures(files, cache)
     if path.suffix not in (".npy", ".npz") or not path.is_file():
         raise ValueError(f"{path} is neither a folder of pictures nor a .npy or .npz file")
     array = np.load(path, allow_pickle=False)
@@ -112,7 +121,7 @@ def read_pictures(path: str | Path) -> Pictures:
         if len(names) > 1 and "images" not in names:
             raise ValueError(f"{path} has {', '.join(names)}; call the pictures `images`")
         array = array["images" if "images" in names else names[0]]
-    return Pictures(array, path.parent, path.name.encode())
+    return Pictures(array, cache, path.name.encode())
 
 
 class Extractor(nn.Module):
@@ -216,6 +225,7 @@ def weights_of(module: nn.Module) -> str:
 
 def features(extractor: Extractor, pictures: Pictures) -> Tensor:
     """Of every picture; read from beside them if neither they nor the extractor changed.  [N, D]"""
+    pictures.cache.mkdir(parents=True, exist_ok=True)
     file = pictures.cache / f"features-{extractor.name}.safetensors"
     key = hashlib.sha256(f"{pictures.digest} {extractor.identity}".encode()).hexdigest()
     if file.exists():

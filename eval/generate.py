@@ -260,6 +260,8 @@ def add_run_arguments(
 
 def call_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of every call of the pipeline that `add_run_arguments` asked for."""
+    if args.steps < 1:
+        raise ValueError(f"--steps {args.steps} is below 1")
     sizes = {name: getattr(args, name) for name in ("height", "width")}
     given = {name: size for name, size in sizes.items() if size is not None}
     return {"num_inference_steps": args.steps, "guidance_scale": args.guidance, **given}
@@ -340,6 +342,9 @@ def _check(pipe: Any, arguments: Mapping[str, Any]) -> None:
 def _open(out: Path, manifest: Manifest) -> tuple[Manifest, list[range]]:
     """Begin or continue a run: its manifest as stored, and the batches still to make."""
     held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if {*held} == {NAME, "images"} and not any(image_path(out, 0).parent.iterdir()):
+        # Refused by the pipeline before its first image: nothing is there to be mixed.
+        held = []
     if NAME in held:
         stored = Manifest.load(out)
         if lines := stored.differences(manifest):

@@ -62,7 +62,6 @@ METRICS = (
     (r"psnr_db", Metric("PSNR, dB", True, True, 1)),
     (r"ssim", Metric("SSIM", True, True, 3)),
     (r"lpips", Metric("LPIPS", False, True, 3)),
-    (r"latent_(mse|rmse|error|distance)", Metric(None, False, True, 4)),
     (r"feature_distance", Metric("feature distance", False, True, 4)),
     (r"(\w+_)?alignment|clip_score", Metric(None, True, False, 2)),
     (r"((\w+_)?alignment|clip_score)-change", Metric(None, True, True, 4)),

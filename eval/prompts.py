@@ -64,15 +64,21 @@ def load_prompts(source: str | Path) -> list[str]:
     return list(first_lines)
 
 
-def first(prompts: list[str], n: int | None) -> list[str]:
+def first(prompts: list[str], n: int | None, least: int = 1) -> list[str]:
     """The first n of them; all without a number.
 
+    Args:
+        least: How many there must be; an interval needs 2.
+
     Raises:
-        ValueError: if there are not as many.
+        ValueError: if there are not as many, or n is less.
     """
-    if n is not None and not 1 <= n <= len(prompts):
-        raise ValueError(f"{n} prompts asked for of {len(prompts)}; choose 1 to {len(prompts)}")
-    return prompts[:n]
+    wanted = len(prompts) if n is None else n
+    if not least <= wanted <= len(prompts):
+        raise ValueError(
+            f"{wanted} prompts asked for of {len(prompts)}; choose {least} to {len(prompts)}"
+        )
+    return prompts[:wanted]
 
 
 def _problem(prompt: str) -> str | None:

@@ -263,7 +263,7 @@ def score(
         run, reference: Run folders; a run against itself gives the reference's own scores.
         extractor: Of feature distances.
         alignment: Left out of the scores if None.
-        real: As of `read_pictures`.
+        real: A folder or file, as of `read_pictures`.
         perceptual: LPIPS, left out if None.
         out: scores/<setting>.json beside the run folder unless given.
 
@@ -276,7 +276,9 @@ def score(
     """
     mine, base = Run.read(run), Run.read(reference)
     check_match(mine, base)
-    wild = None if real is None else read_pictures(real)
+    out = Path(out or _place(mine.folder, mine.manifest))
+    # Beside the scores: the pictures may lie where nothing may be written.
+    wild = None if real is None else read_pictures(real, out.parent / "real")
     inputs = {
         "run": mine.inputs(),
         "reference": base.inputs(),
@@ -287,7 +289,6 @@ def score(
         "psnr_cap_db": PSNR_CAP_DB,
         "bootstrap": {"seed": bootstrap.SEED, "means": bootstrap.MANY, "fd": bootstrap.FEW},
     }
-    out = Path(out or _place(mine.folder, mine.manifest))
     if out.exists():
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         if found.get("format") == FORMAT and found["inputs"] == json.loads(json.dumps(inputs)):
@@ -360,9 +361,9 @@ def changes(mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, dict[
     return found
 
 
-def default_alignment(manifest: Manifest) -> EmojiAlignment | None:
+def default_alignment(weights: str) -> EmojiAlignment | None:
     """The emoji scorer for pipelines embedded here; None for others, which need a CLIP model."""
-    embedded = manifest.pipeline["weights"] in map(weights_hash, MODELS)
+    embedded = weights in map(weights_hash, MODELS)
     return EmojiAlignment() if embedded else None
 
 
@@ -372,6 +373,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", type=Path, help="unreduced run folder; default: `unreduced` beside the run"
     )
+    add_scoring_arguments(parser)
+    parser.add_argument("--out", type=Path, help="default: scores/<setting>.json beside the run")
+
+
+def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    """With what to score; see `scoring`."""
     parser.add_argument("--real", type=Path, help="real pictures: a folder, .npy or .npz")
     parser.add_argument(
         "--features", choices=EXTRACTORS, default=EXTRACTORS[0], help="(%(default)s)"
@@ -385,7 +392,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lpips-path", type=Path, help="file of torchvision's AlexNet or VGG-16; default: no LPIPS"
     )
-    parser.add_argument("--out", type=Path, help="default: scores/<setting>.json beside the run")
+
+
+def scoring(args: argparse.Namespace, weights: str) -> dict[str, Any]:
+    """Arguments of `score` by those of `add_scoring_arguments`, for a pipeline of these weights."""
+    return {
+        "extractor": load_extractor(args.features, resize=args.resize, path=args.features_path),
+        "alignment": ClipAlignment(args.clip) if args.clip else default_alignment(weights),
+        "real": args.real,
+        "perceptual": Lpips(args.lpips_path) if args.lpips_path else None,
+    }
 
 
 def main(args: argparse.Namespace) -> int:
@@ -395,11 +411,8 @@ def main(args: argparse.Namespace) -> int:
     result = score(
         args.run,
         args.reference or args.run.parent / "unreduced",
-        extractor=load_extractor(args.features, resize=args.resize, path=args.features_path),
-        alignment=ClipAlignment(args.clip) if args.clip else default_alignment(manifest),
-        real=args.real,
-        perceptual=Lpips(args.lpips_path) if args.lpips_path else None,
         out=out,
+        **scoring(args, manifest.pipeline["weights"]),
     )
     print(f"{out}: {result['n']} images, 95 % intervals")
     for name, entry in result["metrics"].items():

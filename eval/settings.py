@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -33,6 +34,16 @@ KINDS = (
     "stack",
 )
 DENOISERS = ("unet", "transformer")
+# Of kinds that are one context manager around a denoiser, or around the pipeline.
+AROUND: dict[str, Callable[..., AbstractContextManager[Any]]] = {
+    "step_cache": step_cached,
+    "pab": broadcast_attention,
+    "taylorseer": extrapolated,
+    "first_block_cache": first_block_cached,
+    "tomesd": merged_by_tomesd,
+    "deepcache": deep_cached,
+}
+AROUND_PIPELINE = ("tomesd", "deepcache")
 
 
 def denoiser_name(pipe: Any) -> str:
@@ -66,7 +77,7 @@ class Setting:
         options: Of the kind.
 
     Raises:
-        ValueError: on an unknown kind, or a name that is no folder's.
+        ValueError: on an unknown kind, options that are not its own, or a name that is no folder's.
     """
 
     name: str
@@ -80,6 +91,22 @@ class Setting:
         if not (rest.isascii() and rest.isalnum()):
             raise ValueError(f"name {self.name!r} may hold letters, digits and -_.+= only")
         object.__setattr__(self, "options", dict(self.options))
+        try:
+            self._check_options()
+        except TypeError as error:
+            raise ValueError(f"options of {self.name!r}, kind {self.kind!r}: {error}") from error
+
+    def _check_options(self) -> None:
+        """Bind them as they will be; of tofu, `apply_tofu` says more than could be said here."""
+        options = self.options
+        if self.kind in AROUND:
+            inspect.signature(AROUND[self.kind]).bind(None, **options)
+        elif self.kind == "fewer_steps":
+            inspect.signature(_fewer_steps).bind(**options)
+        elif self.kind == "stack":
+            inspect.signature(_stack).bind(**options)
+        elif self.kind == "unreduced" and options:
+            raise TypeError(f"it has none, not {', '.join(options)}")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -94,8 +121,7 @@ class Setting:
         """Itself, or what it is a stack of, the first innermost."""
         if self.kind != "stack":
             return [self]
-        inner = (Setting.from_dict(each).parts() for each in self.options["of"])
-        return [part for parts in inner for part in parts]
+        return [part for inner in _stack(**self.options) for part in inner.parts()]
 
     def applied(self, pipe: Any) -> AbstractContextManager[Applied]:
         """Inside it the pipeline generates this way, if it is called with the `call` of what it yields."""
@@ -115,21 +141,32 @@ class Applied:
     handles: list[Handle] = field(default_factory=list)
 
 
-def known_saving(setting: Setting, applied: Applied, steps: int) -> float | None:
+def _fewer_steps(*, steps: int, scheduler: str | None = None) -> int:
+    return steps
+
+
+def _stack(*, of: list[dict[str, Any]]) -> list[Setting]:
+    return [Setting.from_dict(each) for each in of]
+
+
+def known_saving(setting: Setting, applied: Applied, pipe: Any, steps: int) -> float | None:
     """FLOPs of the unreduced denoiser over those of the generation just made, where they need no counting.
 
     Args:
+        pipe: As the setting has left it.
         steps: Of the unreduced generation.
 
     Returns:
-        None for what other packages did to the pipeline: count it, as `eval.speed` does.
+        None for what other packages did to the pipeline, and for fewer steps where a sampler's steps are
+        not its calls of the denoiser: count it, as `eval.speed` does.
     """
+    plain = len(pipe.scheduler.timesteps) == applied.call.get("num_inference_steps", steps)
     summaries = [handle.summary() for handle in applied.handles]
     saving = math.prod(each.flops_whole / each.flops_run for each in summaries)
     for each in setting.parts():
-        if each.kind == "fewer_steps":
-            saving *= steps / int(each.options["steps"])
-        elif each.kind == "step_cache":
+        if each.kind == "fewer_steps" and plain:
+            saving *= steps / _fewer_steps(**each.options)
+        elif each.kind == "step_cache" and plain:
             saving *= each.options["total"] / each.options["computed"]
         elif each.kind not in ("unreduced", "tofu"):
             return None
@@ -148,21 +185,12 @@ def _applied(setting: Setting, pipe: Any) -> Iterator[Applied]:
             if options.get("scheduler") == "multistep":
                 second = scheduler_like(pipe.scheduler, "DPMSolverMultistepScheduler")
                 stack.enter_context(rescheduled(pipe, second))
-        elif setting.kind == "step_cache":
-            stack.enter_context(step_cached(denoiser_of(pipe), **options))
-        elif setting.kind == "tomesd":
-            stack.enter_context(merged_by_tomesd(pipe, **options))
-        elif setting.kind == "pab":
-            stack.enter_context(broadcast_attention(denoiser_of(pipe), **options))
-        elif setting.kind == "taylorseer":
-            stack.enter_context(extrapolated(denoiser_of(pipe), **options))
-        elif setting.kind == "first_block_cache":
-            stack.enter_context(first_block_cached(denoiser_of(pipe), **options))
-        elif setting.kind == "deepcache":
-            stack.enter_context(deep_cached(pipe, **options))
+        elif setting.kind in AROUND:
+            target = pipe if setting.kind in AROUND_PIPELINE else denoiser_of(pipe)
+            stack.enter_context(AROUND[setting.kind](target, **options))
         elif setting.kind == "stack":
-            for inner in options["of"]:
-                each = stack.enter_context(Setting.from_dict(inner).applied(pipe))
+            for inner in _stack(**options):
+                each = stack.enter_context(inner.applied(pipe))
                 done.call |= each.call
                 done.handles += each.handles
         yield done

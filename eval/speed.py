@@ -233,6 +233,8 @@ def main(args: argparse.Namespace) -> None:
             print(f"kernels and reference differ by {max(apart.values()):.2g} at most")
         suite.main(args.suite, args.out, args.rounds)
         return
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds} is below 1")
     settings = [generate.setting_of(text) for text in args.setting]
     loaded = generate.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     prompts = first(load_prompts(args.prompts), args.n or args.batch_size)

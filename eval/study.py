@@ -231,7 +231,7 @@ class Study:
             with trial.setting.applied(self.loaded.pipe) as applied:
                 own = {**call, **applied.call, "output_type": "pt"}
                 images = one_batch(self.loaded.pipe, batch, self.seed + start, own).images
-                saving = known_saving(trial.setting, applied, trial.steps)
+                saving = known_saving(trial.setting, applied, self.loaded.pipe, trial.steps)
             parts.append(images.mul(255).round().to(torch.uint8).cpu())
         if saving is None:
             bench = Bench(self.loaded.pipe, self.prompts[:1], self.seed, call)
@@ -285,7 +285,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """`python -m eval study`. A mistake in the arguments is a ValueError."""
     loaded = generate.load(args.pipeline, args.dtype, scheduler=args.scheduler)
-    prompts = first(load_prompts(args.prompts), args.n)
+    prompts = first(load_prompts(args.prompts), args.n, least=2)
     call = generate.call_of(args)
     del call["num_inference_steps"]
     study = Study(loaded, prompts, args.seed, args.batch_size, call)

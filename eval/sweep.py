@@ -22,9 +22,8 @@ from typing import Any
 from PIL import Image
 
 from eval import generate, report, scores
-from eval.features import load_extractor
 from eval.generate import Loaded
-from eval.manifest import Manifest, image_name, image_path, write_whole
+from eval.manifest import Manifest, image_name, image_path, provenance, write_whole
 from eval.plots import overlay_kept
 from eval.prompts import first, load_prompts
 from eval.settings import Setting
@@ -125,17 +124,26 @@ class Sweep:
     def flops(self, settings: Sequence[Setting]) -> dict[str, float]:
         """Counted FLOPs of the unreduced denoiser over those of each setting; what is counted is kept."""
         path = self.folder / "flops.json"
-        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
         bench = Bench(self.loaded.pipe, self.prompts[:1], self.seed, self.call)
         base: int | None = None
+        found = {}
         for setting in settings:
-            if setting.name in known:
-                continue
-            base = base or bench.flops(UNREDUCED)
-            known[setting.name] = base / bench.flops(setting)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, (json.dumps(known, indent=2) + "\n").encode())
-        return {setting.name: known[setting.name] for setting in settings}
+            about = {
+                "pipeline": self.loaded.identity(),
+                "call": self.call,
+                "setting": setting.to_dict(),
+            }
+            about = json.loads(json.dumps(about))  # as stored
+            row = next((row for row in rows if about.items() <= row.items()), None)
+            if row is None:
+                base = base or bench.flops(UNREDUCED)
+                row = {**about, "saving": base / bench.flops(setting)}
+                rows.append(row)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(path, (json.dumps(rows, indent=2) + "\n").encode())
+            found[setting.name] = row["saving"]
+        return found
 
     def run(self, setting: Setting) -> Manifest:
         """The images of one setting."""
@@ -208,28 +216,33 @@ def matched(sweep: Sweep, settings: list[Setting]) -> list[Setting]:
     return settings + [each for each in found if each not in settings]
 
 
-def sweep_all(sweep: Sweep, settings: list[Setting], wild: Path | None) -> list[dict[str, Any]]:
-    """Generate, score and time all settings; writes results.json and returns its rows."""
+def sweep_all(
+    sweep: Sweep, settings: list[Setting], scoring: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Generate, score and time all settings; writes results.json and returns its rows.
+
+    Args:
+        scoring: Arguments of `scores.score`.
+    """
     flops = sweep.flops(settings)
     for setting in settings:
         sweep.run(setting)
     if not generate.processes().is_main_process:
         return []
-    extractor = load_extractor("effnetlite0")
-    alignment = scores.default_alignment(Manifest.load(sweep.folder / UNREDUCED.name))
+    whole = sweep.folder / UNREDUCED.name
     scored = {
-        setting.name: scores.score(
-            sweep.folder / setting.name,
-            sweep.folder / UNREDUCED.name,
-            extractor=extractor,
-            alignment=alignment,
-            real=wild,
-        )
+        setting.name: scores.score(sweep.folder / setting.name, whole, **scoring)
         for setting in settings
     }
     speeds: dict[str, dict[str, Any]] = {}
     if sweep.rounds:
-        about = Manifest.load(sweep.folder / UNREDUCED.name).provenance | {"rounds": sweep.rounds}
+        about = {
+            "pipeline": sweep.loaded.identity(),
+            "n": min(sweep.batch_size, len(sweep.prompts)),
+            "call": sweep.call,
+            "rounds": sweep.rounds,
+            **provenance(sweep.loaded.device),
+        }
         timed = measure(
             sweep.bench(),
             settings,
@@ -265,7 +278,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exactly these instead of methods, ratios and what they must beat: name, kind and options "
         "as JSON, or a file with them, each",
     )
-    parser.add_argument("--real", type=Path, help="real pictures for the distances: folder or .npy")
+    scores.add_scoring_arguments(parser)
     parser.add_argument(
         "--rounds", type=int, default=3, help="turns of timing; 0: none (%(default)s)"
     )
@@ -281,7 +294,9 @@ def main(args: argparse.Namespace) -> None:
         if args.setting
         else tofu_settings(args.methods, args.ratios)
     )
-    prompts = first(load_prompts(args.prompts), args.n)
+    if args.rounds < 0:
+        raise ValueError(f"--rounds {args.rounds} is below 0, which times nothing")
+    prompts = first(load_prompts(args.prompts), args.n, least=2)
     loaded = generate.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     sweep = Sweep(
         args.out,
@@ -295,6 +310,6 @@ def main(args: argparse.Namespace) -> None:
     settings = [UNREDUCED, *chosen]
     if not args.setting:
         settings = matched(sweep, [*settings, *others(loaded.pipe, args.ratios)])
-    if not sweep_all(sweep, settings, args.real):
+    if not sweep_all(sweep, settings, scores.scoring(args, loaded.weights)):
         return
     report.main(argparse.Namespace(sweep=args.out, out=args.out / "report.html", prompts=SHOWN))

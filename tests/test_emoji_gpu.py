@@ -228,7 +228,7 @@ def test_the_reference_is_the_captions_and_pictures_of_training(packed, tmp_path
     captions = load_prompts(tmp_path / "there" / "captions.txt")
     assert captions == prompt_sets(emoji)["captions"]
     assert 1 <= len(captions) <= 6 and not any("thing number" in each for each in captions)
-    shown = read_pictures(tmp_path / "there" / "pictures.npy")
+    shown = read_pictures(tmp_path / "there" / "pictures.npy", tmp_path)
     whole = torch.from_numpy(emoji.images[~emoji.held_out]).permute(0, 3, 1, 2)
     assert len(shown) == len(whole) == 6
     for mine, picture in zip(next(shown.batches()), whole, strict=True):

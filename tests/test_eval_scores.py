@@ -208,7 +208,7 @@ def test_pictures_keep_their_order_and_form_whatever_the_batches(tmp_path):
     several = [*pixels(3, (12, 20)), *pixels(2, (18, 14))]
     for name, picture in zip("baedc", several, strict=True):
         Image.fromarray(picture).save(folder / f"{name}.png")
-    real = read_pictures(folder)
+    real = read_pictures(folder, tmp_path / "cache")
     order = [several["baedc".index(name)] for name in "abcde"]
     for size in (1, 2, 32):
         flat = [picture for batch in real.batches(size) for picture in batch]
@@ -219,7 +219,9 @@ def test_pictures_keep_their_order_and_form_whatever_the_batches(tmp_path):
     assert features(tiny(), real).shape == (5, DIMENSIONS)
     Image.new("RGBA", (20, 12)).save(folder / "f.png")
     with pytest.raises(ValueError, match=r"f\.png is RGBA, not RGB; convert it"):
-        features(tiny(), read_pictures(folder))
+        features(tiny(), read_pictures(folder, tmp_path))
+    # What is the user's own is read only.
+    assert {path.suffix for path in folder.iterdir()} == {".png"}
 
 
 def test_pictures_of_an_array_are_those_of_the_files(tmp_path, reference):
@@ -227,14 +229,19 @@ def test_pictures_of_an_array_are_those_of_the_files(tmp_path, reference):
     np.save(tmp_path / "real.npy", pixels())
     np.savez(tmp_path / "real.npz", images=pixels(), names=np.arange(9))
     for name in ("real.npy", "real.npz"):
-        assert torch.equal(features(tiny(), read_pictures(tmp_path / name)), from_files)
+        real = read_pictures(tmp_path / name, tmp_path / "cache")
+        assert torch.equal(features(tiny(), real), from_files)
     np.savez(tmp_path / "odd.npz", a=pixels(), b=pixels())
     with pytest.raises(ValueError, match="has a, b; call the pictures `images`"):
-        read_pictures(tmp_path / "odd.npz")
+        read_pictures(tmp_path / "odd.npz", tmp_path)
+    for count in (0, 1):
+        np.save(tmp_path / "few.npy", pixels()[:count])
+        with pytest.raises(ValueError, match=f"few.npy holds {count} pictures; .* needs 2"):
+            read_pictures(tmp_path / "few.npy", tmp_path)
     with pytest.raises(ValueError, match=r"uint8 \[N, H, W, 3\], not float64 \[2, 3\]"):
         Pictures(np.zeros((2, 3)), tmp_path)
     with pytest.raises(ValueError, match="neither a folder of pictures"):
-        read_pictures(tmp_path / "none")
+        read_pictures(tmp_path / "none", tmp_path)
 
 
 class Inception(nn.Module):
@@ -775,4 +782,4 @@ def test_the_command_scores_an_embedded_pipeline(tmp_path, capsys):
 
 
 def test_other_pipelines_get_no_emoji_score():
-    assert scores.default_alignment(manifest("half", 2)) is None
+    assert scores.default_alignment(manifest("half", 2).pipeline["weights"]) is None

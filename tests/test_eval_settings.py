@@ -202,6 +202,26 @@ def test_a_scheduler_for_other_noise_is_refused(builder, name, why):
         scheduler_like(builder().scheduler, name)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("fewer_steps", {"step": 8}, "missing a required argument: 'steps'"),
+        (
+            "fewer_steps",
+            {"steps": 8, "solver": "multistep"},
+            "unexpected keyword argument 'solver'",
+        ),
+        ("step_cache", {"total": 8}, "missing a required argument: 'computed'"),
+        ("tomesd", {"ratio": 0.5, "foo": 1}, "unexpected keyword argument 'foo'"),
+        ("stack", {}, "missing a required argument: 'of'"),
+        ("unreduced", {"ratio": 0.5}, "it has none, not ratio"),
+    ],
+)
+def test_options_of_another_kind_are_refused_at_once(kind, options, message):
+    with pytest.raises(ValueError, match=f"options of 'x', kind '{kind}': .*{message}"):
+        Setting("x", kind, options)
+
+
 def test_settings_that_cannot_be():
     with pytest.raises(ValueError, match="unknown kind 'magic'"):
         Setting("x", "magic")

@@ -1,10 +1,11 @@
 """The whole of eval by one command, on a tiny pipeline: what is there at the end, and after a stop."""
 
 import json
+import shutil
 
 import pytest
 
-from eval import generate
+from eval import generate, scores, sweep
 from eval.__main__ import main
 from eval.settings import Setting
 from eval.sweep import baselines, others, tofu_settings
@@ -136,6 +137,13 @@ def test_other_packages_are_asked_for_what_they_can():
         (["--methods", "magic"], "unknown method 'magic'; choose from default"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--pipeline", "/nowhere/model"], "/nowhere/model"),
+        (["--rounds", "-1"], "--rounds -1 is below 0"),
+        (["--steps", "0"], "--steps 0 is below 1"),
+        (["-n", "1"], "1 prompts asked for of 512; choose 2 to 512"),
+        (
+            ["--setting", '{"name": "a", "kind": "deepcache"}'],
+            "missing a required argument: 'interval'",
+        ),
     ],
 )
 def test_mistakes_end_early(folder, tmp_path, capsys, words, message):
@@ -144,6 +152,67 @@ def test_mistakes_end_early(folder, tmp_path, capsys, words, message):
         main(["sweep", *command(folder, out), *words])
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_savings_are_counted_anew_where_anything_changed(folder, tmp_path, monkeypatch):
+    out = tmp_path / "sweep"
+
+    def half(ratio):
+        return {"name": "half", "kind": "tofu", "options": {"ratio": ratio, "method": "tome"}}
+
+    def swept(ratio, *more):
+        given = ["--rounds", "0", "--setting", json.dumps(half(ratio)), *more]
+        assert main(["sweep", *command(folder, out), *given]) == 0
+        return json.loads((out / "results.json").read_text())["rows"][1]["flops_ratio"]
+
+    with pytest.raises(
+        SystemExit, match="2"
+    ):  # not of this model, but counted before it is refused
+        main(["sweep", *command(folder, out, "--setting", json.dumps(half(0.5))), "--height", "60"])
+    more = swept(0.5)
+    shutil.rmtree(out / "half")
+    assert swept(0.25) < more
+    shutil.rmtree(out / "half")
+    assert swept(0.5) == more
+
+
+def test_times_are_of_the_process_that_takes_them(folder, tmp_path, monkeypatch, capsys):
+    out, half = tmp_path / "sweep", {"name": "half", "kind": "fewer_steps", "options": {"steps": 3}}
+    words = ["sweep", *command(folder, out, "--setting", json.dumps(half))]
+    assert main([*words, "--rounds", "0"]) == 0
+    inner = sweep.provenance
+    monkeypatch.setattr(sweep, "provenance", lambda device: {**inner(device), "threads": 64})
+    assert main([*words, "--rounds", "1"]) == 0
+    about = json.loads((out / "speed.json").read_text())["about"]
+    assert about["threads"] == 64 and about["call"]["height"] == 64 and about["n"] == 2
+    monkeypatch.setattr(sweep, "provenance", inner)
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--rounds", "1"])
+    assert "holds times measured otherwise" in capsys.readouterr().err
+
+
+def test_a_sweep_scores_as_it_is_told(folder, tmp_path, monkeypatch):
+    seen = {}
+
+    class Clip:
+        def __init__(self, source):
+            self.identity = {"name": "clip_score"}
+            seen["clip"] = source
+
+        def __call__(self, images, prompts):
+            return images.float().mean((1, 2, 3))
+
+    monkeypatch.setattr(scores, "ClipAlignment", Clip)
+    half = {"name": "half", "kind": "fewer_steps", "options": {"steps": 3}}
+    more = ["--rounds", "0", "--clip", "a model", "--resize", "bicubic"]
+    assert main(["sweep", *command(folder, tmp_path, "--setting", json.dumps(half)), *more]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert seen == {"clip": "a model"}
+    assert all("clip_score" in row["metrics"] for row in rows)
+    assert rows[1]["call"]["width"] == 96
+    scored = json.loads((tmp_path / "scores" / "half.json").read_text())
+    assert scored["inputs"]["extractor"]["resize"] == "bicubic"
+    assert "clip_score" in (tmp_path / "report.html").read_text()
 
 
 def test_no_command_and_an_unknown_one_are_refused(capsys):

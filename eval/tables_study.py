@@ -235,9 +235,11 @@ def beside_rivals(groups: Iterable[tuple[str, str, Sequence[Row]]]) -> str:
                 continue
             count = name.split("-")[1]
             beside = [row, *(names[f"{rival}-{count}"] for rival in ("late", "line", "steps"))]
-            cells = [
-                f"{each['metrics']['psnr_db']['value']:.1f} {cite(model, each)}" for each in beside
-            ]
+            cells = []
+            for each in beside:
+                apart = abs(each["flops_ratio"] / row["flops_ratio"] - 1) > 0.02
+                at = f" at {each['flops_ratio']:.2f}x" if apart else ""
+                cells.append(f"{each['metrics']['psnr_db']['value']:.1f}{at} {cite(model, each)}")
             lines.append(
                 f"| `{model}`,{also} {count} of {row['steps']} steps | {row['flops_ratio']:.2f}x | "
                 f"{' | '.join(cells)} |"
@@ -313,36 +315,53 @@ def is_default(model: str, row: Row) -> bool:
     return mine
 
 
-AHEAD = ("| | against | FLOPs | ahead by, dB |", "|---|---|---|---|")
-
-
-def ahead_line(model: str, row: Row, other: Row) -> str:
-    """By how much a setting is ahead of another, image by image; its own FLOPs."""
-    change = difference(of_mean(row["psnr_db"]), of_mean(other["psnr_db"]))
-    return (
-        f"| `{model}`, {described(row)} {cite(model, row)} | {described(other)} "
-        f"{cite(model, other)} | {row['flops_ratio']:.2f}x | "
-        f"{change.value:+.1f} ({change.low:+.1f} to {change.high:+.1f}) |"
-    )
+# What has the same FLOPs, by the names of its settings: "line-12" beside "step-12". A default has a twin that
+# is not corrected.
+RIVALS = {
+    "steps": "fewer steps",
+    "multistep": "fewer steps, DPM-Solver++",
+    "line": "steps left out evenly",
+    "late": "evenly after the first quarter",
+    "repeat": "evenly, repeated",
+    "": "not corrected",
+}
 
 
 def ahead_table(stage: str) -> str:
     """By how much the default, scope "step", is ahead of what has the same FLOPs, image by image."""
-    lines = [*AHEAD]
+    lines = []
     for model in RESULTS:
         rows = named(model, stage)
         for name, row in rows.items():
             if not is_default(model, row):
                 continue
             count = name.split("-")[1]
-            rivals = (
-                f"{rival}-{count}" for rival in ("steps", "multistep", "line", "late", "repeat")
-            )
-            for rival in (*rivals, name.removesuffix("-corrected")):
-                other = rows.get(rival)
-                if other is not None and other is not row:
-                    lines.append(ahead_line(model, row, other))
-    return "\n".join(lines)
+            others = [
+                rows.get(f"{rival}-{count}" if rival else name.removesuffix("-corrected"))
+                for rival in RIVALS
+            ]
+            label = f"`{model}`, {count} of {row['steps']} steps run"
+            lines.append(ahead_line(label, model, row, others))
+    return "\n".join([*ahead_head(RIVALS.values()), *lines])
+
+
+def ahead_head(rivals: Iterable[str]) -> list[str]:
+    """Of a table of `ahead_line`."""
+    names = ["dB ahead of", "FLOPs", *rivals]
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
+def ahead_line(label: str, model: str, row: Row, others: Iterable[Row | None]) -> str:
+    """By how much a setting is ahead of each other one, image by image; its own FLOPs."""
+    cells = []
+    for other in others:
+        if other is None:
+            cells.append("")
+            continue
+        change = difference(of_mean(row["psnr_db"]), of_mean(other["psnr_db"]))
+        shown = f"{change.value:+.1f} ({change.low:+.1f} to {change.high:+.1f})"
+        cells.append(f"{shown} {cite(model, other)}")
+    return f"| {label} {cite(model, row)} | {row['flops_ratio']:.2f}x | {' | '.join(cells)} |"
 
 
 # Single tokens by turns, and how many steps cost about as much.
@@ -351,16 +370,20 @@ TURNS = (
     ("mmdit", "tokens-fresh-0.5", 17),
     ("mmdit", "tokens-fresh-0.75", 12),
 )
+TURNS_RIVALS = ("steps", "line", "late")
 
 
 def turns_table(stage: str) -> str:
     """By how much single tokens by turns are ahead of the choice by change, and of steps left out."""
-    lines = [*AHEAD]
+    lines = []
     for model, name, count in TURNS:
         rows = named(model, stage)
-        rivals = (f"{name}-corrected", *(f"{rival}-{count}" for rival in ("steps", "line", "late")))
-        lines += [ahead_line(model, rows[f"{name}-due"], rows[rival]) for rival in rivals]
-    return "\n".join(lines)
+        row = rows[f"{name}-due"]
+        others = [rows[f"{name}-corrected"], *(rows[f"{rival}-{count}"] for rival in TURNS_RIVALS)]
+        label = f"`{model}`, ratio {row['setting']['options']['ratio']:g}"
+        lines.append(ahead_line(label, model, row, others))
+    rivals = ("tokens by change", *(RIVALS[rival] for rival in TURNS_RIVALS))
+    return "\n".join([*ahead_head(rivals), *lines])
 
 
 def worth(

@@ -195,41 +195,24 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def merged_by_tomesd(
-    pipe: Any,
-    *,
-    ratio: float,
-    max_downsample: int = 1,
-    sx: int = 2,
-    sy: int = 2,
-    use_rand: bool = True,
-    merge_attn: bool = True,
-    merge_crossattn: bool = False,
-    merge_mlp: bool = False,
-) -> Iterator[None]:
-    """The pipeline patched by tomesd with its own options, which serves UNets of BasicTransformerBlocks.
+def merged_by_tomesd(pipe: Any, **options: Any) -> Iterator[None]:
+    """The pipeline patched by tomesd, which serves UNets of BasicTransformerBlocks.
 
     Raises:
-        ValueError: if it has no UNet.
+        ValueError: if it has no UNet, or these are no options of tomesd's.
     """
     import tomesd
 
+    try:
+        inspect.signature(tomesd.apply_patch).bind(pipe, **options)
+    except TypeError as error:
+        raise ValueError(f"tomesd cannot be given {options}: {error}") from error
     if getattr(pipe, "unet", None) is None:
         raise ValueError(f"tomesd serves pipelines with a UNet, not {type(pipe).__name__}")
     # It draws from a forked global generator; the state is put back.
     state = torch.get_rng_state()
     with attributes_kept(pipe.unet):
-        tomesd.apply_patch(
-            pipe,
-            ratio=ratio,
-            max_downsample=max_downsample,
-            sx=sx,
-            sy=sy,
-            use_rand=use_rand,
-            merge_attn=merge_attn,
-            merge_crossattn=merge_crossattn,
-            merge_mlp=merge_mlp,
-        )
+        tomesd.apply_patch(pipe, **options)
         try:
             yield
         finally:

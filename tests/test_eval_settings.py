@@ -96,6 +96,7 @@ def test_changes_what_is_generated_and_leaves_no_trace(builder, setting):
         ("taylorseer", {"interval": 2, "modules": "some"}, "unknown modules 'some'"),
         ("first_block_cache", {"threshold": 0.0}, "threshold 0.0 reuses nothing"),
         ("deepcache", {"interval": 1}, "interval 1, branch 0"),
+        ("tomesd", {"ratio": 0.5, "foo": 1}, "got an unexpected keyword argument 'foo'"),
         ("deepcache", {"interval": 2, "branch": 6}, "branch from 0 to 5"),
     ],
 )
@@ -212,7 +213,6 @@ def test_a_scheduler_for_other_noise_is_refused(builder, name, why):
             "unexpected keyword argument 'solver'",
         ),
         ("step_cache", {"total": 8}, "missing a required argument: 'computed'"),
-        ("tomesd", {"ratio": 0.5, "foo": 1}, "unexpected keyword argument 'foo'"),
         ("stack", {}, "missing a required argument: 'of'"),
         ("unreduced", {"ratio": 0.5}, "it has none, not ratio"),
     ],

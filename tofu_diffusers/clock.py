@@ -87,7 +87,7 @@ class Watched:
         if self.name == "set_timesteps":
             self.clock.start()
         else:
-            self.clock.advance(args[1] if len(args) > 1 else kwargs["timestep"])
+            self.clock.advance(args[1] if len(args) > 1 else kwargs.get("timestep"))
         return result
 
 

@@ -148,7 +148,7 @@ def root_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if session.leaves_out():
         return session.predicted(named.get("return_dict", True))
     if torch.compiler.is_compiling():
-        # What sites hold of a call is not there between calls: a traced one changes nothing.
+        # Traced, what sites hold during a call is never written to them.
         out = root.original(module, *args, **kwargs)
     else:
         out = unbroken(root, module, args, kwargs)

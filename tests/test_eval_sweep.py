@@ -154,20 +154,19 @@ def test_mistakes_end_early(folder, tmp_path, capsys, words, message):
     assert not out.exists()
 
 
-def test_savings_are_counted_anew_where_anything_changed(folder, tmp_path, monkeypatch):
+def test_savings_are_counted_anew_where_anything_changed(folder, tmp_path):
     out = tmp_path / "sweep"
 
     def half(ratio):
         return {"name": "half", "kind": "tofu", "options": {"ratio": ratio, "method": "tome"}}
 
-    def swept(ratio, *more):
-        given = ["--rounds", "0", "--setting", json.dumps(half(ratio)), *more]
+    def swept(ratio):
+        given = ["--rounds", "0", "--setting", json.dumps(half(ratio))]
         assert main(["sweep", *command(folder, out), *given]) == 0
         return json.loads((out / "results.json").read_text())["rows"][1]["flops_ratio"]
 
-    with pytest.raises(
-        SystemExit, match="2"
-    ):  # not of this model, but counted before it is refused
+    # Not of this model, but counted before it is refused.
+    with pytest.raises(SystemExit, match="2"):
         main(["sweep", *command(folder, out, "--setting", json.dumps(half(0.5))), "--height", "60"])
     more = swept(0.5)
     shutil.rmtree(out / "half")

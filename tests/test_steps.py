@@ -56,22 +56,7 @@ def test_schedulers_set_before_or_after_applying(scheduler, when):
     assert not [name for name in used.__dict__ if name in ("step", "set_timesteps", "_tofu_clock")]
 
 
-def test_image_to_image_starts_at_its_own_noise_level():
-    """Strength 0.5 of 8 steps runs the last four; the schedule sees their noise levels."""
-    pipe = tiny.tiny_sd()
-    pipe = StableDiffusionImg2ImgPipeline(
-        **{**pipe.components, "feature_extractor": None}, requires_safety_checker=False
-    )
-    # Nothing above noise level 0.35, everything below 0.34.
-    handle = apply_tofu(pipe, ratio=0.5, method="tome", schedule=[(0.65, 0.0), (0.66, 1.0)])
-    image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    tiny.generate(pipe, steps=8, image=image, strength=0.5)
-    session = handle._sessions[0][1]
-    assert len(session.noise) == 4 and session.noise[0] < 0.55
-    assert [step.ratios[0] for step in session.steps()] == ["0.0", "0.5", "0.5", "0.5"]
-
-
-def image_to_image(compiled):
+def image_to_image(compiled=False):
     pipe = tiny.tiny_sd()
     pipe = StableDiffusionImg2ImgPipeline(
         **{**pipe.components, "feature_extractor": None}, requires_safety_checker=False
@@ -79,6 +64,18 @@ def image_to_image(compiled):
     if compiled:
         pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
     return pipe
+
+
+def test_image_to_image_starts_at_its_own_noise_level():
+    """Strength 0.5 of 8 steps runs the last four; the schedule sees their noise levels."""
+    pipe = image_to_image()
+    # Nothing above noise level 0.35, everything below 0.34.
+    handle = apply_tofu(pipe, ratio=0.5, method="tome", schedule=[(0.65, 0.0), (0.66, 1.0)])
+    image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    tiny.generate(pipe, steps=8, image=image, strength=0.5)
+    session = handle._sessions[0][1]
+    assert len(session.noise) == 4 and session.noise[0] < 0.55
+    assert [step.ratios[0] for step in session.steps()] == ["0.0", "0.5", "0.5", "0.5"]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -201,7 +201,7 @@ class Handle:
         """
         self._check()
         for _, session in self._sessions:
-            session.begin([])
+            session.begin([], conditions=1)  # without asking the pipeline, which may be gone
 
     def remove(self) -> None:
         """Give back the exact original.

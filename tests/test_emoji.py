@@ -2,17 +2,20 @@
 
 import builtins
 import contextlib
+import io
 import json
 import math
 import random
 import re
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
@@ -27,7 +30,7 @@ from pipelines.emoji.captions import (
     without_colours,
 )
 from pipelines.emoji.ceiling import ceiling
-from pipelines.emoji.data import Emoji, load
+from pipelines.emoji.data import Emoji, build, load
 from pipelines.emoji.denoise import shift
 from pipelines.emoji.export import check_sizes, export
 from pipelines.emoji.loop import Budget, Loop, learning_rate
@@ -144,6 +147,54 @@ def test_turning_hue_keeps_white_and_changes_red():
     turned = turn_hue(pixels, 240)
     assert torch.equal(turned[1:], pixels[1:])
     assert dominant_colour(turned[0].numpy() / np.float32(255)) == "blue"
+
+
+def tarball(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def test_the_data_are_drawn_from_both_packages(tmp_path):
+    """A red apple and a blue car of both styles; a flag and a concept of one style only are left out."""
+    square = '<path fill="{}" d="M0 0h128v64H0z"/>'
+    icons = {"apple": "#e01010", "car": "#1040e0", "flag": "#ffffff", "lone": "#ffffff"}
+    chars = {"1f34e": "apple", "1f697": "car", "1f1e9-1f1ea": "flag", "1f98a": "lone"}
+    names = {
+        "\U0001f34e": ["red_apple", "fruit", "red apple"],
+        "\U0001f697": ["car", "red_car", "v8"],
+        "\U0001f1e9\U0001f1ea": ["germany"],
+        "\U0001f98a": ["fox"],
+    }
+    drawn = io.BytesIO()
+    Image.new("RGBA", (256, 256), (20, 180, 30, 255)).save(drawn, "WEBP", lossless=True)
+    bodies = {name: {"body": square.format(fill)} for name, fill in icons.items()}
+    tarball(
+        tmp_path / "iconify-json-noto-1.2.9.tgz",
+        {
+            "icons.json": json.dumps({"icons": bodies}).encode(),
+            "chars.json": json.dumps(chars).encode(),
+        },
+    )
+    tarball(
+        tmp_path / "lobehub-fluent-emoji-3d-1.1.0.tgz",
+        {f"assets/{key}.webp": drawn.getvalue() for key in ("1f34e", "1f697", "1f1e9-1f1ea")},
+    )
+    tarball(
+        tmp_path / "emojilib-4.0.3.tgz",
+        {"dist/emoji-en-US.json": json.dumps(names).encode()},
+    )
+    build(tmp_path, tmp_path / "made" / "emoji.npz")
+    emoji = load(tmp_path / "made" / "emoji.npz")
+    assert emoji.names == ["red apple", "red apple", "car", "car"]
+    assert emoji.keywords == [["fruit"]] * 2 + [["red car"]] * 2
+    assert emoji.styles == ["flat", "3d"] * 2
+    assert emoji.colours == ["red", "green", "blue", "green"]
+    assert emoji.images.shape == (4, 128, 128, 3)
+    # The drawing is the upper half, on white.
+    assert (emoji.images[0, 120] > 250).all() and emoji.images[0, 8, :, 1].max() < 80
 
 
 def test_missing_data_names_the_command(tmp_path):

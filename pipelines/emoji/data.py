@@ -120,13 +120,15 @@ def build(packages: Path, out: Path) -> None:
     )
     icons = json.loads(_read(noto, "package/icons.json"))["icons"]
     chars = {_codepoints(k): v for k, v in json.loads(_read(noto, "package/chars.json")).items()}
-    webp = {_codepoints(Path(m).stem): m for m in fluent.getnames() if m.endswith(".webp")}
+    drawings = {
+        _codepoints(Path(name).stem): name for name in fluent.getnames() if name.endswith(".webp")
+    }
 
     blobs: list[bytes] = []
     records: list[dict[str, object]] = []
     for emoji, (name, *keywords) in lib.items():
         key = _codepoints("-".join(f"{ord(char):04x}" for char in emoji))
-        if key not in chars or key not in webp or _is_flag(key):
+        if key not in chars or key not in drawings or _is_flag(key):
             continue
         name = name.replace("_", " ").replace("’", "'").lower()
         words = [k.replace("_", " ").lower() for k in keywords]
@@ -136,7 +138,7 @@ def build(packages: Path, out: Path) -> None:
             f"{icons[chars[key]]['body']}</svg>"
         )
         drawn = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE))
-        for style, data in zip(STYLES, (drawn, _read(fluent, webp[key])), strict=True):
+        for style, data in zip(STYLES, (drawn, _read(fluent, drawings[key])), strict=True):
             picture, foreground = _on_white(data)
             blobs.append(webp(picture))
             colour = dominant_colour(foreground)

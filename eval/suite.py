@@ -35,7 +35,8 @@ REDUCED = 2  # warm-up steps with fewer tokens, the first of which makes what la
 # A graph a level, kind of step and width; past the limit Dynamo would silently run on without compiling.
 GRAPHS = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
 
-# The tokens of the measured profiles, with as few whole steps at the start as there can be.
+# Those that change most, with as few whole steps at the start as there can be: it costs what any choice by
+# importance does.
 TOKENS = {
     "method": "importance",
     "method_options": {"source": "change"},

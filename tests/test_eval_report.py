@@ -515,6 +515,14 @@ def test_documents_cite_rows_that_exist(document):
     assert check_citations(document, results) == []
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "eval" / "results").iterdir()), ids=lambda path: path.name
+)
+def test_results_are_of_commits(path):
+    """A commit that ends in "+dirty" names code that nobody can check out."""
+    assert "+dirty" not in path.read_text(encoding="utf-8")
+
+
 # --- What is no sweep
 
 

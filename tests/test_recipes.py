@@ -1,5 +1,6 @@
 """Each recipe runs on a saved tiny pipeline, and says what is wrong with anything else."""
 
+import io
 import json
 import re
 import runpy
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 from PIL import Image, ImageChops
+from sentencepiece import SentencePieceTrainer
 
 from pipelines import flux, pixart, sd3, sd15, sdxl, wan
 from pipelines.recipe import Recipe, run
@@ -82,6 +84,27 @@ def test_the_seed_makes_the_picture(tmp_path, on_cpu):
         )
         pictures.append((tmp_path / "a.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_pixart_reads_a_tokenizer_of_sentencepiece(tmp_path, on_cpu):
+    """As its repositories have it: without the tokenizer.json that saving a pipeline writes."""
+    model = tmp_path / "model"
+    tiny_pixart().save_pretrained(model)
+    (model / "tokenizer" / "tokenizer.json").unlink()
+    pieces = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat", "two dogs in the snow", "a red apple on a plate"] * 9),
+        model_writer=pieces,
+        vocab_size=24,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (model / "tokenizer" / "spiece.model").write_bytes(pieces.getvalue())
+    assert run(pixart.RECIPE, command(model, tmp_path / "image.png")) == 0
+    assert (tmp_path / "image.png").exists()
 
 
 def test_pixart_alpha_computes_the_size_asked_for(tmp_path, capsys, on_cpu):

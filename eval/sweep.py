@@ -140,8 +140,10 @@ class Sweep:
                 base = base or bench.flops(UNREDUCED)
                 row = {**about, "saving": base / bench.flops(setting)}
                 rows.append(row)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(path, (json.dumps(rows, indent=2) + "\n").encode())
+                # All count, as all need it; two that write would move each other's file away.
+                if generate.processes().is_main_process:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    write_whole(path, (json.dumps(rows, indent=2) + "\n").encode())
             found[setting.name] = row["saving"]
         return found
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -173,6 +174,18 @@ def test_savings_are_counted_anew_where_anything_changed(folder, tmp_path):
     assert swept(0.25) < more
     shutil.rmtree(out / "half")
     assert swept(0.5) == more
+
+
+def test_one_process_writes_what_all_of_them_count(folder, tmp_path, monkeypatch):
+    loaded = generate.load(str(folder), "float32")
+    call = {"num_inference_steps": 2, "height": 64, "width": 96}
+    each = sweep.Sweep(tmp_path / "sweep", loaded, ["a", "b"], 0, 2, call, 0)
+    half = Setting("half", "fewer_steps", {"steps": 1})
+    for main_process in (False, True):
+        state = SimpleNamespace(is_main_process=main_process)
+        monkeypatch.setattr(generate, "processes", lambda state=state: state)
+        assert each.flops([half]) == {"half": 2.0}
+        assert (tmp_path / "sweep" / "flops.json").exists() == main_process
 
 
 def test_times_are_of_the_process_that_takes_them(folder, tmp_path, monkeypatch, capsys):

@@ -37,15 +37,25 @@ from tofu_diffusers import Handle, apply_tofu
 STEPS = 12
 CASES = 2  # of a suite: its first transformer and its first UNet
 TOFU = Cell("tofu", 0.5, "block", "none", "tome")
+PACKAGES = {"deepcache": "DeepCache", "int8": "torchao"}
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 def partners(case: Case, device: torch.device) -> list[str]:
-    """Those that this denoiser can have here; on a CPU compiling takes longer than all that is measured."""
+    """Those that this denoiser can have here; on a CPU compiling takes longer than all that is measured.
+
+    What needs a package that is not installed is left out, and said.
+    """
     cache = "deepcache" if case.family.name == "unet" else "first_block_cache"
     compiled = ["compile"] if device.type == "cuda" else []
-    int8 = ["int8"] if importlib.util.find_spec("torchao") else []
-    return [cache, *compiled, *int8]
+    found = []
+    for name in (cache, *compiled, "int8"):
+        package = PACKAGES.get(name)
+        if package is None or importlib.util.find_spec(package):
+            found.append(name)
+        else:
+            print(f"{case.model}-{case.size}: no {name}, as {package} is not installed", flush=True)
+    return found
 
 
 @dataclass
@@ -178,7 +188,9 @@ def stacked(
                 raise RuntimeError(
                     f"{name} with {partner}: finite: {finite}, or it does not differ from {without}"
                 )
-        ran = {name: whole_steps(case, lanes[name]) for name in ("partner", "both")}
+        # Compiled blocks run no hooks that come later; nothing in them reuses a step either.
+        counted = () if partner == "compile" else ("partner", "both")
+        ran = {name: whole_steps(case, lanes[name]) for name in counted}
         turns = [{name: each.generate()[1] for name, each in lanes.items()} for _ in range(rounds)]
     speeds = {
         name: spread([turn["plain"] / turn[name] for turn in turns])

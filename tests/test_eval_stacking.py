@@ -19,12 +19,15 @@ def built(case):
     return case, case.build(CPU, torch.float32), case.inputs(CPU, torch.float32)
 
 
-def test_each_denoiser_has_the_cache_that_serves_it(monkeypatch):
-    monkeypatch.setattr(stacking.importlib.util, "find_spec", lambda name: None)
-    assert partners(FLUX, CPU) == ["first_block_cache"] and partners(UNET, CPU) == ["deepcache"]
-    assert partners(UNET, torch.device("cuda")) == ["deepcache", "compile"]
+def test_each_denoiser_has_the_partners_that_serve_it(monkeypatch, capsys):
     monkeypatch.setattr(stacking.importlib.util, "find_spec", lambda name: name)
     assert partners(FLUX, CPU) == ["first_block_cache", "int8"]
+    assert partners(UNET, torch.device("cuda")) == ["deepcache", "compile", "int8"]
+    assert not capsys.readouterr().out
+    monkeypatch.setattr(stacking.importlib.util, "find_spec", lambda name: None)
+    assert partners(FLUX, CPU) == ["first_block_cache"] and partners(UNET, CPU) == []
+    assert partners(UNET, torch.device("cuda")) == ["compile"]
+    assert "SD-tiny-64x64: no deepcache, as DeepCache is not installed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("case", "partner"), [(FLUX, "first_block_cache"), (UNET, "deepcache")])

@@ -73,7 +73,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "best": lambda: best_table(GRID),
     "stacking": lambda: stacking_table(list(STACKING.values())),
     "growth": lambda: growth_table(list(GROWTH.values())),
-    **{f"suite {device}": (lambda path=path: suite_table(path)) for device, path in SUITES.items()},
+    "suite": lambda: "\n\n".join(map(suite_table, SUITES.values())),
 }
 
 

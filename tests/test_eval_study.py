@@ -168,6 +168,13 @@ def test_documents_show_the_committed_rows(path):
     assert tables.filled(text) == text
 
 
+def test_every_table_stands_in_a_document():
+    texts = [path.read_text(encoding="utf-8") for path in tables.DOCUMENTS]
+    assert {name for text in texts for _, name, _ in tables.MARKED.findall(text)} == {
+        *tables.TABLES
+    }
+
+
 def test_an_unknown_table_is_refused():
     with pytest.raises(ValueError, match="no table 'nonsense'"):
         tables.filled("<!-- table: nonsense -->\n<!-- /table -->")

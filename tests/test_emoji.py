@@ -657,6 +657,14 @@ def test_a_card_has_the_last_figures_of_its_stages(tmp_path):
     assert stages == {"mmdit64": {"minutes": 0.3, "steps": 2, "train": {"loss": 1.0}}}
 
 
+def test_a_card_without_a_log_is_refused_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
+    card, _ = cards()
+    monkeypatch.setattr(card, "measure", None)
+    with pytest.raises(SystemExit):
+        card.main(["--model", "unet", "--work", str(tmp_path)])
+    assert f"no log of a training at {tmp_path / 'log.jsonl'}" in capsys.readouterr().err
+
+
 # The scorer
 
 

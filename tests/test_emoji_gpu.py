@@ -323,7 +323,8 @@ def test_quality_refuses_pictures_of_other_weights(judged, tmp_path, capsys):
     with pytest.raises(SystemExit):
         judged()
     error = capsys.readouterr().err
-    assert "by weights 0000000000000000" in error and "card --model unet" in error
+    assert "by weights 0000000000000000" in error
+    assert f"card --model unet --log {tmp_path / 'log.jsonl'}" in error
 
 
 def test_distances_of_equal_halves_are_beside_those_of_samples():

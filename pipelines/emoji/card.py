@@ -7,6 +7,7 @@ import argparse
 import json
 import platform
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,14 +275,17 @@ def save(card: dict[str, Any]) -> None:
     write_readme(card)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="unet")
     parser.add_argument("--work", type=Path, default=data.WORK, help="with the training data")
     parser.add_argument("--log", type=Path, help="of the training; default: log.jsonl of --work")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    log = args.log or args.work / "log.jsonl"
+    if not log.is_file():
+        parser.error(f"no log of a training at {log}; name that of these weights with --log")
     before = read(args.model) if SUBJECTS[args.model].card.exists() else {}
-    card = measure(args.model, args.work, args.log or args.work / "log.jsonl")
+    card = measure(args.model, args.work, log)
     if "quality" in before and before["weights_sha256"] == card["weights_sha256"]:
         card["quality"] = before["quality"]
     save(card)

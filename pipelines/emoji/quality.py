@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(
                 f"{file} is by weights {about['weights_sha256']}, the card of {card['weights_sha256']}; "
                 f"unpack {file.with_suffix('.tar')} in {HERE} and run: "
-                f"python -m pipelines.emoji.card --model {model}"
+                f"python -m pipelines.emoji.card --model {model} --log {args.pictures / 'log.jsonl'}"
             )
         samples = cached(extractor, made["captions"], args.cache / model)
         card["quality"] = {

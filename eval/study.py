@@ -113,7 +113,7 @@ def matched(steps: int, speeds: Sequence[float] = (1.5, 2, 3)) -> Iterator[Trial
                 share = round((steps - count) / (steps - whole), 4)
                 name = f"step-{count}" if whole == 2 else f"step-{count}-first{whole}"
                 options = {"scope": "step", "ratio": share, "first_steps": whole}
-                yield Trial(tofu(name, **options), steps)
+                yield Trial(tofu(name, **options, restore="taylor"), steps)
                 yield Trial(tofu(f"{name}-corrected", **options, restore="corrected"), steps)
         for setting in (
             Setting(f"line-{count}", "step_cache", {**cache, "first": 2}),

@@ -148,6 +148,17 @@ def test_goes_on_where_it_was_killed(command):
     assert out.read_bytes() == whole
 
 
+def test_no_setting_hangs_on_a_profile():
+    """Profiles change: a row must say all that it was measured with."""
+    trials = [trial for stage in study.STAGES.values() for trial in stage(25)]
+    settings = [trial.setting.to_dict() for trial in trials]
+    settings += [row["setting"] for path in tables.RESULTS.values() for row in read(path)]
+    given = [setting["options"] for setting in settings if setting["kind"] == "tofu"]
+    assert len(given) > 1000
+    for options in given:
+        assert "method" in options or {"scope", "restore", "first_steps"} <= {*options}, options
+
+
 def test_rows_made_otherwise_are_not_mixed(command, capsys):
     run, out = command
     run()

@@ -99,7 +99,10 @@ TOKENS = {
 DUE = {"source": "change", "age_exponent": 16}
 
 
-def matched(steps: int, speeds: Sequence[float] = (1.5, 2, 3)) -> Iterator[Trial]:
+SPEEDS = (1.5, 2, 3)
+
+
+def matched(steps: int, speeds: Sequence[float] = SPEEDS) -> Iterator[Trial]:
     """Scope "step" and what it must beat, at so many times fewer FLOPs.
 
     Scope "step" leaves out none of the first two, or of the first four; "corrected" looks back too.
@@ -182,7 +185,7 @@ def front(steps: int) -> Iterator[Trial]:
 def lengths(steps: int) -> Iterator[Trial]:
     """The same of short, usual and long generations, whatever the steps asked for."""
     for count in (10, 20, 50):
-        yield from matched(count)
+        yield from matched(count, (*SPEEDS, 1.3, 1.7))
         yield from rivals(count)
         yield from tokens(count)
 

@@ -230,7 +230,7 @@ def beside_rivals(groups: Iterable[tuple[str, str, Sequence[Row]]]) -> str:
     for model, also, rows in groups:
         every += rows
         names = by_name(rows)
-        for name, row in names.items():
+        for name, row in sorted(names.items(), key=lambda item: item[1]["flops_ratio"]):
             if not is_default(model, row):
                 continue
             count = name.split("-")[1]

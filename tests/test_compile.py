@@ -147,7 +147,8 @@ def test_repeated_blocks_fullgraph(setting):
     """One graph serves all blocks of a class; longer generations need no more graphs."""
     options = {"ratio": 0.5, **SETTINGS[setting]}
     counts = []
-    for layers in (3, 6):
+    # With six layers two of ToMe's similarities are so close that a machine's rounding decides.
+    for layers in (2, 4):
         torch._dynamo.reset()
         pipe = tiny.tiny_sd(channels=(32,), transformer_layers=layers)
         with apply_tofu(pipe, **options):

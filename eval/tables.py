@@ -41,13 +41,11 @@ from eval.tables_study import (
 )
 
 
-def measured(name: str, suffix: str = "csv") -> dict[str, Path]:
-    """The committed files of a measurement by device: a GPU's are there once one has measured."""
-    found = {
-        device: ROOT / "eval" / "results" / f"{name}_{device}.{suffix}"
-        for device in ("cpu", "cuda")
-    }
-    return {device: path for device, path in found.items() if path.exists()}
+def measured(name: str, suffix: str = "csv") -> list[Path]:
+    """The committed files of a measurement, the CPU's first; a GPU's is there once one has measured."""
+    results = ROOT / "eval" / "results"
+    found = [results / f"{name}_{device}.{suffix}" for device in ("cpu", "cuda")]
+    return [path for path in found if path.exists()]
 
 
 GROWTH, SUITES = measured("growth"), measured("suite")
@@ -71,9 +69,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "distances": distances_table,
     "worth": lambda: worth_table(GRID),
     "best": lambda: best_table(GRID),
-    "stacking": lambda: stacking_table(list(STACKING.values())),
-    "growth": lambda: growth_table(list(GROWTH.values())),
-    "suite": lambda: "\n\n".join(map(suite_table, SUITES.values())),
+    "stacking": lambda: stacking_table(STACKING),
+    "growth": lambda: growth_table(GROWTH),
+    "suite": lambda: "\n\n".join(map(suite_table, SUITES)),
 }
 
 
@@ -101,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     for model in RESULTS:
         figure = pareto(drawn_rows(model, FRONT), "psnr_db", "flops")
         figure.savefig(ROOT / "docs" / f"results_{model}.png", metadata={"Software": None})
-    figure = growth([growth_rows(path) for path in GROWTH.values()])
+    figure = growth([growth_rows(path) for path in GROWTH])
     figure.savefig(ROOT / "docs" / "growth.png", metadata={"Software": None})
     for path in DOCUMENTS:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -5,7 +5,6 @@ import shutil
 import tarfile
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,9 @@ from PIL import Image
 from eval.features import read_pictures
 from eval.prompts import load_prompts
 from pipelines.emoji import data, gpu, load_pipeline, reference, train, weights_hash
-from pipelines.emoji.captions import COLOURS
-from pipelines.emoji.data import Emoji, pack, unpack, webp
+from pipelines.emoji.data import pack, unpack, webp
 from pipelines.emoji.loop import Loop
-from pipelines.emoji.prompts import COMPOSITIONS, prompt_sets, taught
+from pipelines.emoji.prompts import prompt_sets
 from tests.tiny import emoji_data
 
 
@@ -25,10 +23,8 @@ from tests.tiny import emoji_data
 def packed(tmp_path):
     """A file of training data."""
     emoji = emoji_data()
-    fields = zip(emoji.names, emoji.keywords, emoji.styles, emoji.colours, strict=True)
-    records = [
-        dict(zip(("name", "keywords", "style", "colour"), row, strict=True)) for row in fields
-    ]
+    fields = zip(emoji.names, emoji.colours, emoji.recoloured.tolist(), strict=True)
+    records = [dict(zip(("names", "colour", "recoloured"), row, strict=True)) for row in fields]
     pack(tmp_path / "emoji.npz", [webp(Image.fromarray(each)) for each in emoji.images], records)
     return tmp_path / "emoji.npz"
 
@@ -65,7 +61,7 @@ def stop_within(monkeypatch, stage):
 def test_all_of_it_in_parts_and_on_two_machines(small, packed, tmp_path, monkeypatch, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     with monkeypatch.context() as patch:
-        stop_within(patch, "unet64")
+        stop_within(patch, "unet32")
         assert small(first) == 0
     assert "to be continued" in capsys.readouterr().out
     assert files(first / "out") == {"vae.pt", "text.pt", "log.jsonl"}
@@ -75,13 +71,13 @@ def test_all_of_it_in_parts_and_on_two_machines(small, packed, tmp_path, monkeyp
         stop_within(patch, "mmdit64")
         small(first)
     back = first / "out"
-    assert files(back) == {"vae.pt", "unet64.pt", "unet128.pt", "log.jsonl"}
+    assert files(back) == {"vae.pt", "unet32.pt", "unet128.pt", "mmdit32.pt", "log.jsonl"}
     rows = [json.loads(line) for line in (back / "log.jsonl").read_text().splitlines()]
     starts = [
-        row["step"] for row in rows if (row["stage"], row.get("split")) == ("unet64", "start")
+        row["step"] for row in rows if (row["stage"], row.get("split")) == ("unet32", "start")
     ]
     assert starts == [0, 1]
-    kinds = {v.dtype for v in torch.load(back / "unet64.pt", weights_only=True)["ema"].values()}
+    kinds = {v.dtype for v in torch.load(back / "unet32.pt", weights_only=True)["ema"].values()}
     assert kinds == {torch.float16}
 
     # Another machine has what came back, and begins the unfinished stage anew.
@@ -136,7 +132,7 @@ def test_what_comes_back_is_small_enough():
     unet, mmdit = new_unet(), new_transformer()
     words = 2 * 128 * 1700  # the vocabulary of the real data has so many pieces more than the tiny
     assert bytes_of(unet, text) + words < gpu.FILE_BYTES
-    # At most vae, unet64, unet128 and mmdit64 or mmdit128 at a time, beside the log.
+    # At most vae, unet32, unet128 and one of the transformer's at a time, beside the log.
     assert bytes_of(new_vae(), unet, text, unet, mmdit) + words < gpu.ALL_BYTES - 2**20
 
 
@@ -163,8 +159,8 @@ def test_three_calls_have_time_for_whole_stages():
     assert list(minutes) == list(train.SHARES)
     assert {*gpu.LATER, *gpu.LATER.values()} <= {*minutes}
     # Left for a start and for what is compiled: 1.5 minutes or more of each nine.
-    assert sum(minutes[name] for name in ("vae", "text", "unet64")) <= 7.5
-    assert sum(minutes[name] for name in ("unet128", "mmdit64")) <= 7.5
+    assert sum(minutes[name] for name in ("vae", "text", "unet32", "unet64")) <= 7.5
+    assert sum(minutes[name] for name in ("unet128", "mmdit32", "mmdit64")) <= 7.5
     assert minutes["mmdit128"] <= 4.5  # and the pictures
 
 
@@ -180,57 +176,47 @@ def test_without_a_gpu_or_a_package_it_says_so(tmp_path, monkeypatch, capsys):
 # Prompts
 
 
-def test_a_colour_is_taught_with_every_word_of_its_picture():
-    emoji = emoji_data()
-    pairs = taught(emoji)
-    assert {("red", "apple"), ("red", "fruit"), ("blue", "car"), ("green", "frog")} <= pairs
-    assert ("red", "car") not in pairs and not any(word == "thing" for _, word in pairs)
-    solid = np.zeros((2, 128, 128, 3), np.uint8)
-    solid[..., 0] = 220
-    red = Emoji(solid, ["violet ball"] * 2, [[]] * 2, ["flat", "3d"], ["red", "red"])
-    assert {("red", "ball"), ("purple", "ball")} < taught(red)  # and two turned hues
-    assert len({colour for colour, _ in taught(red)}) > 3
-
-
-def test_compositions_are_fifty_of_twenty_five_objects():
-    words = [prompt.split() for prompt in COMPOSITIONS]
-    assert len(set(COMPOSITIONS)) == 50 and len({each[-1] for each in words}) == 25
-    assert all(each[-2] in COLOURS for each in words)
+def test_the_four_sets_are_of_their_sides():
+    sets = prompt_sets(emoji_data())
+    assert sets["training"] == sorted({"apple", "ball", "car"}, key=sets["training"].index)
+    assert len(sets["held_out"]) == 1 and sets["held_out"][0].startswith("thing number")
+    assert sets["compositions"] == ["a yellow ball"]
+    said = " ".join(sets["captions"])
+    assert "thing" not in said and "yellow" not in said and "green" in said and "fruit" in said
 
 
 @pytest.mark.skipif(not (data.WORK / "emoji.npz").exists(), reason="needs the data: make data")
-def test_the_data_does_not_hold_the_compositions():
+def test_training_does_not_see_the_compositions():
     emoji = data.load()
-    pairs = taught(emoji)
-    assert ("green", "apple") in pairs
-    assert not {tuple(prompt.split()[-2:]) for prompt in COMPOSITIONS} & pairs
-    known = {
-        word
-        for name, held in zip(emoji.names, emoji.held_out, strict=True)
-        if not held
-        for word in name.split()
-    }
-    assert {prompt.split()[-1] for prompt in COMPOSITIONS} <= known
     sets = prompt_sets(emoji)
-    sizes = {name: len(prompts) for name, prompts in sets.items()}
-    assert sizes == {"held_out": 64, "compositions": 50, "training": 200, "captions": 2560}
+    assert len(sets["compositions"]) >= 40 and len(sets["training"]) == 200
+    for prompt in sets["compositions"]:
+        colour, name = prompt.removeprefix("a ").removeprefix("an ").split(maxsplit=1)
+        seen = {
+            colours
+            for names, colours, use in zip(
+                emoji.concepts, emoji.colours, emoji.trained, strict=True
+            )
+            if use and names == name
+        }
+        assert seen and colour not in seen, prompt
     assert sets["captions"] == load_prompts("emoji-captions")
 
 
 # What sets of samples are compared with
 
 
-@pytest.mark.parametrize("side", [64, 128])
+@pytest.mark.parametrize("side", [32, 64, 128])
 def test_the_reference_is_the_captions_and_pictures_of_training(packed, tmp_path, side):
     words = ["--out", str(tmp_path / "there"), "--side", str(side), "--data", str(packed)]
     reference.main(words)
     emoji = data.load(packed)
     captions = load_prompts(tmp_path / "there" / "captions.txt")
     assert captions == prompt_sets(emoji)["captions"]
-    assert 1 <= len(captions) <= 6 and not any("thing number" in each for each in captions)
+    assert len(captions) >= 12 and not any("thing number" in each for each in captions)
     shown = read_pictures(tmp_path / "there" / "pictures.npy", tmp_path)
-    whole = torch.from_numpy(emoji.images[~emoji.held_out]).permute(0, 3, 1, 2)
-    assert len(shown) == len(whole) == 6
+    whole = torch.from_numpy(emoji.images[emoji.trained]).permute(0, 3, 1, 2)
+    assert len(shown) == len(whole) == 7
     for mine, picture in zip(next(shown.batches()), whole, strict=True):
         assert mine.shape == (3, side, side)
         means = [F.adaptive_avg_pool2d(each.float(), 16) for each in (mine, picture)]
@@ -240,9 +226,7 @@ def test_the_reference_is_the_captions_and_pictures_of_training(packed, tmp_path
 
 
 def test_captions_of_training_are_never_twice_the_same():
-    emoji = emoji_data()
-    same = replace(emoji, keywords=[[]] * 8, colours=[None] * 8)
-    captions = prompt_sets(same)["captions"]
+    captions = prompt_sets(replace(emoji_data(), colours=["red"] * 9))["captions"]
     assert len(captions) == len({*captions})
 
 
@@ -281,16 +265,10 @@ def judged(packed, tmp_path, monkeypatch):
 
 
 def samples(place, weights):
-    """Two pictures a set: those of the first two names, and others."""
+    """One or two pictures a set: the pictures themselves, but for the wrong ball."""
     images = emoji_data().images
-    names = ["red apple", "blue car"]
-    sets = {
-        "held_out": ["a", "b"],
-        "compositions": ["c", "d"],
-        "training": names,
-        "captions": names,
-    }
-    rows = [3, 4, 5, 1, 0, 2, 0, 2]
+    sets = prompt_sets(emoji_data()) | {"training": ["apple", "car"], "captions": ["apple", "car"]}
+    rows = [3, 8, 0, 1, 0, 2]
     about = {
         "model": "unet",
         "weights_sha256": weights,
@@ -307,15 +285,17 @@ def test_quality_writes_its_figures_into_the_card(judged, tmp_path):
     quality = after.pop("quality")
     assert after == before
     found = quality["retrieval"]
-    assert found["compositions"]["chance"] == 0.5 and "real" not in found["compositions"]
+    assert found["compositions"]["n"] == 1 and found["training"]["chance"] == 0.5
+    assert found["held_out"]["samples"] == found["held_out"]["real"]
+    assert found["compositions"]["samples"] != found["compositions"]["real"]
     assert found["training"]["samples"]["R@1"] == found["training"]["real"]["R@1"]
     sizes = [row["n"] for row in quality["distances"].values()]
-    assert sizes == [[2, 6], [2, 3], [3, 3]]
+    assert sizes == [[2, 7], [2, 3], [3, 3]]
     assert all("16 feature dimensions" in row["warning"] for row in quality["distances"].values())
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     for words in ("| fd-made-up |", "| training names |", "](held_out.webp)", "2 images for 16"):
         assert words in text
-    assert Image.open(tmp_path / "compositions.webp").width > 2 * 128
+    assert Image.open(tmp_path / "compositions.webp").width > 128
 
 
 def test_quality_refuses_pictures_of_other_weights(judged, tmp_path, capsys):

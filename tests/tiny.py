@@ -652,14 +652,16 @@ def _qwen_text(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def emoji_data() -> Emoji:
-    """Eight pictures of four concepts, one of them held out."""
-    names = ["red apple", "blue car", "green frog"]
-    names.append(next(name for i in range(1000) if held_out(name := f"thing number {i}")))
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    """Nine pictures of four concepts: an apple, a car and a ball in several colours, and one held out.
+
+    The split holds out yellow balls, too.
+    """
+    names = [["apple", "fruit"], ["car"], ["ball"]]
+    names.append([next(name for i in range(1000) if held_out(name := f"thing number {i}"))])
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
     return Emoji(
         images=pixels.repeat(8, 1).repeat(8, 2),
-        names=[name for name in names for _ in range(2)],
-        keywords=[["fruit", "food"]] * 8,
-        styles=["flat", "3d"] * 4,
-        colours=["red", None, "blue", "blue", "green", None, None, "pink"],
+        names=[*names, names[0], names[0], names[1], names[2], names[2]],
+        colours=["red", "blue", None, "pink", "green", "blue", "red", "yellow", "blue"],
+        recoloured=np.array([False] * 4 + [True] * 5),
     )

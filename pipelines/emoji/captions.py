@@ -2,17 +2,16 @@
 
 import hashlib
 import random
-import re
 
 import numpy as np
+from PIL import Image
 
-STYLES = ("flat", "3d")  # Noto is drawn flat, Fluent 3D is rendered
 COLOURS = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "grey",
 )  # fmt: skip
-_PEOPLE = {"man", "men", "woman", "women", "person", "people", "boy", "girl", "child", "and"}
-SYNONYMS = {"gray": "grey", "violet": "purple"}
-_COLOUR_WORDS = {*COLOURS, *SYNONYMS}
+TURNED = COLOURS[:7]
+"""The colours that a turn of hues can give."""
+_COLOUR_WORDS = {*COLOURS, "gray", "violet"}
 
 
 def colour_shares(pixels: np.ndarray) -> np.ndarray:
@@ -43,13 +42,14 @@ def colour_shares(pixels: np.ndarray) -> np.ndarray:
         [8, 9, 10, 7, 0, 1, 2, 3, 4, 5],
         default=6,
     )
-    # A pale red is what people call pink.
+    # A pale red is what people call pink, and a strong crimson red.
     names = np.where((names == 0) & (saturation < 0.45) & (high > 0.75), 6, names)
+    names = np.where((names == 6) & (hue >= 330) & (saturation > 0.65), 0, names)
     return np.bincount(names, minlength=len(COLOURS)) / max(len(names), 1)
 
 
-def dominant_colour(pixels: np.ndarray, least: float = 0.4) -> str | None:
-    """The colour word of at least that share of the pixels, if there is one."""
+def dominant_colour(pixels: np.ndarray, least: float = 0.33) -> str | None:
+    """The colour word of at least that share of the pixels, if there is one.  float [P, 3] in [0, 1]"""
     if len(pixels) == 0:
         return None
     shares = colour_shares(pixels)
@@ -57,51 +57,53 @@ def dominant_colour(pixels: np.ndarray, least: float = 0.4) -> str | None:
     return COLOURS[best] if shares[best] >= least else None
 
 
-def subject(name: str) -> str:
-    """What a name shows, whoever does it: "man running" and "woman running" are one subject."""
-    words = [word for word in re.findall(r"[a-z0-9]+", name.lower()) if word not in _PEOPLE]
-    return " ".join(words)
+def turn_hue(pixels: np.ndarray, degrees: int) -> np.ndarray:
+    """The same picture with its hues turned.  uint8 [H, W, 3] -> uint8 [H, W, 3]"""
+    hue, saturation, value = Image.fromarray(pixels).convert("HSV").split()
+    hue = hue.point(lambda h: (h + round(degrees / 360 * 256)) % 256)
+    return np.asarray(Image.merge("HSV", (hue, saturation, value)).convert("RGB"))
+
+
+def recolourings(foreground: np.ndarray, colour: str | None) -> dict[str, int]:
+    """New colours of a picture, with the turn of hues that gives most of each.  uint8 [P, 3]
+
+    Empty if its own colour is none or has no hue.
+    """
+    if colour not in (*TURNED, "brown") or len(foreground) == 0:
+        return {}
+    best: dict[str, tuple[float, int]] = {}
+    for degrees in range(15, 360, 15):
+        turned = turn_hue(foreground[None], degrees)[0] / 255
+        shares = colour_shares(turned)
+        new, share = COLOURS[int(shares.argmax())], float(shares.max())
+        if new in TURNED and new != colour and share >= 0.33 and share > best.get(new, (0, 0))[0]:
+            best[new] = (share, degrees)
+    return {new: degrees for new, (_, degrees) in sorted(best.items())}
 
 
 def held_out(name: str, percent: int = 5) -> bool:
-    """Whether a concept is kept from training: a fixed hash of its subject."""
-    digest = hashlib.sha256(subject(name).encode()).digest()
+    """Whether a concept, or a colour and concept, is kept from training: a fixed hash of its name.
+
+    Its salt is the first that leaves the twelve pictures by which a card is judged in training.
+    """
+    digest = hashlib.sha256(f"split 1 {name}".encode()).digest()
     return int.from_bytes(digest[:4], "big") % 100 < percent
 
 
-def without_colours(text: str) -> str:
-    """The words of a name that are not colours ("red apple" -> "apple")."""
-    return " ".join(word for word in text.split() if word not in _COLOUR_WORDS)
-
-
 def with_article(noun: str) -> str:
+    """With an article before it, unless it looks like a plural."""
+    if noun.endswith("s") and not noun.endswith(("ss", "us", "is", "os")):
+        return noun
     return f"{'an' if noun[:1] in 'aeiou' else 'a'} {noun}"
 
 
-def caption(
-    name: str,
-    keywords: list[str],
-    style: str,
-    colour: str | None,
-    rng: random.Random,
-    recoloured: bool = False,
-) -> str:
+def caption(names: list[str], colour: str | None, recoloured: bool, rng: random.Random) -> str:
     """One caption, drawn from the ways a person might ask for the picture.
 
-    A recoloured picture is always called by its new colour, and never by the old one.
+    A recoloured picture is always called by its new colour.
     """
-    if recoloured:
-        name = without_colours(name) or name
-        keywords = [k for k in keywords if k not in _COLOUR_WORDS]
-    words = [k for k in keywords if k not in _COLOUR_WORDS]
-    noun = name if not words or rng.random() < 0.8 else rng.choice(words)
+    noun = names[0] if len(names) == 1 or rng.random() < 0.75 else rng.choice(names[1:])
     named = any(word in _COLOUR_WORDS for word in noun.split())
-    if colour and not named and (recoloured or rng.random() < 0.4):
+    if colour and not named and (recoloured or rng.random() < 0.5):
         noun = f"{colour} {noun}"
-    if rng.random() < 0.5:
-        noun = with_article(noun)
-    if words and rng.random() < 0.35:
-        noun = ", ".join([noun, *rng.sample(words, min(len(words), rng.randint(1, 3)))])
-    if rng.random() < 0.25:
-        noun = f"{noun}, {style}"
-    return noun
+    return with_article(noun) if rng.random() < 0.5 else noun

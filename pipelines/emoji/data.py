@@ -1,8 +1,8 @@
 """Build the packed training data from the emoji packages: `python -m pipelines.emoji.data`.
 
-Two styles of one concept: Noto (SVG, drawn at 128 pixels) and Fluent 3D (WebP, reduced to 128
-pixels), both on white. Concepts are the emoji of emojilib that both styles have, without flags
-and skin variants. The pack is one npz file of WebP bytes, names, keywords and colour words.
+The concepts of `concepts.txt`, drawn in the Fluent 3D style on white at 128 x 128 pixels. A picture of one
+strong colour is there in other colours, too, by a turn of its hues. The pack is one npz file of WebP bytes,
+names and colour words.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,31 +19,68 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.emoji.captions import STYLES, dominant_colour, held_out
+from pipelines.emoji.captions import dominant_colour, held_out, recolourings, turn_hue
 
 WORK = Path(__file__).parent / ".work"
-PACKAGES = {
-    "noto": "@iconify-json/noto@1.2.9",
-    "fluent": "@lobehub/fluent-emoji-3d@1.1.0",
-    "names": "emojilib@4.0.3",
-}
+CONCEPTS = Path(__file__).parent / "concepts.txt"
+PACKAGES = {"pictures": "@lobehub/fluent-emoji-3d@1.1.0", "names": "emojilib@4.0.3"}
 SIZE = 128
 LIMIT_BYTES = 12 * 2**20
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """The data set.  images: uint8 [I, 128, 128, 3]; the lists have one entry an image."""
+    """The data set, one row a picture.
+
+    images: uint8 [I, 128, 128, 3]; names: what captions call it, the most usual first; colours: the colour
+    word of most of its pixels, if there is one; recoloured: bool [I], whether its hues were turned.
+    """
 
     images: np.ndarray
-    names: list[str]
-    keywords: list[list[str]]
-    styles: list[str]
+    names: list[list[str]]
     colours: list[str | None]
+    recoloured: np.ndarray
+
+    @property
+    def concepts(self) -> list[str]:
+        """The most usual name of each row."""
+        return [names[0] for names in self.names]
 
     @property
     def held_out(self) -> np.ndarray:
-        return np.array([held_out(name) for name in self.names])
+        """bool [I]: whether the concept is kept from training."""
+        return np.array([held_out(name) for name in self.concepts], bool)
+
+    @property
+    def held_pair(self) -> np.ndarray:
+        """bool [I]: whether a known concept is kept from training in this colour."""
+        pairs = zip(self.concepts, self.colours, self.recoloured, strict=True)
+        return np.array([turned and held_out(f"{colour} {name}") for name, colour, turned in pairs])
+
+    @property
+    def trained(self) -> np.ndarray:
+        """bool [I]: whether training sees the picture."""
+        return ~(self.held_out | self.held_pair)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A line of `concepts.txt`.  source: its name in emojilib; any_colour: whether it may be recoloured."""
+
+    source: str
+    names: list[str]
+    any_colour: bool
+
+
+def concepts(path: Path = CONCEPTS) -> Iterator[Concept]:
+    any_colour = False
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            any_colour = line.endswith("any colour]")
+        elif line and not line.startswith("#"):
+            source, _, names = (part.strip() for part in line.partition("="))
+            names = names or source.replace("_", " ").lower()
+            yield Concept(source, [name.strip() for name in names.split(",")], any_colour)
 
 
 def fetch(spec: str, folder: Path) -> tarfile.TarFile:
@@ -69,24 +106,19 @@ def _codepoints(text: str) -> str:
     return "-".join(part for part in text.lower().split("-") if part != "fe0f")
 
 
-def _is_flag(key: str) -> bool:
-    return any(0x1F1E6 <= int(p, 16) <= 0x1F1FF or p.startswith("e00") for p in key.split("-"))
-
-
-def _on_white(data: bytes) -> tuple[Image.Image, np.ndarray]:
-    """The picture on white at 128 pixels, and its foreground pixels as floats [P, 3]."""
+def _on_white(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The picture on white, uint8 [128, 128, 3], and where its foreground is, bool [128, 128]."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image, np.float32) / 255
     white = Image.new("RGBA", image.size, "white")
     flat = Image.alpha_composite(white, image).convert("RGB")
-    return flat, pixels[pixels[..., 3] > 0.5][:, :3]
+    return np.asarray(flat), np.asarray(image)[..., 3] > 127
 
 
 def webp(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=88, method=6)
+    picture.save(buffer, "WEBP", quality=90, method=4)
     return buffer.getvalue()
 
 
@@ -112,44 +144,38 @@ def unpack(path: Path) -> tuple[np.ndarray, Any]:
 
 
 def build(packages: Path, out: Path) -> None:
-    import resvg_py  # only needed here
-
-    noto, fluent = fetch(PACKAGES["noto"], packages), fetch(PACKAGES["fluent"], packages)
-    lib = json.loads(
-        _read(fetch(PACKAGES["names"], packages), "package/dist/emoji-en-US.json"),
-    )
-    icons = json.loads(_read(noto, "package/icons.json"))["icons"]
-    chars = {_codepoints(k): v for k, v in json.loads(_read(noto, "package/chars.json")).items()}
+    """Write the pack.  Every concept must have its picture: SystemExit names those that have none."""
+    pictures = fetch(PACKAGES["pictures"], packages)
+    lib = json.loads(_read(fetch(PACKAGES["names"], packages), "package/dist/emoji-en-US.json"))
+    keys: dict[str, str] = {}
+    for emoji, (name, *_) in lib.items():
+        keys.setdefault(name, _codepoints("-".join(f"{ord(char):04x}" for char in emoji)))
     drawings = {
-        _codepoints(Path(name).stem): name for name in fluent.getnames() if name.endswith(".webp")
+        _codepoints(Path(name).stem): name for name in pictures.getnames() if name.endswith(".webp")
     }
+    wanted = list(concepts())
+    missing = [c.source for c in wanted if keys.get(c.source) not in drawings]
+    if missing:
+        raise SystemExit(f"no picture of {', '.join(missing)}; take them out of {CONCEPTS.name}")
 
     blobs: list[bytes] = []
     records: list[dict[str, object]] = []
-    for emoji, (name, *keywords) in lib.items():
-        key = _codepoints("-".join(f"{ord(char):04x}" for char in emoji))
-        if key not in chars or key not in drawings or _is_flag(key):
-            continue
-        name = name.replace("_", " ").replace("’", "'").lower()
-        words = [k.replace("_", " ").lower() for k in keywords]
-        words = [k for k in words if k.replace(" ", "").isalpha() and k.isascii() and k != name]
-        svg = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {SIZE} {SIZE}">'
-            f"{icons[chars[key]]['body']}</svg>"
-        )
-        drawn = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE))
-        for style, data in zip(STYLES, (drawn, _read(fluent, drawings[key])), strict=True):
-            picture, foreground = _on_white(data)
-            blobs.append(webp(picture))
-            colour = dominant_colour(foreground)
-            records.append({"name": name, "keywords": words, "style": style, "colour": colour})
-        if len(blobs) % 400 == 0:
-            print(f"{len(blobs)} images", flush=True)
+    for concept in wanted:
+        picture, inside = _on_white(_read(pictures, drawings[keys[concept.source]]))
+        colour = dominant_colour(picture[inside] / 255)
+        variants = [(picture, colour, False)]
+        if concept.any_colour and not held_out(concept.names[0]):
+            for new, degrees in recolourings(picture[inside], colour).items():
+                variants.append((turn_hue(picture, degrees), new, True))
+        for pixels, word, recoloured in variants:
+            blobs.append(webp(Image.fromarray(pixels)))
+            record = {"names": concept.names, "colour": word, "recoloured": recoloured}
+            records.append(record)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     pack(out, blobs, records)
     size = out.stat().st_size
-    print(f"{len(blobs)} images of {len(blobs) // 2} concepts, {size / 2**20:.1f} MiB in {out}")
+    print(f"{len(blobs)} images of {len(wanted)} concepts, {size / 2**20:.1f} MiB in {out}")
     if size > LIMIT_BYTES:
         raise SystemExit(f"the pack has {size} bytes, more than {LIMIT_BYTES}; lower the quality")
 
@@ -160,10 +186,9 @@ def load(path: Path = WORK / "emoji.npz") -> Emoji:
     images, rows = unpack(path)
     return Emoji(
         images=images,
-        names=[row["name"] for row in rows],
-        keywords=[row["keywords"] for row in rows],
-        styles=[row["style"] for row in rows],
+        names=[row["names"] for row in rows],
         colours=[row["colour"] for row in rows],
+        recoloured=np.array([row["recoloured"] for row in rows], bool),
     )
 
 

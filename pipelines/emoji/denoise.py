@@ -1,7 +1,9 @@
 """What training has in common for both denoisers: how a batch is drawn and how progress is measured."""
 
 import random
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from transformers import CLIPTokenizer
 from pipelines.emoji.data import Emoji
 from pipelines.emoji.loop import Loop
 from pipelines.emoji.text import Captions, Rows
-from pipelines.emoji.vae import Latents
+from pipelines.emoji.vae import SIDES
 
 DROP_CAPTION = 0.1  # for classifier-free guidance
 
@@ -18,24 +20,21 @@ DenoisingLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(latents [B, C, H, W], token ids [B, T], noise levels [B] as quantiles in (0, 1), noise) -> scalar loss"""
 
 
-def shift(latents: Tensor, generator: torch.Generator) -> Tensor:
-    """Move each picture by at most one latent; the border is repeated.  [B, C, H, W]"""
-    count, _, height, width = latents.shape
-    device = latents.device
-    moves = torch.randint(-1, 2, (2, count, 1), generator=generator, device=device)
-    rows = (torch.arange(height, device=device) + moves[0]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=device) + moves[1]).clamp(0, width - 1)
-    picture = torch.arange(count, device=device)[:, None, None]
-    # Indexed places come first, channels last.
-    moved = latents[picture, :, rows[:, :, None], columns[:, None]]
-    return moved.permute(0, 3, 1, 2).contiguous()
+def side_of(stage: str) -> int:
+    """The side in pixels that a stage is named for: 64 of "unet64"."""
+    return int(re.sub(r"\D", "", stage))
+
+
+def stages_before(work: Path, stage: str) -> list[Path]:
+    """The checkpoints of the same denoiser on smaller pictures, the largest of these first."""
+    side = side_of(stage)
+    return [work / f"{stage.removesuffix(str(side))}{s}.pt" for s in reversed(SIDES) if s < side]
 
 
 def train_denoiser(
     loop: Loop,
     tokenizer: CLIPTokenizer,
     emoji: Emoji,
-    latents: Latents,
     data: Tensor,
     batch: int,
     loss: DenoisingLoss,
@@ -43,7 +42,7 @@ def train_denoiser(
 ) -> None:
     """Run the loop on `data` [R, C, H, W], `batch` rows a shard, and on held-out concepts now and then."""
     device = loop.device
-    rows, captions = Rows(emoji, latents, device), Captions(tokenizer, emoji, latents, device)
+    rows, captions = Rows(emoji, device), Captions(tokenizer, emoji, device)
     data = data.to(device)
 
     def loss_fn(generator: torch.Generator, rng: random.Random) -> dict[str, Tensor]:
@@ -53,7 +52,7 @@ def train_denoiser(
         row = rows.draw(batch, generator)
         dropped = uniform() < DROP_CAPTION
         ids = torch.where(dropped[:, None], captions.empty, captions.draw(row, generator))
-        picture = shift(data[row].float(), generator)
+        picture = data[row].float()
         # One noise level from each of equal ranges: less variance than free draws.
         level = (uniform().argsort() + uniform()) / batch
         noise = torch.randn(picture.shape, generator=generator, device=device)

@@ -12,7 +12,7 @@ from pipelines.emoji.loop import averaged
 from pipelines.emoji.mmdit import new_flow_scheduler, new_transformer
 from pipelines.emoji.text import new_tokenizer, trained_text_encoder
 from pipelines.emoji.unet import new_scheduler, new_unet
-from pipelines.emoji.vae import trained_vae
+from pipelines.emoji.vae import SIDES, trained_vae
 
 EMBEDDED = ("weights", "mmdit", "scorer")
 LIMIT_BYTES, FILE_LIMIT_BYTES = 24_000_000, 15_000_000
@@ -24,7 +24,7 @@ def export(emoji: Emoji, work: Path, home: Path) -> None:
     if unet is None and mmdit is None:
         raise SystemExit(
             f"no denoiser's checkpoint in {work}; train one first: "
-            "python -m pipelines.emoji.train --stage unet64 --minutes 10"
+            "python -m pipelines.emoji.train --stage unet32 --minutes 10"
         )
     if unet is not None:
         pipe = _unet_pipeline(emoji, work, unet)
@@ -52,7 +52,7 @@ def check_sizes(home: Path) -> None:
 
 def _furthest(work: Path, denoiser: str) -> Path | None:
     """The checkpoint of the last stage that a denoiser was trained in."""
-    stages = (work / f"{denoiser}{pixels}.pt" for pixels in (128, 64))
+    stages = (work / f"{denoiser}{side}.pt" for side in reversed(SIDES))
     return next(filter(Path.exists, stages), None)
 
 
@@ -61,7 +61,7 @@ def _unet_pipeline(emoji: Emoji, work: Path, checkpoint: Path) -> StableDiffusio
     unet.load_state_dict(averaged(checkpoint, "unet."))
     return StableDiffusionPipeline(
         vae=trained_vae(work),
-        text_encoder=trained_text_encoder(emoji, work, "unet64").eval(),
+        text_encoder=trained_text_encoder(emoji, work, "unet32").eval(),
         tokenizer=new_tokenizer(emoji),
         unet=unet.eval(),
         scheduler=new_scheduler(),

@@ -41,17 +41,18 @@ if TYPE_CHECKING:
 WORK = Path(__file__).parent / ".work"
 PACKAGES = ("torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers", "safetensors")
 SHARES = {
-    "vae": 0.05, "text": 0.02, "unet64": 0.2, "unet128": 0.12, "mmdit64": 0.16, "mmdit128": 0.17,
+    "vae": 0.06, "text": 0.01, "unet32": 0.12, "unet64": 0.1, "unet128": 0.1,
+    "mmdit32": 0.1, "mmdit64": 0.09, "mmdit128": 0.14,
 }  # fmt: skip
-"""Of all minutes, in the order of the stages; the rest is for starting, compiling and 5,700 pictures.
+"""Of all minutes, in the order of the stages; the rest is for starting, compiling and 5,600 pictures.
 
 At 25 minutes three calls of nine end after unet64, after mmdit64 and after the pictures, so that none of
 them breaks off a stage.
 """
 STARTING = 90.0
 """Seconds that must be left for anything to be begun: a denoiser compiles for up to a minute."""
-LATER = {"text": "unet64", "mmdit64": "mmdit128"}
-"""Stages that nothing needs any more after another one."""
+LATER = {"text": "unet32", "unet64": "unet128", "mmdit32": "mmdit64", "mmdit64": "mmdit128"}
+"""Stages that nothing needs any more after another one.  The text encoder of unet32 is needed to the end."""
 PARTS = {"unet": ("weights",), "mmdit": ("mmdit/transformer", "mmdit/scheduler")}
 FINAL = tuple(f"{model}.{kind}" for model in PARTS for kind in ("tar", "npz"))
 STEPS, BATCH = 25, 256

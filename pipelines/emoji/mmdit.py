@@ -1,7 +1,7 @@
 """The second denoiser: a joint-attention transformer as in Stable Diffusion 3, on the same latents.
 
 It shares autoencoder and text encoder with the UNet's pipeline, and is trained by flow matching, first on
-16 x 16 latents (256 tokens), then on 32 x 32 (1,024).
+8 x 8 latents (64 tokens), then on 16 x 16 (256) and on 32 x 32 (1,024).
 """
 
 from pathlib import Path
@@ -11,9 +11,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
+from pipelines.emoji import MMDIT
 from pipelines.emoji.data import Emoji
-from pipelines.emoji.denoise import train_denoiser
-from pipelines.emoji.loop import Budget, Loop, autocast, averaged, compiled
+from pipelines.emoji.denoise import side_of, stages_before, train_denoiser
+from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, compiled
 from pipelines.emoji.sd3 import with_projection
 from pipelines.emoji.text import WIDTH, new_tokenizer, trained_text_encoder
 from pipelines.emoji.vae import Latents
@@ -88,26 +89,17 @@ def train_mmdit(
     shards: int = 1,
     stop_after: int | None = None,
 ) -> Loop:
-    """Stage mmdit64 trains on the small latents, mmdit128 on the large; the text encoder is frozen."""
-    first = stage == "mmdit64"
-    torch.manual_seed(4)
-    data = latents.small if first else latents.large
+    """Each stage trains on the latents of its pictures' side; the text encoder is frozen."""
+    side = side_of(stage)
+    torch.manual_seed(side + 1)
+    data = latents.by_side[side]
     transformer = new_transformer(data.shape[-1])
+    begin_with(transformer, MMDIT / "transformer", stages_before(work, stage), "mmdit.")
     tokenizer = new_tokenizer(emoji)
-    text = with_projection(trained_text_encoder(emoji, work, "unet64")).to(device)
+    text = with_projection(trained_text_encoder(emoji, work, "unet32")).to(device)
     text.requires_grad_(False)
-    if not first:
-        transformer.load_state_dict(averaged(work / "mmdit64.pt", "mmdit."), strict=False)
-    loop = Loop(
-        stage,
-        nn.ModuleDict({"mmdit": transformer}),
-        work,
-        budget,
-        lr,
-        device,
-        seed=4 if first else 5,
-        shards=shards,
-    )
+    module = nn.ModuleDict({"mmdit": transformer})
+    loop = Loop(stage, module, work, budget, lr, device, seed=side + 1, shards=shards)
 
     fast = compiled(transformer, device)
 
@@ -117,5 +109,5 @@ def train_mmdit(
         model = fast if transformer.training else transformer
         return flow_loss(model, x, words, pooled, sigma, noise)
 
-    train_denoiser(loop, tokenizer, emoji, latents, data, batch // shards, loss, stop_after)
+    train_denoiser(loop, tokenizer, emoji, data, batch // shards, loss, stop_after)
     return loop

@@ -25,6 +25,7 @@ from eval.features import (
     load_extractor,
 )
 from pipelines.emoji import HERE, MODELS, data
+from pipelines.emoji.captions import with_article
 from pipelines.emoji.card import SHEETS, SUBJECTS, block, read, save
 from pipelines.emoji.data import Emoji, unpack
 from pipelines.emoji.scorer import EmojiScorer, ranks
@@ -49,19 +50,23 @@ def found(scorer: EmojiScorer, pictures: np.ndarray, prompts: list[str]) -> dict
     }
 
 
+def asked_for(emoji: Emoji) -> dict[str, int]:
+    """The row of the data that a name, or a colour and an object, asks for."""
+    rows = zip(emoji.concepts, emoji.colours, emoji.recoloured, strict=True)
+    return {
+        with_article(f"{colour} {name}") if recoloured else name: i
+        for i, (name, colour, recoloured) in enumerate(rows)
+    }
+
+
 def retrieval(
     scorer: EmojiScorer, emoji: Emoji, made: np.ndarray, prompts: list[str]
 ) -> dict[str, Any]:
-    """Of samples, and of the flat pictures that have these names, if all have one."""
-    flat = {
-        name: i
-        for i, (name, style) in enumerate(zip(emoji.names, emoji.styles, strict=True))
-        if style == "flat"
-    }
+    """Of samples, and of the pictures of the data that these prompts ask for."""
+    rows = asked_for(emoji)
     result: dict[str, Any] = {"n": len(prompts), "chance": round(1 / len(prompts), 4)}
     result["samples"] = found(scorer, made, prompts)
-    if all(prompt in flat for prompt in prompts):
-        result["real"] = found(scorer, emoji.images[[flat[prompt] for prompt in prompts]], prompts)
+    result["real"] = found(scorer, emoji.images[[rows[prompt] for prompt in prompts]], prompts)
     return result
 
 
@@ -109,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not files:
         parser.error(f"{args.pictures} holds no {' or '.join(f'{m}.npz' for m in sorted(MODELS))}")
     emoji, scorer, extractor = data.load(args.data), EmojiScorer.load(), load_extractor()
-    real = cached(extractor, emoji.images[~emoji.held_out], args.cache / "training")
+    real = cached(extractor, emoji.images[emoji.trained], args.cache / "training")
     for file in files:
         images, about = unpack(file)
         model, sets, made = about["model"], about["sets"], by_set(images, about["sets"])

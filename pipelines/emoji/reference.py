@@ -17,15 +17,15 @@ import torch
 from pipelines.emoji import data
 from pipelines.emoji.data import SIZE, Emoji
 from pipelines.emoji.prompts import prompt_sets
-from pipelines.emoji.vae import halve, to_unit
+from pipelines.emoji.vae import SIDES, resized, to_unit
 
 
 def pictures(emoji: Emoji, side: int) -> np.ndarray:
     """Those of training, as it has seen them in that size.  uint8 [N, side, side, 3]"""
-    images = emoji.images[~emoji.held_out]
+    images = emoji.images[emoji.trained]
     if side == SIZE:
         return images
-    small = halve(to_unit(torch.from_numpy(images)))
+    small = resized(to_unit(torch.from_numpy(images)), side)
     return ((small + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument(
-        "--side", type=int, choices=(SIZE // 2, SIZE), default=SIZE, help="in pixels (%(default)s)"
+        "--side", type=int, choices=SIDES, default=SIZE, help="in pixels (%(default)s)"
     )
     parser.add_argument("--data", type=Path, default=data.WORK / "emoji.npz", help="(%(default)s)")
     args = parser.parse_args(argv)

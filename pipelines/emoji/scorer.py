@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -147,40 +148,25 @@ def ranks(head: Head, images: Tensor, texts: Tensor) -> dict[str, float]:
 
 
 def train(data_path: Path, folder: Path, steps: int = 1500, seed: int = 0) -> None:
-    """Train the head on the training side of the split; report retrieval on the other side."""
+    """Train the head on the concepts of training; report retrieval of these and of held-out ones."""
     from safetensors.torch import save_file
 
     from pipelines.emoji import data
-    from pipelines.emoji.captions import caption, dominant_colour
-    from pipelines.emoji.vae import RECOLOURED, TURNS, turn_hue
+    from pipelines.emoji.captions import caption
 
     emoji = data.load(data_path)
     tokenizer, minilm = _minilm(None)
     scorer = EmojiScorer(_lite0(None), tokenizer, minilm, Head(), {})
-    images, source, colours = list(torch.from_numpy(emoji.images)), [*range(len(emoji.names))], []
-    colours += emoji.colours
-    for i, colour in enumerate(emoji.colours):  # so that colour words are part of the score
-        if colour in RECOLOURED and not emoji.held_out[i]:
-            turned = turn_hue(images[i], random.Random(-i).choice(TURNS))
-            pixels = turned[(turned < 245).any(-1)].float().numpy() / 255
-            images.append(turned)
-            source.append(i)
-            colours.append(dominant_colour(pixels))
-    pictures = scorer.image_features(torch.stack(images).permute(0, 3, 1, 2))
+    pictures = scorer.image_features(torch.from_numpy(emoji.images).permute(0, 3, 1, 2))
 
     rng = random.Random(seed)
-    rows = [k for k, i in enumerate(source) if not emoji.held_out[i]]
+    # It sees the colours and objects that the pipelines do not see together, so that it can tell them;
+    # concepts that are held out it does not see either.
+    rows = np.flatnonzero(~emoji.held_out).tolist()
     variants = 6  # captions drawn once a picture and embedded once
     captions = [
-        caption(
-            emoji.names[source[k]],
-            emoji.keywords[source[k]],
-            emoji.styles[source[k]],
-            colours[k],
-            rng,
-            recoloured=k >= len(emoji.names) and colours[k] is not None,
-        )
-        for k in rows
+        caption(emoji.names[i], emoji.colours[i], bool(emoji.recoloured[i]), rng)
+        for i in rows
         for _ in range(variants)
     ]
     texts = scorer.text_features(captions).view(len(rows), variants, -1)
@@ -208,11 +194,19 @@ def train(data_path: Path, folder: Path, steps: int = 1500, seed: int = 0) -> No
     report: dict[str, Any] = {"seed": seed, "steps": steps, "train_images": len(rows)}
     report["parameters"] = sum(p.numel() for p in head.parameters())
     with torch.no_grad():
-        for style in ("flat", "3d"):
-            held = [i for i, h in enumerate(emoji.held_out) if h and emoji.styles[i] == style]
-            names = scorer.text_features([emoji.names[i] for i in held])
-            found = ranks(head, pictures[held], names)
-            report[style] = {"n": len(held), "chance": 1 / len(held)} | found
+        sides = {
+            "held_out": emoji.held_out,
+            "training": emoji.trained & ~emoji.recoloured,
+            "compositions": emoji.held_pair,
+        }
+        for side, chosen in sides.items():
+            index = np.flatnonzero(chosen).tolist()
+            words = [
+                f"{emoji.colours[i]} {name}" if emoji.recoloured[i] else name
+                for i, name in zip(index, (emoji.concepts[i] for i in index), strict=True)
+            ]
+            found = ranks(head, pictures[index], scorer.text_features(words))
+            report[side] = {"n": len(index), "chance": 1 / len(index)} | found
     (folder / "head.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 

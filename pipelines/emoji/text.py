@@ -15,24 +15,26 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from pipelines.emoji.captions import COLOURS, STYLES, caption, subject
+from pipelines.emoji import WEIGHTS
+from pipelines.emoji.captions import COLOURS, caption
 from pipelines.emoji.data import Emoji
-from pipelines.emoji.loop import Budget, Loop, autocast, averaged
-from pipelines.emoji.vae import Latents
+from pipelines.emoji.loop import Budget, Loop, autocast, begin_with
+from pipelines.emoji.vae import SIDES, Latents
 
-VOCABULARY, LENGTH, WIDTH = 1800, 32, 128
+VOCABULARY, LENGTH, WIDTH = 1200, 16, 128
 VARIANTS = 16  # captions a picture
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def new_tokenizer(emoji: Emoji) -> CLIPTokenizer:
-    """Byte pairs of the words in the training side's names and keywords."""
-    words = [
-        text
-        for name, keywords, held in zip(emoji.names, emoji.keywords, emoji.held_out, strict=True)
+    """Byte pairs of the words in the training side's names."""
+    known = dict.fromkeys(
+        name
+        for names, held in zip(emoji.names, emoji.held_out, strict=True)
         if not held
-        for text in (name, *keywords)
-    ] + [*COLOURS, *STYLES, "a", "an", *"abcdefghijklmnopqrstuvwxyz0123456789,.-'!?"] * 100
+        for name in names
+    )
+    words = [*known, *[*COLOURS, "a", "an", *"abcdefghijklmnopqrstuvwxyz0123456789,.-'!?"] * 100]
     trained = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
     trained.normalizer = normalizers.Lowercase()
     trained.pre_tokenizer = pre_tokenizers.Sequence(
@@ -43,7 +45,7 @@ def new_tokenizer(emoji: Emoji) -> CLIPTokenizer:
     # Pairs that are equally frequent are merged in the order of their letters' ids. The trainer would draw
     # the ids of last letters anew in every process, and "car" could be "cat" to the next stage.
     alphabet = sorted({c for piece in pieces for c in piece})
-    last = sorted({piece[-1] for piece in pieces}, key=lambda c: (c == "i", c))  # as in weights/
+    last = sorted({piece[-1] for piece in pieces})
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         end_of_word_suffix="</w>",
@@ -91,39 +93,22 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return ids
 
 
-def row_caption(emoji: Emoji, latents: Latents, row: int, rng: random.Random) -> str:
-    i = int(latents.source[row])
-    return caption(
-        emoji.names[i],
-        emoji.keywords[i],
-        emoji.styles[i],
-        latents.colours[row],
-        rng,
-        recoloured=bool(latents.recoloured[row]),
-    )
-
-
 class Captions:
     """Token ids of captions of every row, drawn and tokenised once, on the device.
 
     empty: [LENGTH], of no caption.
     """
 
-    def __init__(
-        self, tokenizer: CLIPTokenizer, emoji: Emoji, latents: Latents, device: torch.device
-    ) -> None:
-        count = len(latents.source)
-        # A generator a row: the captions are the same in each run.
-        rngs = map(random.Random, range(count))
-        texts = [
-            row_caption(emoji, latents, row, rng)
-            for row, rng in enumerate(rngs)
-            for _ in range(VARIANTS)
-        ]
+    def __init__(self, tokenizer: CLIPTokenizer, emoji: Emoji, device: torch.device) -> None:
+        rows = zip(emoji.names, emoji.colours, emoji.recoloured.tolist(), strict=True)
+        texts = []
+        for i, (names, colour, recoloured) in enumerate(rows):
+            rng = random.Random(i)  # the captions are the same in each run
+            texts += [caption(names, colour, recoloured, rng) for _ in range(VARIANTS)]
         different = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        ids = tokens(tokenizer, list(different)).short()  # pieces are fewer than 2,000
+        ids = tokens(tokenizer, list(different)).short()  # there are fewer than 2,000 pieces
         index = torch.tensor([different[text] for text in texts])
-        self.table = ids[index].view(count, VARIANTS, LENGTH).to(device)
+        self.table = ids[index].view(-1, VARIANTS, LENGTH).to(device)
         self.empty = tokens(tokenizer, [""])[0].to(device)
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -137,35 +122,29 @@ class Captions:
 
 
 class Rows:
-    """Which latents are trained on: originals mostly, a quarter recoloured.
+    """Which rows are trained on: each concept equally often, half of that in another colour if there is one.
 
-    Each subject is drawn equally often: a third of the emoji are people in two or three genders.
+    original: of the training side in their own colours; test: of held-out concepts.
     """
 
-    def __init__(self, emoji: Emoji, latents: Latents, device: torch.device) -> None:
-        held = torch.from_numpy(emoji.held_out)[latents.source]
-        original = (~held & ~latents.recoloured).nonzero().flatten()
-        recoloured = (~held & latents.recoloured).nonzero().flatten()
-        test = (held & ~latents.recoloured).nonzero().flatten()
-        subjects = [subject(emoji.names[i]) for i in latents.source.tolist()]
-        sizes = Counter(subjects)
-        weights = torch.tensor([1.0 / sizes[s] for s in subjects], dtype=torch.float64)
-        self.original, self.recoloured, self.test = (
-            rows.to(device) for rows in (original, recoloured, test)
-        )
+    def __init__(self, emoji: Emoji, device: torch.device) -> None:
+        trained, turned = torch.from_numpy(emoji.trained), torch.from_numpy(emoji.recoloured)
+        self.trained = trained.nonzero().flatten().to(device)
+        self.original = (trained & ~turned).nonzero().flatten().to(device)
+        self.test = torch.from_numpy(emoji.held_out).nonzero().flatten().to(device)
+        counts = Counter(emoji.concepts[i] for i in (trained & turned).nonzero().flatten().tolist())
+        weights = [
+            0.5 / counts[concept] if recoloured else 0.5 if counts[concept] else 1.0
+            for concept, recoloured in zip(emoji.concepts, emoji.recoloured, strict=True)
+        ]
         # Cumulated, as torch.multinomial makes a GPU wait.
-        self.ends = [weights[rows].cumsum(0).to(device) for rows in (original, recoloured)]
+        chosen = torch.tensor(weights, dtype=torch.float64)[trained]
+        self.ends = chosen.cumsum(0).to(device)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """[count]"""
-        turned = count // 4 if len(self.recoloured) else 0
-        kinds, counts = (self.original, self.recoloured), (count - turned, turned)
-        picks = []
-        for rows, ends, n in zip(kinds, self.ends, counts, strict=True):
-            if n:
-                place = torch.rand(n, generator=generator, device=rows.device) * ends[-1]
-                picks.append(rows[torch.searchsorted(ends, place).clamp(max=len(rows) - 1)])
-        return torch.cat(picks)
+        place = torch.rand(count, generator=generator, device=self.trained.device) * self.ends[-1]
+        return self.trained[torch.searchsorted(self.ends, place).clamp(max=len(self.trained) - 1)]
 
 
 def tower() -> nn.Sequential:
@@ -187,9 +166,10 @@ def train_text(
 ) -> Loop:
     torch.manual_seed(1)
     tokenizer = new_tokenizer(emoji)
-    rows, captions = Rows(emoji, latents, device), Captions(tokenizer, emoji, latents, device)
-    data = latents.large.to(device)
+    rows, captions = Rows(emoji, device), Captions(tokenizer, emoji, device)
+    data = latents.by_side[SIDES[-1]].to(device)
     text = new_text_encoder(tokenizer)
+    begin_with(text, WEIGHTS / "text_encoder")
     module = nn.ModuleDict({"text": text, "tower": tower()})
     loop = Loop("text", module, work, budget, 1e-3, device, seed=1)
 
@@ -208,17 +188,16 @@ def train_text(
         return {"loss": loss, "top1": (scores.argmax(1) == target).float().mean()}
 
     def evaluate() -> dict[str, float]:
-        flat = rows.test[::2]  # one style, so that every concept is there once
-        scores = similarity(flat, captions.first(flat))
+        scores = similarity(rows.test, captions.first(rows.test))
         right = scores.argmax(1) == torch.arange(len(scores), device=device)
-        return {"top1": right.float().mean().item(), "concepts": float(len(flat))}
+        return {"top1": right.float().mean().item(), "concepts": float(len(rows.test))}
 
     loop.run(loss_fn, evaluate, stop_after=stop_after)
     return loop
 
 
-def trained_text_encoder(emoji: Emoji, work: Path, stage: str) -> CLIPTextModel:
-    """The text encoder as a stage left it, averaged."""
+def trained_text_encoder(emoji: Emoji, work: Path, *stages: str) -> CLIPTextModel:
+    """As the first of these stages that has a checkpoint left it, averaged, or else as embedded."""
     text = new_text_encoder(new_tokenizer(emoji))
-    text.load_state_dict(averaged(work / f"{stage}.pt", "text."))
+    begin_with(text, WEIGHTS / "text_encoder", [work / f"{stage}.pt" for stage in stages], "text.")
     return text

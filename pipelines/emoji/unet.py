@@ -1,4 +1,4 @@
-"""The denoiser: a UNet heavy in transformer blocks, trained at 256 tokens, then at 1,024."""
+"""The denoiser: a UNet heavy in transformer blocks, trained at 64 tokens, then at 256 and at 1,024."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
+from pipelines.emoji import WEIGHTS
 from pipelines.emoji.data import Emoji
-from pipelines.emoji.denoise import train_denoiser
-from pipelines.emoji.loop import Budget, Loop, autocast, averaged, compiled
+from pipelines.emoji.denoise import side_of, stages_before, train_denoiser
+from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, compiled
 from pipelines.emoji.text import WIDTH, new_tokenizer, trained_text_encoder
 from pipelines.emoji.vae import Latents
 
@@ -35,7 +36,8 @@ def new_unet() -> UNet2DConditionModel:
 def new_scheduler() -> DDIMScheduler:
     return DDIMScheduler(
         beta_start=0.00085,
-        beta_end=0.012,
+        # Large pictures of one object on white still show through the usual 0.012 at the noisiest step.
+        beta_end=0.02,
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
@@ -76,20 +78,18 @@ def train_unet(
     shards: int = 1,
     stop_after: int | None = None,
 ) -> Loop:
-    """Stage unet64 trains denoiser and text encoder on the small latents, unet128 the denoiser."""
-    first = stage == "unet64"
-    torch.manual_seed(2)
+    """Stage unet32 trains denoiser and text encoder on the smallest latents, the others the denoiser."""
+    side, first = side_of(stage), stage == "unet32"
+    torch.manual_seed(side)
     tokenizer, unet = new_tokenizer(emoji), new_unet()
-    data = latents.small if first else latents.large
     alphas = new_scheduler().alphas_cumprod.to(device)
-    text = trained_text_encoder(emoji, work, "text" if first else "unet64").to(device)
+    text = trained_text_encoder(emoji, work, "unet32", "text").to(device)
+    begin_with(unet, WEIGHTS / "unet", stages_before(work, stage), "unet.")
     if not first:
-        unet.load_state_dict(averaged(work / "unet64.pt", "unet."))
         text.requires_grad_(False)
     module = nn.ModuleDict({"unet": unet, "text": text} if first else {"unet": unet})
     rates = {"unet": lr, "text": lr / 4} if first else {"unet": lr}
-    seed = 2 if first else 3
-    loop = Loop(stage, module, work, budget, rates, device, seed=seed, shards=shards)
+    loop = Loop(stage, module, work, budget, rates, device, seed=side, shards=shards)
 
     fast = compiled(unet, device)
 
@@ -99,5 +99,5 @@ def train_unet(
         times = (level * len(alphas)).long().clamp(max=len(alphas) - 1)
         return v_loss(fast if unet.training else unet, x, words.float(), times, noise, alphas)
 
-    train_denoiser(loop, tokenizer, emoji, latents, data, batch // shards, loss, stop_after)
+    train_denoiser(loop, tokenizer, emoji, latents.by_side[side], batch // shards, loss, stop_after)
     return loop

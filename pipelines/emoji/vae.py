@@ -7,17 +7,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor, nn
 
-from pipelines.emoji.captions import dominant_colour
+from pipelines.emoji import WEIGHTS
 from pipelines.emoji.data import Emoji
-from pipelines.emoji.loop import Budget, Loop, autocast, averaged, save_atomic
+from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, save_atomic
 
 KL_WEIGHT = 2e-4
-# A picture of these colours keeps its meaning in another colour; faces and hands do not.
-RECOLOURED = {"red", "green", "blue", "purple", "orange", "pink"}
-TURNS = (60, 120, 180, 240, 300)
+SIDES = (32, 64, 128)
+"""Of the pictures in pixels, in the order in which denoisers are trained on them."""
 
 
 def new_vae() -> AutoencoderKL:
@@ -43,56 +41,27 @@ def to_unit(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def halve(pixels: Tensor) -> Tensor:
-    return F.interpolate(pixels, scale_factor=0.5, mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-def turn_hue(pixels: Tensor, degrees: int) -> Tensor:
-    """The same picture with its hues turned.  uint8 [H, W, 3] -> uint8 [H, W, 3]"""
-    hsv = Image.fromarray(pixels.numpy()).convert("HSV")
-    hue, saturation, value = hsv.split()
-    hue = hue.point(lambda h: (h + round(degrees / 360 * 256)) % 256)
-    turned = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-    return torch.frombuffer(bytearray(turned.tobytes()), dtype=torch.uint8).view_as(pixels)
-
-
-@dataclass(frozen=True)
-class Shown:
-    """All pictures that training knows, recoloured ones after the originals, one row a picture.
-
-    images: uint8 [R, 128, 128, 3]; source: [R] row in the data set.
-    """
-
-    images: Tensor
-    source: Tensor
-    colours: list[str | None]
-
-
-def shown(emoji: Emoji) -> Shown:
-    """Pictures of one strong colour are there with two turns of their hues, too."""
-    images = list(torch.from_numpy(emoji.images))
-    source, colours = list(range(len(images))), list(emoji.colours)
-    for i, colour in enumerate(emoji.colours):
-        if colour in RECOLOURED:
-            for turn in random.Random(i).sample(TURNS, 2):
-                turned = turn_hue(images[i], turn)
-                foreground = turned[(turned < 245).any(-1)].numpy() / 255
-                new = dominant_colour(foreground.astype("float32"))
-                if new is not None and new != colour:
-                    images.append(turned)
-                    source.append(i)
-                    colours.append(new)
-    return Shown(torch.stack(images), torch.tensor(source), colours)
+def resized(pixels: Tensor, side: int) -> Tensor:
+    """[B, 3, H, W] -> [B, 3, side, side]"""
+    if pixels.shape[-1] == side:
+        return pixels
+    return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
-def vae_loss(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """L1 of pixels and of their edges, squared error of coarse colours, plus a small KL term.
+def chroma(x: Tensor) -> Tensor:
+    """How each channel differs from the grey of its pixel.  [B, 3, H, W]"""
+    return x - x.mean(1, keepdim=True)
 
-    L1 alone is content with the most common colour (orange for red); the square is not.
+
+def vae_loss(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """L1 of pixels and of their edges, squared error of coarse pixels and their colours, a small KL term.
+
+    L1 alone is content with the most common colour (orange for red); the square is not, and the colours
+    are weighed again because a small green leaf on a red apple hardly counts among the pixels.
     """
     with autocast(pixels.device):
         posterior = vae.encode(pixels).latent_dist
@@ -102,10 +71,11 @@ def vae_loss(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> 
     output, mean, logvar = output.float(), posterior.mean.float(), posterior.logvar.float()
     l1 = F.l1_loss(output, pixels)
     edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(pixels), strict=True))
-    coarse = F.mse_loss(F.avg_pool2d(output, 4), F.avg_pool2d(pixels, 4))
+    error = F.avg_pool2d(output - pixels, 2)
+    coarse = error.square().mean() + 4 * chroma(error).square().mean()
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
     return {
-        "loss": l1 + 0.5 * edge + 4 * coarse + KL_WEIGHT * kl,
+        "loss": l1 + 0.5 * edge + 6 * coarse + KL_WEIGHT * kl,
         "l1": l1,
         "coarse": coarse,
         "kl": kl,
@@ -121,33 +91,33 @@ def train_vae(
     shards: int = 1,
     stop_after: int | None = None,
 ) -> Loop:
+    """Trained on pictures of all sides; begins with the embedded weights, if there are any."""
     torch.manual_seed(0)
-    pictures = shown(emoji)
-    train = torch.from_numpy(~emoji.held_out)[pictures.source].nonzero().flatten()
-    # The originals twice, so that about a quarter of what is drawn is recoloured.
-    train = torch.cat([train[train < len(emoji.names)], train]).to(device)
-    test = torch.from_numpy(emoji.images[emoji.held_out][:128])
-    images = pictures.images.to(device)
+    train = torch.from_numpy(emoji.trained).nonzero().flatten().to(device)
+    test = torch.from_numpy(emoji.images[~emoji.trained])
+    images = torch.from_numpy(emoji.images).to(device)
     vae = new_vae()
+    begin_with(vae, WEIGHTS / "vae")
     loop = Loop("vae", vae, work, budget, 2e-3, device, shards=shards)
 
     def loss_fn(generator: torch.Generator, rng: random.Random) -> dict[str, Tensor]:
-        # Small pictures first, because they are cheap; some to the end, for the 256-token stage.
-        small = rng.random() < (0.95 if loop.progress < 0.8 else 0.2)
-        size = (batch // shards,)
+        # Small pictures are cheap, and the denoisers begin with their latents; large ones are what is shown.
+        side = rng.choices(SIDES, (0.15, 0.5, 0.35))[0]
+        size = (batch * SIDES[-1] // side // shards,)
         index = torch.randint(len(train), size, generator=generator, device=device)
-        pixels = to_unit(images[train[index]])
-        return vae_loss(vae, halve(pixels) if small else pixels, generator)
+        return vae_loss(vae, resized(to_unit(images[train[index]]), side), generator)
 
     def evaluate() -> dict[str, float]:
-        l1 = mse = 0.0
-        for part in test.split(16):
-            pixels = to_unit(part).to(device)
-            with autocast(device):
-                output = vae(pixels).sample.float()
-            l1 += (output - pixels).abs().mean().item() * len(part) / max(len(test), 1)
-            mse += (output - pixels).square().mean().item() * len(part) / max(len(test), 1)
-        return {"l1": l1, "psnr": -10 * torch.log10(torch.tensor(mse / 4)).item()}
+        result = {}
+        for side in SIDES:
+            errors = []
+            for part in test.split(16):
+                pixels = resized(to_unit(part).to(device), side)
+                with autocast(device):
+                    output = vae(pixels).sample.float().clamp(-1, 1)
+                errors.append((output - pixels).square().mean((1, 2, 3)))
+            result[f"psnr{side}"] = -10 * torch.cat(errors).div(4).mean().log10().item()
+        return result
 
     loop.run(loss_fn, evaluate, stop_after=stop_after)
     return loop
@@ -171,58 +141,49 @@ def standardise(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
 
 def trained_vae(work: Path) -> AutoencoderKL:
     """The autoencoder of the latents in the cache."""
-    vae = new_vae()
-    vae.load_state_dict(averaged(work / "vae.pt"))
-    latents = load_latents(work)
+    vae, latents = _raw_vae(work), load_latents(work)
     standardise(vae, latents.mean, latents.std)
-    return vae.eval()
+    return vae
 
 
 @dataclass(frozen=True)
 class Latents:
-    """All latents, recoloured pictures after the originals, one row a picture.
+    """All latents, one row a picture of the data set.
 
-    large: [R, 4, 32, 32] of 128 pixels, small: [R, 4, 16, 16] of 64 pixels, both standardised;
-    source: [R] row in the data set; mean, std: [4] of the raw latents.
+    by_side: [I, 4, side / 4, side / 4] of pictures of each of `SIDES`, standardised as those of the
+    largest; mean, std: [4] of the raw ones.
     """
 
-    large: Tensor
-    small: Tensor
-    source: Tensor
-    colours: list[str | None]
-    recoloured: Tensor
+    by_side: dict[int, Tensor]
     mean: Tensor
     std: Tensor
 
 
+def _raw_vae(work: Path) -> AutoencoderKL:
+    """As its stage left it, or else the embedded one."""
+    vae = new_vae()
+    begin_with(vae, WEIGHTS / "vae", [work / "vae.pt"])
+    return vae.eval()
+
+
 @torch.no_grad()
 def cache_latents(emoji: Emoji, work: Path, device: torch.device) -> None:
-    vae = new_vae()
-    vae.load_state_dict(averaged(work / "vae.pt"))
-    vae.to(device).eval()
-    pictures = shown(emoji)
-    source = pictures.source
-    large, small = [], []
-    for images in pictures.images.split(32):
+    vae = _raw_vae(work).to(device)
+    raw: dict[int, list[Tensor]] = {side: [] for side in SIDES}
+    for images in torch.from_numpy(emoji.images).split(32):
         pixels = to_unit(images.to(device))
-        with autocast(device):
-            large.append(vae.encode(pixels).latent_dist.mean.float().cpu())
-            small.append(vae.encode(halve(pixels)).latent_dist.mean.float().cpu())
-    z, half = torch.cat(large), torch.cat(small)
-    train = torch.from_numpy(~emoji.held_out)[source]
-    std, mean = torch.std_mean(z[train], (0, 2, 3))
+        for side, parts in raw.items():
+            with autocast(device):
+                parts.append(vae.encode(resized(pixels, side)).latent_dist.mean.float().cpu())
+    whole = {side: torch.cat(parts) for side, parts in raw.items()}
+    std, mean = torch.std_mean(whole[SIDES[-1]][torch.from_numpy(emoji.trained)], (0, 2, 3))
+    if not (work / "vae.pt").exists():  # the embedded one is standardised, whatever a rounding says
+        std, mean = torch.ones_like(std), torch.zeros_like(mean)
     shape = (1, -1, 1, 1)
-    state = {
-        "large": ((z - mean.view(shape)) / std.view(shape)).half(),
-        "small": ((half - mean.view(shape)) / std.view(shape)).half(),
-        "source": source,
-        "colours": pictures.colours,
-        "recoloured": torch.arange(len(source)) >= len(emoji.names),
-        "mean": mean,
-        "std": std,
-    }
-    save_atomic(state, work / "latents.pt")
-    print(f"{len(source)} latents; std of the small ones {state['small'].float().std():.3f}")
+    by_side = {side: ((z - mean.view(shape)) / std.view(shape)).half() for side, z in whole.items()}
+    save_atomic({"by_side": by_side, "mean": mean, "std": std}, work / "latents.pt")
+    spread = ", ".join(f"{z.float().std():.3f} of {side} px" for side, z in by_side.items())
+    print(f"{len(emoji.images)} latents; their standard deviation is {spread}", flush=True)
 
 
 def load_latents(work: Path) -> Latents:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tofu_diffusers.plan import Plan, make_plan
+from tofu_diffusers.tokens.plan import Plan, make_plan
 
 
 def plan_keeping(kept: Tensor, match: Tensor) -> Plan:

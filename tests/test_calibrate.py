@@ -1,4 +1,4 @@
-"""tofu_diffusers.calibrate and .sensitivity: gradients, the probes fitted to them, and what reads those."""
+"""tofu_diffusers.tuning.calibrate and .sensitivity: gradients, the probes fitted to them, and what reads those."""
 
 import json
 
@@ -12,11 +12,11 @@ from eval.prompts import load_prompts
 from tests import tiny
 from tests.test_families import BUILDERS, plans_of, run
 from tofu_diffusers import apply_tofu, calibrate_gradient, remove_tofu
-from tofu_diffusers.attach import bind, parameters_of
-from tofu_diffusers.calibrate import gradients
 from tofu_diffusers.families import find_family
-from tofu_diffusers.noise import uniform
-from tofu_diffusers.sensitivity import (
+from tofu_diffusers.hooks.patch import bind, parameters_of
+from tofu_diffusers.tokens.random_bits import uniform
+from tofu_diffusers.tuning.calibrate import gradients
+from tofu_diffusers.tuning.probes import (
     Fit,
     features,
     load_probes,

@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProces
 
 from tests import tiny
 from tofu_diffusers import apply_tofu, remove_tofu
-from tofu_diffusers.methods import matching
+from tofu_diffusers.tokens.methods import matching
 
 UNET_SITE = "down_blocks.0.attentions.0.transformer_blocks.0"
 CACHED_RESTORES = ("temporal", "taylor", "blend")

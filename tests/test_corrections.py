@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from tofu_diffusers import TofuConfig, apply_tofu
-from tofu_diffusers.corrections import Corrections
+from tofu_diffusers.steps.corrector import Corrections
 
 STEPS = 8
 TOKENS = {

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from tests import families_table, tiny
 from tofu_diffusers import FAMILIES, Handle, apply_tofu, remove_tofu
-from tofu_diffusers.session import Session
+from tofu_diffusers.runtime.session import Session
 
 BUILDERS = {
     "unet": tiny.tiny_sd,

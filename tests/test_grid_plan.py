@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plans import plan_keeping
-from tofu_diffusers.grid import TokenGrid
-from tofu_diffusers.plan import Plan, complement, highest, make_plan, positions_of
+from tofu_diffusers.tokens.grid import TokenGrid
+from tofu_diffusers.tokens.plan import Plan, complement, highest, make_plan, positions_of
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 

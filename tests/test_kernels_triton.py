@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from tofu_diffusers import apply_tofu
-from tofu_diffusers.grid import TokenGrid
 from tofu_diffusers.kernels import reference
-from tofu_diffusers.methods.matching import tiles_of
-from tofu_diffusers.plan import Plan
-from tofu_diffusers.rows import put_, take
+from tofu_diffusers.tokens.gather import put_, take
+from tofu_diffusers.tokens.grid import TokenGrid
+from tofu_diffusers.tokens.methods.matching import tiles_of
+from tofu_diffusers.tokens.plan import Plan
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -37,8 +37,8 @@ if HERE:
     OPS = torch.ops.tofu
 
 # The package exports functions of these names.
-fold = importlib.import_module("tofu_diffusers.fold")
-restore = importlib.import_module("tofu_diffusers.restore")
+fold = importlib.import_module("tofu_diffusers.tokens.merge")
+restore = importlib.import_module("tofu_diffusers.tokens.unmerge")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COSINE = 4e-6

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.plans import plan_keeping
-from tofu_diffusers.fold import EPS, FOLDS, reduce
-from tofu_diffusers.grid import TokenGrid
-from tofu_diffusers.methods import METHODS, Evidence, Method, make_method
-from tofu_diffusers.methods.base import Source
-from tofu_diffusers.plan import Plan
-from tofu_diffusers.restore import CACHED, SITE_RESTORES, UpdateCache, restore
+from tofu_diffusers.tokens.grid import TokenGrid
+from tofu_diffusers.tokens.merge import EPS, FOLDS, reduce
+from tofu_diffusers.tokens.methods import METHODS, Evidence, Method, make_method
+from tofu_diffusers.tokens.methods.base import Source
+from tofu_diffusers.tokens.plan import Plan
+from tofu_diffusers.tokens.unmerge import CACHED, SITE_RESTORES, UpdateCache, restore
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -10,8 +10,8 @@ resource = pytest.importorskip("resource", reason="peak memory is read through g
 GIB = 2**30
 SCRIPT = """
 import resource, sys, torch
-from tofu_diffusers.grid import TokenGrid
-from tofu_diffusers.methods import Evidence, make_method
+from tofu_diffusers.tokens.grid import TokenGrid
+from tofu_diffusers.tokens.methods import Evidence, make_method
 
 def peak():
     unit = 1 if sys.platform == "darwin" else 1024

@@ -10,13 +10,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tofu_diffusers.fold import FOLDS, reduce
-from tofu_diffusers.grid import TokenGrid
-from tofu_diffusers.methods import METHODS, Evidence, Method, make_method, matching, register
-from tofu_diffusers.methods.base import Source
-from tofu_diffusers.methods.tome import Tome
-from tofu_diffusers.plan import Plan
-from tofu_diffusers.restore import SITE_RESTORES
+from tofu_diffusers.tokens.grid import TokenGrid
+from tofu_diffusers.tokens.merge import FOLDS, reduce
+from tofu_diffusers.tokens.methods import METHODS, Evidence, Method, make_method, matching, register
+from tofu_diffusers.tokens.methods.base import Source
+from tofu_diffusers.tokens.methods.tome import Tome
+from tofu_diffusers.tokens.plan import Plan
+from tofu_diffusers.tokens.unmerge import SITE_RESTORES
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True)
 every_name = pytest.mark.parametrize("name", sorted(METHODS))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tofu_diffusers.noise import uniform
+from tofu_diffusers.tokens.random_bits import uniform
 
 PLACES = torch.arange(4096)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tomesd.merge import bipartite_soft_matching_random2d
 
-from tofu_diffusers.fold import reduce
-from tofu_diffusers.grid import TokenGrid
-from tofu_diffusers.methods import Evidence, make_method
-from tofu_diffusers.plan import Plan
-from tofu_diffusers.restore import restore
+from tofu_diffusers.tokens.grid import TokenGrid
+from tofu_diffusers.tokens.merge import reduce
+from tofu_diffusers.tokens.methods import Evidence, make_method
+from tofu_diffusers.tokens.plan import Plan
+from tofu_diffusers.tokens.unmerge import restore
 
 
 def tomesd_case(seed: int) -> bool:

@@ -1,11 +1,11 @@
-"""tofu_diffusers.policy: learned schedules leave out no less, and drift no more where they were learned."""
+"""tofu_diffusers.tuning.schedule_search: learned schedules leave out no less, and drift no more where they were learned."""
 
 import pytest
 import torch
 
 from tests import tiny
 from tofu_diffusers import TofuConfig, apply_tofu, learn_schedule
-from tofu_diffusers.policy import DEPTHS, LEVELS, Work, follow_rewards, spread
+from tofu_diffusers.tuning.schedule_search import DEPTHS, LEVELS, Work, follow_rewards, spread
 
 WORK = Work((0.0, 0.2, 0.4, 0.6, 0.8), (0.0, 0.5, 1.0), (4.0, 1.0, 4.0))
 CONFIG = TofuConfig(method="tome", ratio=0.4)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.plans import plan_keeping
-from tofu_diffusers.plan import Plan
-from tofu_diffusers.restore import CACHED, SITE_RESTORES, UpdateCache, restore
+from tofu_diffusers.tokens.plan import Plan
+from tofu_diffusers.tokens.unmerge import CACHED, SITE_RESTORES, UpdateCache, restore
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True)
 B, N, C = 2, 13, 3

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tofu_diffusers import TofuConfig, apply_tofu, default_config, remove_tofu
-from tofu_diffusers.clock import moves
-from tofu_diffusers.predictions import Predictions
-from tofu_diffusers.schedule import left_out
+from tofu_diffusers.steps.clock import moves
+from tofu_diffusers.steps.forecast import Predictions
+from tofu_diffusers.steps.schedule import left_out
 
 STEPS = 8
 BUILDERS = [

@@ -6,19 +6,19 @@
 >>> remove_tofu(pipe)
 """
 
-from .apply import Handle, apply_tofu, remove_tofu
-from .calibrate import calibrate_gradient
+from .api import Handle, apply_tofu, remove_tofu
 from .config import CONTEXTS, RESTORES, SCOPES, TofuConfig
 from .families import FAMILIES
-from .fold import FOLDS, reduce
-from .grid import TokenGrid
-from .methods import METHODS, Evidence, Method
-from .plan import Plan
-from .policy import Learned, learn_schedule
 from .profiles import default_config, profile
-from .restore import UpdateCache, restore
-from .schedule import Schedule
-from .summary import Summary
+from .report.summary import Summary
+from .steps.schedule import Schedule
+from .tokens.grid import TokenGrid
+from .tokens.merge import FOLDS, reduce
+from .tokens.methods import METHODS, Evidence, Method
+from .tokens.plan import Plan
+from .tokens.unmerge import UpdateCache, restore
+from .tuning.calibrate import calibrate_gradient
+from .tuning.schedule_search import Learned, learn_schedule
 
 __version__ = "0.1.0"
 

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .fold import FOLDS
-from .methods import METHODS, Method, make_method
-from .methods.all import All
-from .methods.base import hint
-from .restore import CACHED, SITE_RESTORES
-from .schedule import Schedule, quantise
+from .steps.schedule import Schedule, quantise
+from .tokens.merge import FOLDS
+from .tokens.methods import METHODS, Method, make_method
+from .tokens.methods.all import All
+from .tokens.methods.base import hint
+from .tokens.unmerge import CACHED, SITE_RESTORES
 
 SCOPES = ("attention", "block", "span", "step")
 CONTEXTS = ("none", "fresh", "cached")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..grid import TokenGrid
-from ..plan import Plan
+from ..tokens.grid import TokenGrid
+from ..tokens.plan import Plan
 
 Kwargs = dict[str, Any]
 

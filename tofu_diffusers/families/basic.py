@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..plan import Plan
+from ..tokens.plan import Plan
 from .base import Family, Kwargs
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..grid import TokenGrid
+from ..tokens.grid import TokenGrid
 from .base import Kwargs, Run, patch_grid, register_family
 from .basic import BasicFamily
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..grid import TokenGrid
+from ..tokens.grid import TokenGrid
 
 
 def stages(model: Any) -> list[tuple[str, nn.Module, int]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..grid import TokenGrid
+from ..tokens.grid import TokenGrid
 from .base import Family, Kwargs, Run, register_family
 from .stages import stage_grids, stages
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..grid import TokenGrid
-from ..plan import Plan
+from ..tokens.grid import TokenGrid
+from ..tokens.plan import Plan
 from .base import Family, Kwargs, Run, gather_rows, given_positions, register_family
 
 

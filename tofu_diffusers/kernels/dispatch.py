@@ -20,7 +20,7 @@ from .reference import energy as reference_energy
 from .reference import energy_tiles as reference_energy_tiles
 
 CHOICES = ("reference", "triton")
-KERNELS = ("energy", "fold", "match", "restore", "rows")
+KERNELS = ("energy", "gather", "match", "merge", "unmerge")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 2**14
 """Most channels: a program holds whole rows in registers."""
@@ -52,7 +52,7 @@ def load(choice: str | None) -> bool:
         return False
     try:
         for name in KERNELS:
-            import_module(f"{__package__}.triton_{name}")
+            import_module(f"{__package__}.triton.{name}")
     except ImportError as error:
         if choice is None:
             return False

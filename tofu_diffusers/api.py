@@ -1,0 +1,299 @@
+"""apply_tofu and remove_tofu: one call puts token reduction on a pipeline or model, one takes it off."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import TofuConfig, check_field_names
+from .families import find_family, known_classes
+from .hooks.layout import Layout
+from .hooks.patch import (
+    changed_by_tomesd,
+    check_within_reach,
+    components,
+    detach,
+    state_of,
+    unwrap,
+)
+from .hooks.sites import Root
+from .profiles import default_config
+from .report.summary import Summary, site_stats, summarise
+from .runtime.session import PipelineReference, Session
+from .steps.clock import unwatch, watch
+
+DENOISER_NAMES = ("unet", "transformer", "transformer_2")
+
+
+def apply_tofu(target: Any, config: TofuConfig | float | None = None, **options: Any) -> Handle:
+    """Make a pipeline or denoiser run with fewer tokens, until `remove_tofu` or `handle.remove()`.
+
+    Example:
+        >>> handle = apply_tofu(pipe, ratio=0.5)
+        >>> image = pipe("a red apple").images[0]
+        >>> remove_tofu(pipe)
+
+    Args:
+        target: A pipeline (all its denoisers), a modular pipeline, or a denoiser, compiled or not.
+        config: A TofuConfig, or a ratio. Without one, options build it: on the denoiser family's default
+            profile, or, where they name a method, on that method's own fold and restore.
+        options: Fields of TofuConfig; with a config they replace its fields.
+
+    Returns:
+        A handle: a context manager with `summary()`, `stats()`, `step()` and `remove()`.
+
+    Raises:
+        TypeError: if the target is no pipeline or model, or a number is not a number.
+        ValueError: if the target has no denoiser of a known family or no site, was changed by tomesd, or
+            the configuration does not hold. The target is then as it was.
+        FileNotFoundError: if there are no probes where `method_options` say.
+        RuntimeError: if a forward that must change was replaced by another.
+    """
+    check_field_names(options)
+    if config is not None and not isinstance(config, TofuConfig):
+        if "ratio" in options:
+            raise ValueError(f"ratio given twice: {config!r} and {options['ratio']!r}")
+        options["ratio"], config = config, None
+    family = options.get("family", config.family if config is not None else None)
+    pipeline, models = _denoisers(target, family)
+    plans = []
+    for model in models:
+        if changed_by_tomesd(model):
+            raise ValueError(
+                f"{type(model).__name__} was changed by tomesd; call tomesd.remove_patch(pipe) first"
+            )
+        kind = find_family(model, family)
+        resolved = (
+            config.replace(**options) if config is not None else default_config(kind.name, options)
+        )
+        plans.append((model, kind, resolved, Layout(model, kind, resolved)))
+    remove_tofu(target)
+    sessions = []
+    try:
+        for model, kind, resolved, layout in plans:
+            session = Session(
+                resolved, kind, layout.units, layout.projections, PipelineReference(pipeline)
+            )
+            sessions.append((model, session))
+            layout.attach(model, session)
+            scheduler = getattr(pipeline, "scheduler", None)
+            if scheduler is not None:
+                watch(scheduler, session)
+    except BaseException:
+        for model, session in sessions:
+            _remove(model, session)
+        raise
+    return Handle(sessions)
+
+
+def remove_tofu(target: Any) -> None:
+    """Give back the exact original. Does nothing to a target without tofu.
+
+    Args:
+        target: What `apply_tofu` was given, or a (deep) copy of it.
+
+    Raises:
+        RuntimeError: if a forward was replaced since by one that calls tofu's. The target is then as it was.
+    """
+    parts = components(target)
+    for model in [
+        unwrap(part)
+        for part in (parts.values() if parts else [target])
+        if isinstance(part, nn.Module)
+    ]:
+        root = state_of(model)
+        if isinstance(root, Root):
+            _remove(model, root.session)
+
+
+class Handle:
+    """What `apply_tofu` returns. As a context manager it removes tofu at the end."""
+
+    def __init__(self, sessions: list[tuple[nn.Module, Session]]) -> None:
+        self._sessions = sessions
+
+    @property
+    def config(self) -> TofuConfig:
+        """The configuration in force (of the first denoiser)."""
+        return self._sessions[0][1].config
+
+    @property
+    def removed(self) -> bool:
+        """Whether tofu was removed, or replaced by another apply_tofu."""
+        return all(session.removed for _, session in self._sessions)
+
+    def summary(self) -> Summary:
+        """Sites, tokens in and kept, share of the denoiser's FLOPs saved, bytes of caches.
+
+        Of the last generation, or of a nominal one if there was none. FLOPs are counted by torch's
+        FlopCounterMode on a weightless copy of the denoiser.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+        """
+        self._check()
+        return summarise(self._sessions, _attached)
+
+    def stats(self) -> list[dict[str, Any]]:
+        """For every site of the last generation: `name, scope, calls, tokens_in, tokens_kept`.
+
+        Tokens are those of one image in one condition, summed over the calls.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+        """
+        self._check()
+        return [row for _, session in self._sessions for row in site_stats(session)]
+
+    def computed(self, denoiser: int = 0) -> dict[int, Tensor]:
+        """At which share of the last generation's steps each token was computed, by grid level.
+
+        Where units do not share plans (`share`), by those of a level's first unit.
+
+        Args:
+            denoiser: Which of the pipeline's denoisers.
+
+        Returns:
+            Level -> [I, F, H, W] float32 in [0, 1], an image each; empty before the first step.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+        """
+        self._check()
+        session = self._sessions[denoiser][1]
+        steps = max(1, len(session.history))
+        return {
+            level: (counts / steps).view(-1, *session.grids[level].sides)
+            for level, counts in session.computed.items()
+        }
+
+    def step(self, index: int, total: int, *, conditions: int = 1) -> None:
+        """Tell a bare model its denoising step; call it before the step's forward(s).
+
+        Args:
+            index: Of the step, from 0.
+            total: Steps in this generation.
+            conditions: Into how many equal parts the batch falls by guidance (2: unconditional rows,
+                then conditional ones; DiT has them the other way round). Guidance in two calls is
+                `conditions=1`, conditional call first.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+            ValueError: if the step is not one of the total.
+        """
+        self._check()
+        if not 0 <= index < total:
+            raise ValueError(f"step {index} is not one of {total} steps; count from 0")
+        if conditions < 1:
+            raise ValueError(f"conditions {conditions} is below 1")
+        for _, session in self._sessions:
+            session.tell(index, total, conditions)
+
+    def reset(self) -> None:
+        """Forget a generation that was broken off: frees its caches, and ends it for the denoiser.
+
+        One that came to its end, or the next one, does so by itself.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+        """
+        self._check()
+        for _, session in self._sessions:
+            session.begin([], conditions=1)  # without asking the pipeline, which may be gone
+
+    def remove(self) -> None:
+        """Give back the exact original.
+
+        Raises:
+            RuntimeError: if the handle was already removed.
+        """
+        self._check()
+        for model, session in self._sessions:
+            # Of several denoisers one may have been given another tofu since.
+            if not session.removed:
+                _remove(model, session)
+
+    def _check(self) -> None:
+        if self.removed:
+            raise RuntimeError(
+                "this handle was removed (by remove, remove_tofu or another apply_tofu); "
+                "call apply_tofu again"
+            )
+
+    def __enter__(self) -> Handle:
+        self._check()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self.removed:
+            self.remove()
+
+
+def _denoisers(target: Any, family: str | None) -> tuple[Any, list[nn.Module]]:
+    """The pipeline (None for a bare model) and its denoisers, unwrapped."""
+    parts = components(target)
+    if not parts:
+        if not isinstance(target, nn.Module):
+            raise TypeError(
+                f"apply_tofu takes a diffusers pipeline or a denoiser, not {type(target).__name__}"
+            )
+        return None, [unwrap(target)]
+    models = {name: unwrap(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    known = known_classes()
+    found = [
+        model
+        for name, model in models.items()
+        if any(parent.__name__ in known for parent in type(model).__mro__)
+        or (family is not None and name in DENOISER_NAMES)
+    ]
+    if not found:
+        raise ValueError(
+            f"{type(target).__name__} has no denoiser of a known class; it has "
+            f"{', '.join(f'{n}: {type(m).__name__}' for n, m in models.items()) or 'no models'}, "
+            f"and known are {', '.join(sorted(known))}"
+        )
+    return target, found
+
+
+def only_denoiser(pipe: Any, family: str | None) -> nn.Module:
+    """The denoiser of a pipeline that has one, without tofu: what calibrations measure.
+
+    Raises:
+        TypeError: if `pipe` is no pipeline.
+        ValueError: if it has several denoisers, none of a known class, or tofu.
+    """
+    if not components(pipe):
+        raise TypeError(f"a calibration takes a diffusers pipeline, not {type(pipe).__name__}")
+    _, models = _denoisers(pipe, family)
+    if len(models) != 1:
+        raise ValueError(
+            f"{type(pipe).__name__} has {len(models)} denoisers; a calibration is of one: give a pipeline "
+            "with one"
+        )
+    if state_of(models[0]) is not None:
+        raise ValueError("the pipeline has tofu; call remove_tofu(pipe) before calibrating")
+    return models[0]
+
+
+def _attached(model: nn.Module, like: Session) -> Session:
+    """Put the tofu of another session on a bare model; returns its session."""
+    handle = apply_tofu(model, like.config.replace(memory_limit=None))
+    return handle._sessions[0][1]
+
+
+def _remove(model: nn.Module, session: Session) -> None:
+    modules = [module for module in model.modules() if state_of(module) is not None]
+    for module in modules:
+        check_within_reach(module)
+    for module in modules:
+        detach(module)
+    unwatch(session)
+    session.forget()
+    session.removed = True

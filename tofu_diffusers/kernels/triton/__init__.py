@@ -1,0 +1,1 @@
+"""The fast implementations, one file a kernel; `kernels.reference` defines what each must compute."""

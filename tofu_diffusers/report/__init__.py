@@ -1,0 +1,1 @@
+"""What tofu did, as numbers."""

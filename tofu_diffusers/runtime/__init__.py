@@ -1,0 +1,1 @@
+"""What is known and remembered while a denoiser generates."""

@@ -1,0 +1,75 @@
+"""What shrinks and returns as one, what units share, and what is remembered of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..tokens.plan import Plan
+from ..tokens.unmerge import UpdateCache
+
+
+@dataclass(eq=False)
+class Shelf:
+    """The plans that some units share, by tokens removed (and "/" conditions, for a whole batch).
+
+    Plans without "/" are those of the images, over the grid's tokens. Those with it have a row for every
+    row of the batch and also keep what stands around the grid; `removed` holds the positions [B, N - K]
+    that they do not keep, where these are asked for.
+
+    An object of its own, reached from the unit: looked up by name in one dictionary, plans would make a
+    compiled block depend on its name, and every block would need a graph of its own.
+    """
+
+    level: int
+    plans: dict[str, Plan] = field(default_factory=dict)
+    removed: dict[str, Tensor] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget all plans."""
+        self.plans.clear()
+        self.removed.clear()
+
+    def kept(self) -> list[Tensor]:
+        """Kept positions [I, K] of the plans, one row an image."""
+        return [plan.kept for key, plan in self.plans.items() if "/" not in key]
+
+
+@dataclass(eq=False)
+class Unit:
+    """What shrinks and returns once: an attention, a block, or a span of blocks.
+
+    Args:
+        name: Of the module, or of the span's first block and last index.
+        level: Of the token grid.
+        shelf: Where its plans are, shared with other units.
+        depth: Position in the denoiser, in [0, 1].
+        fold, restore: Names, resolved for this depth.
+        width: Channels of its tokens.
+        split: True: used only where runs are run block by block; False: only where not; None: always.
+        ratio: This step's ratio. A string because Dynamo makes a changing number symbolic, but guards on
+            a string: one graph per distinct ratio, with static shapes.
+        updates: Cached updates, by condition.
+    """
+
+    name: str
+    level: int
+    shelf: Shelf
+    depth: float
+    fold: str
+    restore: str
+    width: int
+    split: bool | None = None
+    ratio: str = "0.0"
+    updates: dict[str, UpdateCache] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Projection:
+    """A key or value projection whose rows the session remembers (context "cached")."""
+
+    name: str
+    level: int
+    width: int
+    rows: dict[str, Tensor] = field(default_factory=dict)

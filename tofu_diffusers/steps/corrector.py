@@ -1,0 +1,121 @@
+"""What removed tokens lacked, given back when they are computed again (restore "corrected")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..kernels.reference import wide
+
+
+@dataclass
+class Debt:
+    """What the latents got under one condition while tokens were not computed; changed in place only.
+
+    By tokens, as maps over the latents: what a token stands for is corrected where it stands.
+
+    Attributes:
+        computed: [B, C, F, H, W], the prediction of the step at which a token was last computed.
+        used: [B, C, F, H, W], sum over the steps since of how far they moved times their prediction.
+        moved: [B, 1, F, H, W], sum of how far they moved.
+        turned: [B, 1, F, H, W], sum of how far they moved times their number of steps since.
+        last: [B, 1, F, H, W], when it was last computed.
+    """
+
+    computed: Tensor
+    used: Tensor
+    moved: Tensor
+    turned: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, prediction: Tensor, step: Tensor) -> Debt:
+        """None yet: as if all had been computed at this step."""
+        none = torch.zeros_like(prediction[:, :1])
+        # Every one a tensor of its own: they are written.
+        return cls(
+            prediction.clone(), torch.zeros_like(prediction), none, none.clone(), none + step
+        )
+
+    @staticmethod
+    def nbytes_for(prediction: Tensor) -> int:
+        """Bytes that `of` would take."""
+        return 4 * (2 * prediction.numel() + 3 * prediction[:, :1].numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for t in vars(self).values())
+
+
+@dataclass
+class Corrections:
+    """Brings back the latents of tokens that were not computed, at the step that computes them again.
+
+    At the steps between, the prediction of such a token was made from extrapolated updates. Once it is
+    computed again, it can be interpolated, as `Predictions` does with that of all tokens: with p_i, p_k of
+    the steps i and k that computed the token and u_j used between, its latents lack the sum over j of
+
+        move_j (p_i + (j - i) / (k - i) (p_k - p_i) - u_j)
+
+    Step k adds it with a prediction that is larger by that over move_k; the last step adds nothing, for the
+    reasons given at `predictions.rest_weights`. What tofu itself remembers stays as it was computed.
+
+    Args:
+        moves: Of the steps of this generation; None: nothing is corrected.
+    """
+
+    moves: list[float] | None = None
+    debts: dict[str, Debt] = field(default_factory=dict)
+    factors: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(debt.nbytes for debt in self.debts.values())
+
+    def begin(self, moves: list[float] | None) -> None:
+        """Take note of how far the steps of a generation go, as `clock.moves` has it."""
+        self.moves = moves
+        self.factors = None
+        if moves is not None:
+            back = [1 / move for move in moves[:-1]] + [0.0]
+            self.factors = torch.tensor([moves, back])
+
+    def to(self, device: torch.device) -> None:
+        """Where the denoiser is."""
+        if self.factors is not None and self.factors.device != device:
+            self.factors = self.factors.to(device)
+
+    def settled(
+        self, condition: str, prediction: Tensor, computed: Tensor | None, step: Tensor
+    ) -> Tensor:
+        """The prediction with what tokens lack that this step computed.
+
+        Args:
+            prediction: [B, C, F, H, W], as maps.
+            computed: [B, 1, F, H, W] bool, where a token that this step computed stands; None: everywhere.
+            step: 0-d float32 tensor.
+
+        Returns:
+            [B, C, F, H, W] of the same dtype.
+        """
+        assert self.factors is not None
+        p = wide(prediction.detach())
+        debt = self.debts.get(condition)
+        if debt is None:
+            debt = self.debts[condition] = Debt.of(p, step)
+        move, back = self.factors.index_select(1, step.long().view(1)).to(p.dtype)
+        age = step - debt.last
+        turn = debt.turned / age.clamp(min=1.0)
+        lacking = debt.moved * debt.computed + turn * (p - debt.computed) - debt.used
+        corrected = (p + back * lacking).to(prediction.dtype)
+        paid = torch.ones_like(debt.last, dtype=torch.bool) if computed is None else computed
+        debt.used.copy_((debt.used + move * p).masked_fill(paid, 0.0))
+        debt.moved.copy_((debt.moved + move).masked_fill(paid, 0.0))
+        debt.turned.copy_((debt.turned + move * age).masked_fill(paid, 0.0))
+        debt.computed.copy_(torch.where(paid, p, debt.computed))
+        debt.last.copy_(torch.where(paid, step, debt.last))
+        return torch.where(paid, corrected, prediction)

@@ -1,0 +1,1 @@
+"""Which tokens run, and what the others get: pure functions on tensors."""

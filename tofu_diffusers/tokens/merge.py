@@ -1,0 +1,92 @@
+"""What a kept token becomes when others fold into it: itself, the group's mean, or MLERP.
+
+MLERP keeps the length that averaging loses (ToFu, arXiv 2312.01026):
+x* = xbar / ||xbar|| * max_k ||x_k||, with the mean and the maximum over the whole group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..kernels import group_max, group_sum, use_triton
+from ..kernels.reference import scale_of, wide
+from .plan import Plan
+
+EPS = 1e-6
+"""A mean shorter than this share of the group's longest token has lost its direction."""
+
+
+def prune(x: Tensor, plan: Plan) -> Tensor:
+    """Keep the kept tokens, drop the others.  [B, N, C] -> [B, K, C]"""
+    return plan.rows(x)
+
+
+def mean(x: Tensor, plan: Plan) -> Tensor:
+    """Average each group, the kept token included.  [B, N, C] -> [B, K, C]"""
+    if use_triton(x):
+        return _in_triton(x, plan, None)
+    share = plan.sizes().gather(1, plan.assign)[..., None]
+    # Divided before the sum: the sum of large tokens may not be representable, their mean is.
+    return group_sum(wide(x) / share, plan.assign, plan.kept.shape[1]).to(x.dtype)
+
+
+def mlerp(x: Tensor, plan: Plan) -> Tensor:
+    """The mean's direction at the group's maximum norm.  [B, N, C] -> [B, K, C]
+
+    Where opposed tokens cancel (||xbar|| <= EPS * maximum norm) there is no direction to take;
+    the result is then finite and no longer than the maximum norm.
+    """
+    if use_triton(x):
+        return _in_triton(x, plan, EPS)
+    groups = plan.kept.shape[1]
+    y = wide(x)
+    # Every group is brought to a largest entry of 1 first: squares neither overflow nor vanish.
+    tiny = torch.finfo(y.dtype).tiny
+    scale = group_max(scale_of(y)[..., 0], plan.assign, groups)[..., None].clamp(min=tiny)
+    y = y / plan.spread(scale)
+    longest = group_max(y.norm(dim=-1), plan.assign, groups)[..., None]
+    xbar = group_sum(y, plan.assign, groups) / plan.sizes()[..., None]
+    length = torch.maximum(xbar.norm(dim=-1, keepdim=True), EPS * longest).clamp(min=tiny)
+    return (xbar / length * longest * scale).to(x.dtype)
+
+
+def _in_triton(x: Tensor, plan: Plan, eps: float | None) -> Tensor:
+    """The mean, or with eps the MLERP."""
+    from ..kernels.triton.merge import members
+
+    order, offsets = members(plan.assign, plan.kept.shape[1])
+    if eps is None:
+        mean: Tensor = torch.ops.tofu.fold_mean(x, order, offsets)
+        return mean
+    mlerp: Tensor = torch.ops.tofu.fold_mlerp(x, order, offsets, eps)
+    return mlerp
+
+
+FOLDS: dict[str, Callable[[Tensor, Plan], Tensor]] = {"prune": prune, "mean": mean, "mlerp": mlerp}
+
+
+def reduce(x: Tensor, plan: Plan, fold: str = "mean") -> Tensor:
+    """Fold the tokens of x into the kept ones.
+
+    Args:
+        x: [B, N, C], any float dtype; sums run in float32 (float64 for float64).
+        plan: of the same B and N.
+        fold: a key of `FOLDS`.
+
+    Returns:
+        [B, K, C] of x's dtype.
+
+    Raises:
+        ValueError: unknown fold, or a plan for another batch or number of tokens.
+    """
+    if fold not in FOLDS:
+        raise ValueError(f"unknown fold {fold!r}; choose one of {', '.join(FOLDS)}")
+    if x.shape[:2] != plan.assign.shape:
+        raise ValueError(
+            f"x is {tuple(x.shape)} but the plan is for {tuple(plan.assign.shape)} "
+            "[batch, tokens]; make the plan from this input, or tile it with plan.repeat"
+        )
+    return FOLDS[fold](x, plan)

@@ -1,0 +1,161 @@
+"""What must be measured on a model before a method can use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..api import only_denoiser
+from ..families import Family, find_family
+from ..families.base import Kwargs
+from ..hooks.patch import bind, compiled_alone, components, parameters_of
+from ..tokens.random_bits import uniform
+from .probes import Fit, log_norm, rank_correlation, save_probes, sensitivity
+
+
+def calibrate_gradient(
+    pipe: Any,
+    prompts: Sequence[Any],
+    path: str | Path,
+    *,
+    calls: int = 6,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, float]:
+    """Fit the probes that importance source "gradient" reads, and write them to a file.
+
+    Every prompt is generated once, without tofu. At some calls of the denoiser the gradient of the
+    prediction with respect to each block's input is taken, and a linear probe is fitted to its norm at each
+    token. Those of the last quarter of the prompts (one at least) are left out, and tell how good the probes
+    are. Takes the memory of a backward pass, and 8 (C + 1)^2 bytes for a block of C channels.
+
+    Example:
+        >>> calibrate_gradient(pipe, ["a cat", "a red apple"], "probe.safetensors")
+        >>> how = {"source": "gradient", "probe": "probe.safetensors"}
+        >>> apply_tofu(pipe, method="importance", method_options=how)
+
+    Args:
+        pipe: A pipeline with one denoiser of a known family, without tofu.
+        prompts: Two or more, each what the pipeline takes as its first argument.
+        path: Of the safetensors file.
+        calls: How many calls of the denoiser are looked at in each generation, evenly spread.
+        seed: Of the images; the n-th prompt has seed + n.
+        options: Further arguments of the pipeline.
+
+    Returns:
+        By block, the rank correlation of its probe with the gradient norms of the images left out, averaged
+        over images.
+
+    Raises:
+        TypeError: if `pipe` is no pipeline.
+        ValueError: if there are fewer than two prompts, the pipeline has tofu or several denoisers, or its
+            denoiser is compiled or was not called.
+    """
+    if len(prompts) < 2:
+        raise ValueError(
+            f"{len(prompts)} prompts are too few: one at least is left out to judge the probes by; give two "
+            "or more"
+        )
+    if calls < 1:
+        raise ValueError(f"calls is {calls}; give 1 or more")
+    model = only_denoiser(pipe, None)
+    if compiled_alone(model) or all(part is not model for part in components(pipe).values()):
+        raise ValueError(
+            "the denoiser is compiled, and compiled calls cannot be watched; calibrate first, then compile"
+        )
+    family = find_family(model, None)
+    held_out = max(1, len(prompts) // 4)
+    fits: dict[str, Fit] = {}
+    agreement: dict[str, list[float]] = {}
+    probes: dict[str, Tensor] = {}
+    for n, prompt in enumerate(prompts):
+        with recorded(model) as seen:
+            latents(pipe, prompt, seed + n, options)
+        if not seen:
+            raise ValueError(f"{type(pipe).__name__} never called its {type(model).__name__}")
+        if n == len(prompts) - held_out:
+            probes = {name: fit.probe() for name, fit in fits.items()}
+        spread = torch.linspace(0, len(seen) - 1, min(calls, len(seen))).round().long()
+        for call in spread.tolist():
+            for name, x, gradient in gradients(model, family, seen[call], seed + n):
+                if name in probes:
+                    guess = sensitivity(x, probes[name].to(x.device))
+                    value = rank_correlation(guess, log_norm(gradient))
+                    agreement.setdefault(name, []).append(value)
+                else:
+                    fits.setdefault(name, Fit(x.shape[2])).add(x, gradient)
+    save_probes(path, probes)
+    return {name: sum(values) / len(values) for name, values in agreement.items()}
+
+
+def latents(pipe: Any, prompt: Any, seed: int, options: Kwargs) -> Any:
+    """What one generation ends with, before it is decoded where the pipeline can leave that out."""
+    given = {"output_type": "latent", "return_dict": False} | options
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), **given)[0]
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[list[Kwargs]]:
+    """The arguments of every call of a denoiser, by name."""
+    seen: list[Kwargs] = []
+    names = parameters_of(model)
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
+        seen.append(bind(names, args, kwargs))
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def gradients(
+    model: nn.Module, family: Family, named: Kwargs, seed: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, image tokens and their gradient [B, N, C] of every block, for one call of the denoiser."""
+    runs = family.runs(model)
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        block.register_forward_pre_hook(partial(_note_input, inputs, name), with_kwargs=True)
+        for run in runs
+        for name, block in run.blocks
+    ]
+    try:
+        with torch.enable_grad():
+            sample = family.sample(named).detach().clone().requires_grad_()
+            given = {**named, family.sample_name: sample, "return_dict": False}
+            out = model(**given)[0]
+            places = torch.arange(out.numel(), device=out.device)
+            signs = (uniform(seed, None, places) < 0.5).to(out.dtype).mul(2).sub(1).view(out.shape)
+            found = torch.autograd.grad((out * signs).sum(), list(inputs.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    grids = family.grids(model, named)
+    by_name = dict(zip(inputs, found, strict=True))
+    levels = {name: run.level for run in runs for name, _ in run.blocks}
+    for name, gradient in by_name.items():
+        grid = grids[levels[name]]
+        tokens = slice(grid.text_before, grid.text_before + grid.tokens)
+        # Some blocks take their tokens as a map.
+        x, change = (
+            family.hidden({"hidden_states": each})[:, tokens] for each in (inputs[name], gradient)
+        )
+        yield name, x.detach(), change
+
+
+def _note_input(
+    inputs: dict[str, Tensor],
+    name: str,
+    block: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Kwargs,
+) -> None:
+    inputs[name] = bind(parameters_of(block), args, kwargs)["hidden_states"]

@@ -1,0 +1,211 @@
+"""Where to spend a ratio: a policy over noise levels and depths, learned from what it does to latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..api import apply_tofu, only_denoiser, remove_tofu
+from ..config import TofuConfig
+from ..hooks.patch import state_of
+from ..runtime.session import Session
+from ..steps.schedule import Schedule
+from .calibrate import latents
+
+# Of the policy: factors at these many noise levels and depths, evenly spread.
+LEVELS, DEPTHS = 4, 3
+SPREAD = 1.0
+RATE = 0.5
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Result of `learn_schedule`.
+
+    Attributes:
+        config: The given one with the ratio and the schedules of the best policy met.
+        error: Its mean squared error of latents, on the prompts that it was learned from.
+        constant_error: That of the given configuration.
+    """
+
+    config: TofuConfig
+    error: float
+    constant_error: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to shrink in a generation: noise levels of the steps, depth and weight of the units."""
+
+    positions: tuple[float, ...]
+    depths: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, session: Session) -> Work:
+        """Of the generation that the session has just seen; steps that ran whole are left out.
+
+        Raises:
+            ValueError: if all did.
+        """
+        whole, last = session.whole_steps(), len(session.noise) - session.config.last_steps
+        if whole >= last:
+            raise ValueError(
+                f"all {len(session.noise)} steps run whole, so there is nothing to learn; ask for more than "
+                f"{len(session.noise) - last + whole} steps"
+            )
+        units = [unit for unit in session.units if session.in_use(unit)]
+        return cls(
+            tuple(1.0 - noise for noise in session.noise[whole:last]),
+            tuple(unit.depth for unit in units),
+            # Linear layers have the larger part of a block's FLOPs.
+            tuple(float(session.grids[unit.level].tokens * unit.width**2) for unit in units),
+        )
+
+    def removed(self, config: TofuConfig) -> float:
+        """The share of the work that a configuration leaves out."""
+        total = 0.0
+        for position in self.positions:
+            for depth, weight in zip(self.depths, self.weights, strict=True):
+                total += weight * config.ratio_at(position, depth)
+        return total / (len(self.positions) * sum(self.weights))
+
+
+def learn_schedule(
+    pipe: Any,
+    prompts: Sequence[Any],
+    config: TofuConfig,
+    *,
+    most: float | None = None,
+    rounds: int = 6,
+    candidates: int = 6,
+    seed: int = 0,
+    **options: Any,
+) -> Learned:
+    """Spread a configuration's ratio over noise levels and depths such that latents drift less.
+
+    A Gaussian policy draws factors for the two schedules, all scaled such that no less is left out than by
+    the given configuration; what each does to the latents of the prompts is measured against the unreduced
+    pipeline, and the policy moves towards what did better than the others (policy gradient: REINFORCE,
+    Williams 1992, with normalised rewards). Takes (rounds * candidates + 2) generations of every prompt.
+
+    Example:
+        >>> config = TofuConfig(method="tome", ratio=0.4)
+        >>> learned = learn_schedule(pipe, ["a cat", "a red apple"], config, num_inference_steps=20)
+        >>> apply_tofu(pipe, learned.config)
+
+    Args:
+        pipe: A pipeline with one denoiser, without tofu.
+        prompts: Each what the pipeline takes as its first argument.
+        config: What to spread; with constant schedules, and not of scope "step".
+        most: The largest ratio anywhere; None: halfway between the ratio and what the method can reach.
+        rounds: Updates of the policy.
+        candidates: Drawn in each round, two or more.
+        seed: Of the draws, and of the images; the n-th prompt has seed + n.
+        options: Further arguments of the pipeline.
+
+    Raises:
+        TypeError: if `pipe` is no pipeline.
+        ValueError: if there is no prompt, the configuration or so few steps leave nothing to spread, a number
+            is too small, or the pipeline has tofu or several denoisers.
+    """
+    highest = config.make_method().max_ratio
+    most = (config.ratio + min(highest, 1.0)) / 2 if most is None else most
+    _check(prompts, config, most, highest, rounds, candidates)
+
+    def generated() -> list[Tensor]:
+        found = [latents(pipe, prompt, seed + n, options) for n, prompt in enumerate(prompts)]
+        return [torch.as_tensor(each).float() for each in found]
+
+    model = only_denoiser(pipe, config.family)
+    wanted = generated()
+
+    def error(tried: TofuConfig) -> tuple[float, Work]:
+        apply_tofu(pipe, tried)
+        try:
+            pairs = zip(generated(), wanted, strict=True)
+            squares = [float((mine - other).square().mean()) for mine, other in pairs]
+            return sum(squares) / len(squares), Work.of(state_of(model).session)
+        finally:
+            remove_tofu(pipe)
+
+    # The same, but its blocks are not joined to spans: with a schedule over depth none are.
+    constant, work = error(config.replace(depth_schedule=_evenly([1.0, 1.0])))
+    met = [(constant, config)]
+
+    def reward(logits: Tensor) -> float:
+        tried = spread(config, most, logits, work)
+        met.append((error(tried)[0], tried))
+        return -met[-1][0]
+
+    follow_rewards(reward, LEVELS + DEPTHS, rounds, candidates, seed)
+    least, best = min(met, key=lambda each: each[0])
+    return Learned(best, least, constant)
+
+
+def follow_rewards(
+    reward: Callable[[Tensor], float], size: int, rounds: int, candidates: int, seed: int
+) -> Tensor:
+    """Policy gradient on the mean of a Gaussian policy, from 0 on.  -> [size], where it ended"""
+    draw = torch.Generator().manual_seed(seed)
+    mean = torch.zeros(size)
+    for _ in range(rounds):
+        moves = torch.randn(candidates, size, generator=draw) * SPREAD
+        rewards = torch.tensor([reward(mean + move) for move in moves])
+        advantage = (rewards - rewards.mean()) / rewards.std().clamp(min=1e-12)
+        mean = mean + RATE * (advantage[:, None] * moves).mean(dim=0) / SPREAD
+    return mean
+
+
+def spread(config: TofuConfig, most: float, logits: Tensor, work: Work) -> TofuConfig:
+    """The configuration with these schedules, leaving out no less than before: by the least such shift."""
+
+    def at(shift: float) -> TofuConfig:
+        factors = torch.sigmoid(logits + shift).tolist()
+        noise, depth = factors[:LEVELS], factors[LEVELS:]
+        return config.replace(ratio=most, schedule=_evenly(noise), depth_schedule=_evenly(depth))
+
+    wanted = work.removed(config)
+    # At the upper end all factors are 1, and more than the ratio is left out.
+    low, high = -20.0, 40.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if work.removed(at(middle)) >= wanted:
+            high = middle
+        else:
+            low = middle
+    return at(high)
+
+
+def _evenly(factors: Sequence[float]) -> Schedule:
+    places = torch.linspace(0, 1, len(factors)).tolist()
+    return Schedule("explicit", points=tuple(zip(places, factors, strict=True)))
+
+
+def _check(
+    prompts: Sequence[Any],
+    config: TofuConfig,
+    most: float,
+    highest: float,
+    rounds: int,
+    candidates: int,
+) -> None:
+    if not prompts:
+        raise ValueError("no prompts to learn from; give at least one")
+    if config.scope == "step":
+        raise ValueError(
+            "scope 'step' has no schedule to learn: it leaves out steps; use scope='block'"
+        )
+    if not (config.schedule.is_constant and config.depth_schedule.is_constant):
+        raise ValueError("the configuration has schedules already; give one with constant ones")
+    if not 0 < config.ratio < most <= highest or most >= 1:
+        raise ValueError(
+            f"ratio {config.ratio:g} cannot be spread up to {most:g}: give a ratio above 0, and below it a "
+            f"`most` that method {config.method!r} can reach ({highest:g})"
+        )
+    if rounds < 1 or candidates < 2:
+        raise ValueError(f"{rounds} rounds of {candidates} candidates; give 1 or more of 2 or more")

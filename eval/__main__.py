@@ -15,7 +15,7 @@ COMMANDS = {
     "score": ("eval.scores", "what a setting cost in quality"),
     "speed": ("eval.speed", "how long a step takes, in turns with the unreduced pipeline"),
     "stacking": ("eval.stacking", "whether tofu's gain and another speed-up's multiply"),
-    "growth": ("eval.growth", "how the cost of plans, folds and restores grows with the tokens"),
+    "growth": ("eval.growth", "how the cost of plans, merges and unmerges grows with the tokens"),
     "study": ("eval.study", "drift of many combinations, without pictures or times"),
     "calibrate": ("eval.calibrate", "probes for importance source gradient"),
     "tables": ("eval.tables", "the documents' tables and plots, from committed rows"),

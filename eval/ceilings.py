@@ -3,11 +3,11 @@
 The same sites on their first K tokens:
 
 - scope "block" without context: the blocks run on x[:, :K], and what they do not see is put behind what they
-  return. Nothing chooses, folds or restores; of tofu's work there is only one concatenation a run of blocks.
+  return. Nothing chooses, merges or unmerges; of tofu's work there is only one concatenation a run of blocks.
 - otherwise (a context keeps the keys of all tokens, an attention is inside a block): tofu itself with a plan
-  made once that keeps the first K tokens, pruned, restored by a copy. Still in it are the taking of K rows,
+  made once that keeps the first K tokens, pruned, unmerged by a copy. Still in it are the taking of K rows,
   of rotary rows where there are any, what the context itself keeps, and one pass over the tokens that writes
-  the copies: less than any other way to restore, not nothing.
+  the copies: less than any other way to unmerge, not nothing.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Parts, each done once for an output folder; the same command goes on where it st
     parity    tests of the kernels against the reference                      parity.log
     sync      a reduced step that never waits for the device, every family    parts.json
     head      the suite's most important rows                                 suite.csv
-    kernels   plans, folds and restores against reference and bound           kernels.csv
+    kernels   plans, merges and unmerges against reference and bound           kernels.csv
     stacking  what tofu and other speed-ups give alone and together           stacking.jsonl
     suite     the rest of the suite                                           suite.csv
 

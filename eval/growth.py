@@ -1,4 +1,4 @@
-"""How the cost of plans, folds and restores grows with the tokens, against the machine's bound.
+"""How the cost of plans, merges and unmerges grows with the tokens, against the machine's bound.
 
     python -m eval growth --out growth.csv
 
@@ -41,7 +41,7 @@ MOST_FLOPS = 1e12
 AGREE = 0.98
 """Least share of tokens that both implementations give the same match: near ties may turn on rounding."""
 DIFFER = 0.01
-"""Most that folded and restored tokens may differ, |kernel - reference| / |reference|, in bfloat16."""
+"""Most that merged and unmerged tokens may differ, |kernel - reference| / |reference|, in bfloat16."""
 
 
 def affordable(tokens: int) -> dict[str, Operation]:

@@ -24,7 +24,7 @@ def save_predictions(suite: str, count: int, path: str) -> None:
     found = {}
     for case in SUITES[suite][:count]:
         bench = Bench(case.shallow(), device, dtype)
-        for context in ("none", "fresh", "cached"):
+        for context in ("dropped", "fresh", "cached"):
             cell = Cell("tofu", 0.5, "block", context, "random")
             with bench.applied(cell, *bench.models[0]) as lane:
                 for _ in range(CHECKED_STEPS):

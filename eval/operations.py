@@ -1,4 +1,4 @@
-"""The operations that `eval.growth` times: plans, folds and restores, with what each must at least do."""
+"""The operations that `eval.growth` times: plans, merges and unmerges, with what each must at least do."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def operations(tokens: int) -> dict[str, Operation]:
 
     "match" finds the best kept token of all removed ones (method random, whose own choice costs next to
     nothing); "energy" is PiToMe's, and a match behind it; both over the whole grid and inside windows.
-    Folds and restores take a plan drawn at random, whose groups lie as far apart as those of such a match.
+    Folds and unmerges take a plan drawn at random, whose groups lie as far apart as those of such a match.
     """
     device, dtype = here()
     draw = torch.Generator(device).manual_seed(tokens)
@@ -64,19 +64,21 @@ def operations(tokens: int) -> dict[str, Operation]:
             )
     plan = drawn_plan(tokens, kept, draw)
     moved = (tokens + kept) * width + indices
-    for fold in tofu.FOLDS:
+    for merge in tofu.MERGES:
         # Pruning does not look at what it removes.
-        least = 2 * kept * width + 8 * kept if fold == "prune" else moved
-        found[f"fold {fold}"] = Operation(lambda fold=fold: tofu.reduce(x, plan, fold), least)
-    found["restore copy"] = Operation(lambda: tofu.restore(update, plan, "copy"), moved)
+        least = 2 * kept * width + 8 * kept if merge == "prune" else moved
+        found[f"merge {merge}"] = Operation(
+            lambda merge=merge: tofu.merge_tokens(x, plan, merge), least
+        )
+    found["unmerge copy"] = Operation(lambda: tofu.unmerge_tokens(update, plan, "copy"), moved)
     cache = tofu.UpdateCache.empty("taylor", 1, tokens, CHANNELS, dtype, device)
     step = torch.zeros((), device=device)
     for _ in range(2):
         cache.record(drawn(tokens), step)
         step += 1
     taylor = {"cache": cache, "step": step}
-    found["restore taylor"] = Operation(
-        lambda: tofu.restore(update, plan, "taylor", **taylor),
+    found["unmerge taylor"] = Operation(
+        lambda: tofu.unmerge_tokens(update, plan, "taylor", **taylor),
         # Value and slope of all read, of the kept ones written; the update in, the whole out.
         (3 * tokens + 3 * kept) * width + indices,
     )

@@ -15,7 +15,7 @@ from eval.tables_speed import growth_about
 Row = Mapping[str, str]
 
 # Panels by the first word of their operations.
-PANELS = {"plans": ("match", "energy"), "folds and restores": ("fold", "restore")}
+PANELS = {"plans": ("match", "energy"), "merges and unmerges": ("merge", "unmerge")}
 LOOKS = list(STYLES.values())[1:]
 DASH = 3.0  # in line widths
 

@@ -3,7 +3,7 @@
     python -m eval study --pipeline unet --stage grid --out eval/results/study_unet.jsonl
     torchrun --nproc-per-node 2 -m eval study --pipeline mmdit --stage front --out rows.jsonl
 
-Stages: `grid`, every valid combination of method, fold, restore, scope, context and ratio; `front`, the
+Stages: `grid`, every valid combination of method, merge, unmerge, scope, keys_values and ratio; `front`, the
 better ones with what they must beat; `lengths`, the best in 10, 20 and 50 steps with theirs; `plans`, plans
 shared by more blocks and steps; `samplers`, the default with what it must beat, for a `--scheduler`.
 
@@ -35,12 +35,12 @@ from eval.scores import psnr_db
 from eval.settings import Setting, known_saving
 from eval.speed import UNREDUCED, Bench, one_batch
 from eval.sweep import others
-from tofu_diffusers import CONTEXTS, FOLDS, METHODS, RESTORES, SCOPES, TofuConfig
+from tofu_diffusers import KEYS_VALUES, MERGES, METHODS, UNMERGES, SCOPES, TokenReduction
 
 # The middle one first: what is worth what shows before the grid is whole.
 RATIOS = (0.5, 0.25, 0.75)
 # As in every row of the grid: what the choice by change needs, and the bound of extrapolation.
-GRID = {"first_steps": 2, "max_age": 8}
+GRID = {"warmup_steps": 2, "max_age": 8}
 
 
 @dataclass(frozen=True)
@@ -57,40 +57,42 @@ def tofu(name: str, **options: Any) -> Setting:
 
 
 def grid(steps: int) -> Iterator[Trial]:
-    """Every valid combination; a method's own fold (by depth for ToFu) is called "own".
+    """Every valid combination; a method's own merge (by depth for ToFu) is called "own".
 
-    ToFu is there with its own fold only: with a fold and a restore given, it is ToMe with them.
+    ToFu is there with its own merge only: with a merge and a unmerge given, it is ToMe with them.
     """
-    for ratio, method, fold, how, scope, context in itertools.product(
-        RATIOS, sorted(METHODS), [*FOLDS, "own"], RESTORES, SCOPES, CONTEXTS
+    for ratio, method, merge, how, scope, keys_values in itertools.product(
+        RATIOS, sorted(METHODS), [*MERGES, "own"], UNMERGES, SCOPES, KEYS_VALUES
     ):
-        own = fold == "own"
-        # Apart from ToFu's, a method's own fold is one of the others.
+        own = merge == "own"
+        # Apart from ToFu's, a method's own merge is one of the others.
         if own != (method == "tofu"):
             continue
         options = {
             "method": method,
-            "fold": None if own else fold,
-            "restore": how,
+            "merge": None if own else merge,
+            "unmerge": how,
             "scope": scope,
-            "context": context,
+            "keys_values": keys_values,
             "ratio": ratio,
             **GRID,
         }
         try:
-            TofuConfig(**options)
+            TokenReduction(**options)
         except ValueError:
             continue
-        yield Trial(tofu(f"{method}-{fold}-{how}-{scope}-{context}-{ratio:g}", **options), steps)
+        yield Trial(
+            tofu(f"{method}-{merge}-{how}-{scope}-{keys_values}-{ratio:g}", **options), steps
+        )
 
 
 # The best known of those that remove some tokens at every step, and what it is made of.
 TOKENS = {
     "method": "importance",
-    "fold": "prune",
-    "restore": "taylor",
-    "context": "fresh",
-    "share": "level",
+    "merge": "prune",
+    "unmerge": "taylor",
+    "keys_values": "fresh",
+    "share": "resolution",
     "max_age": 8,
 }
 
@@ -115,9 +117,11 @@ def matched(steps: int, speeds: Sequence[float] = SPEEDS) -> Iterator[Trial]:
             if whole < count:
                 share = round((steps - count) / (steps - whole), 4)
                 name = f"step-{count}" if whole == 2 else f"step-{count}-first{whole}"
-                options = {"scope": "step", "ratio": share, "first_steps": whole}
-                yield Trial(tofu(name, **options, restore="taylor"), steps)
-                yield Trial(tofu(f"{name}-corrected", **options, restore="corrected"), steps)
+                options = {"scope": "step", "ratio": share, "warmup_steps": whole}
+                yield Trial(tofu(name, **options, unmerge="taylor"), steps)
+                yield Trial(
+                    tofu(f"{name}-corrected", **options, unmerge="taylor", corrector=True), steps
+                )
         for setting in (
             Setting(f"line-{count}", "step_cache", {**cache, "first": 2}),
             Setting(f"late-{count}", "step_cache", {**cache, "first": max(2, steps // 4)}),
@@ -143,13 +147,18 @@ def samplers(steps: int) -> Iterator[Trial]:
 def tokens(steps: int) -> Iterator[Trial]:
     """The same as `TOKENS`, in both contexts at two ratios; "corrected" too, and then by turns ("due")."""
     for ratio in (0.5, 0.75):
-        for context in ("fresh", "cached"):
-            name = f"tokens-{context}-{ratio:g}"
-            options = {**TOKENS, "context": context, "ratio": ratio, "first_steps": steps // 4}
+        for keys_values in ("fresh", "cached"):
+            name = f"tokens-{keys_values}-{ratio:g}"
+            options = {
+                **TOKENS,
+                "keys_values": keys_values,
+                "ratio": ratio,
+                "warmup_steps": steps // 4,
+            }
             yield Trial(tofu(name, **options), steps)
-            corrected = {**options, "restore": "corrected"}
+            corrected = {**options, "unmerge": "taylor", "corrector": True}
             yield Trial(tofu(f"{name}-corrected", **corrected), steps)
-            if context == "fresh":
+            if keys_values == "fresh":
                 yield Trial(tofu(f"{name}-due", **corrected, method_options=DUE), steps)
 
 
@@ -159,13 +168,13 @@ def front(steps: int) -> Iterator[Trial]:
     yield from rivals(steps)
     yield from tokens(steps)
     whole = steps // 4
-    half = {**TOKENS, "ratio": 0.5, "first_steps": whole}
+    half = {**TOKENS, "ratio": 0.5, "warmup_steps": whole}
     count = round(steps / 1.5)
     cache = {"total": steps, "computed": count, "first": whole, "order": 1}
     both = [tofu("tokens", **half), Setting("line", "step_cache", cache)]
     for setting in (
-        tofu("tokens-temporal-0.5", **{**half, "restore": "temporal"}),
-        tofu("tokens-blend-0.5", **{**half, "restore": "blend"}),
+        tofu("tokens-temporal-0.5", **{**half, "unmerge": "temporal"}),
+        tofu("tokens-blend-0.5", **{**half, "unmerge": "blend"}),
         *(
             tofu(f"tokens-{method}-0.5", **{**half, "method": method})
             for method in ("random", "tome", "pitome")
@@ -174,7 +183,7 @@ def front(steps: int) -> Iterator[Trial]:
             tofu(f"tokens-{source}-0.5", **half, method_options={"source": source})
             for source in ("cfg", "attention", "key_norm")
         ),
-        tofu("tokens-none-0.5", **{**half, "context": "none"}),
+        tofu("tokens-none-0.5", **{**half, "keys_values": "none"}),
         Setting(f"stack-{count}", "stack", {"of": [each.to_dict() for each in both]}),
         *(tofu(f"{method}-0.5", method=method, ratio=0.5) for method in ("tofu", "tome", "pitome")),
         tofu("random-0.5", method="random", ratio=0.5),
@@ -194,13 +203,13 @@ def plans(steps: int) -> Iterator[Trial]:
     """One plan a block, a run of blocks or a level, made at every step or kept for some."""
     kinds = {
         "tome": {"method": "tome", "ratio": 0.5},
-        "tokens": {**TOKENS, "ratio": 0.5, "first_steps": steps // 4},
+        "tokens": {**TOKENS, "ratio": 0.5, "warmup_steps": steps // 4},
     }
     for kind, options in kinds.items():
-        for share in ("block", "run", "level"):
+        for share in ("block", "stack", "resolution"):
             yield Trial(tofu(f"{kind}-{share}", **{**options, "share": share}), steps)
         for reuse in (2, 5):
-            more = {"share": "level", "reuse": reuse}
+            more = {"share": "resolution", "reuse": reuse}
             yield Trial(tofu(f"{kind}-level-reuse{reuse}", **{**options, **more}), steps)
 
 

@@ -40,14 +40,14 @@ GRAPHS = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
 TOKENS = {
     "method": "importance",
     "method_options": {"source": "change"},
-    "fold": "prune",
-    "restore": "taylor",
-    "share": "level",
+    "merge": "prune",
+    "unmerge": "taylor",
+    "share": "resolution",
     "max_age": 8,
 }
 
 # For checks: which tokens stay must not turn on a rounding.
-BY_SEED = {"method": "random", "fold": "prune", "restore": "taylor", "share": "level"}
+BY_SEED = {"method": "random", "merge": "prune", "unmerge": "taylor", "share": "resolution"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Cell:
     kind: str
     ratio: float = 0.0
     scope: str = ""
-    context: str = ""
+    keys_values: str = ""
     method: str = ""
 
     @property
@@ -67,20 +67,20 @@ class Cell:
 
     def options(self) -> dict[str, Any]:
         """Of `apply_tofu`."""
-        shared = {"ratio": self.ratio, "scope": self.scope, "context": self.context}
+        shared = {"ratio": self.ratio, "scope": self.scope, "keys_values": self.keys_values}
         if self.kind == "ceiling":
-            once = {"method": First.name, "fold": "prune", "restore": "copy", "reuse": STEPS}
-            return shared | once | {"share": "level"}
+            once = {"method": First.name, "merge": "prune", "unmerge": "copy", "reuse": STEPS}
+            return shared | once | {"share": "resolution"}
         return shared | {"importance": TOKENS, "random": BY_SEED}.get(
             self.method, {"method": self.method}
         )
 
 
 def _contexts(ratio: float) -> list[Cell]:
-    """Scope "block" at a ratio, with each context."""
+    """Scope "block" at a ratio, with each keys_values."""
     return [
-        Cell("tofu", ratio, "block", context, "importance")
-        for context in ("none", "fresh", "cached")
+        Cell("tofu", ratio, "block", keys_values, "importance")
+        for keys_values in ("dropped", "fresh", "cached")
     ]
 
 
@@ -133,8 +133,8 @@ class Lane:
         if self.handle is None:
             return 0
         config = self.handle.config
-        cached = int(config.context == "cached")
-        return max(config.first_steps, config.make_method().warmup, cached)
+        cached = int(config.keys_values == "cached")
+        return max(config.warmup_steps, config.make_method().warmup, cached)
 
 
 @dataclass
@@ -178,7 +178,7 @@ class Bench:
             for bound in cell.bounds:
                 bounds.append(self._applied(stack, bound))
                 self._prepare(plain, bounds[-1], bound, compiled)
-            # What the ceiling's context keeps is not tofu's.
+            # What the ceiling's keys_values keeps is not tofu's.
             held = self._allocated() - before
             ours, whole, flops = self._applied(stack, cell), self._whole_flops(), 0.0
             if cell.kind == "tomesd":
@@ -335,7 +335,7 @@ def _spread_of(name: str, values: Sequence[float]) -> dict[str, float]:
 
 def is_free(cell: Cell) -> bool:
     """Whether the cell's ceiling is the blocks on their first tokens, with nothing of tofu in it."""
-    return cell.scope == "block" and cell.context == "none"
+    return cell.scope == "block" and cell.keys_values == "dropped"
 
 
 def compile_blocks(model: Any, family: Any) -> None:

@@ -1,7 +1,7 @@
 """What a row of `eval.suite` says, and how rows are kept in a file: written one by one, read back as texts.
 
-The share is how much of the ceiling's speed is reached, round by round; what it lacks goes into plan, fold
-and restore.
+The share is how much of the ceiling's speed is reached, round by round; what it lacks goes into plan, merge
+and unmerge.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from eval.manifest import write_whole
 
 FIELDS = (
-    "model", "size", "batch", "conditions", "tokens", "kind", "method", "scope", "context", "ratio", "mode",
+    "model", "size", "batch", "conditions", "tokens", "kind", "method", "scope", "keys_values", "ratio", "mode",
     "step_ms", "step_ms_p20", "step_ms_p80", "unreduced_ms", "speed", "speed_p20", "speed_p80",
     "ceiling_speed", "share", "share_p20", "share_p80", "flops_ratio", "peak_mib", "rounds", "note", "dtype",
     "device", "threads", "torch", "diffusers", "transformers", "tofu_diffusers", "commit",
 )  # fmt: skip
-KEY = ("model", "size", "kind", "method", "scope", "context", "ratio", "mode")
+KEY = ("model", "size", "kind", "method", "scope", "keys_values", "ratio", "mode")
 SAME = ("dtype", "device", "threads", "torch", "diffusers", "tofu_diffusers")
 
 
@@ -58,7 +58,7 @@ def as_text(value: Any) -> str:
 
 def line(row: dict[str, str]) -> str:
     """A row to read while it runs."""
-    what = " ".join(row[name] for name in ("kind", "method", "scope", "context") if row[name])
+    what = " ".join(row[name] for name in ("kind", "method", "scope", "keys_values") if row[name])
     head = f"{row['model']} {row['size']} {row['mode']} {what} {row['ratio']}"
     if not row["step_ms"]:
         return f"{head}: {row['note']}"

@@ -125,7 +125,7 @@ def suite_line(row: Row) -> str:
     """A row of the suite; of one that was not measured the reason."""
     kind = () if row["kind"] == "tofu" else (row["kind"],)
     # tomesd is both the kind and the method.
-    what = dict.fromkeys((*kind, row["scope"], row["context"], row["method"]))
+    what = dict.fromkeys((*kind, row["scope"], row["keys_values"], row["method"]))
     cells = [f"{row['model']} {row['size']}, {row['mode']}"]
     if row["note"] and not without_times(row):
         cells[0] += f" ({row['note']})"

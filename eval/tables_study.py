@@ -53,12 +53,12 @@ def described(row: Row) -> str:
         return f"{kind}, {numbers}"
     if options.get("scope") == "step":
         run = round(steps / row["flops_ratio"])
-        how = ", corrected" if options.get("restore") == "corrected" else ""
+        how = ", corrected" if options.get("unmerge") == "corrected" else ""
         return (
-            f"scope `step`{how}, ratio {options['ratio']:.2f}, {options['first_steps']} whole steps: "
+            f"scope `step`{how}, ratio {options['ratio']:.2f}, {options['warmup_steps']} whole steps: "
             f"{run} of {steps} steps run"
         )
-    if "context" in options:
+    if "keys_values" in options:
         how_chosen = options.get("method_options", {})
         source = how_chosen.get("source", "change")
         chosen = {"random": "at random", "importance": f"by {source.replace('_', ' ')}"}
@@ -66,8 +66,8 @@ def described(row: Row) -> str:
         if how_chosen.get("age_exponent", 0) > 2:
             how = f"by turns, then {how}"
         return (
-            f"tokens {how}, {options['restore']}, context {options['context']}, "
-            f"ratio {options['ratio']:g}, {options['first_steps']} whole steps"
+            f"tokens {how}, {options['unmerge']}, keys_values {options['keys_values']}, "
+            f"ratio {options['ratio']:g}, {options['warmup_steps']} whole steps"
         )
     return f"{options['method']}, ratio {options['ratio']:g}"
 
@@ -393,7 +393,7 @@ def worth(
 
     def rest(row: Row) -> tuple[Any, ...]:
         options = dict(row["setting"]["options"])
-        # ToFu's matching is ToMe's; in the grid only its fold is its own.
+        # ToFu's matching is ToMe's; in the grid only its merge is its own.
         if options.get("method") == "tofu":
             options["method"] = "tome"
         return tuple(sorted((k, str(v)) for k, v in options.items() if k != option))
@@ -411,17 +411,17 @@ def worth(
 
 
 QUESTIONS = (
-    ("fold", "mlerp", "mean"),
-    ("fold", "None", "prune"),
-    ("fold", "None", "mlerp"),
-    ("fold", "mean", "prune"),
-    ("restore", "temporal", "copy"),
-    ("restore", "taylor", "temporal"),
-    ("restore", "blend", "temporal"),
-    ("restore", "corrected", "taylor"),
-    ("context", "fresh", "none"),
-    ("context", "cached", "none"),
-    ("context", "fresh", "cached"),
+    ("merge", "mlerp", "mean"),
+    ("merge", "None", "prune"),
+    ("merge", "None", "mlerp"),
+    ("merge", "mean", "prune"),
+    ("unmerge", "temporal", "copy"),
+    ("unmerge", "taylor", "temporal"),
+    ("unmerge", "blend", "temporal"),
+    ("unmerge", "corrected", "taylor"),
+    ("keys_values", "fresh", "none"),
+    ("keys_values", "cached", "none"),
+    ("keys_values", "fresh", "cached"),
     ("scope", "block", "attention"),
     ("method", "importance", "random"),
     ("method", "pitome", "tome"),

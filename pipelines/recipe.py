@@ -25,7 +25,7 @@ from PIL import Image
 
 from tofu_diffusers import apply_tofu, default_config
 
-CHOICES = ("method", "fold", "restore", "scope", "context")
+CHOICES = ("method", "merge", "unmerge", "scope", "keys_values")
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_TYPES = (".gif", ".webp", ".mp4")
 
@@ -121,7 +121,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
 
 
 def add_choices(parser: argparse.ArgumentParser) -> None:
-    """Options for the fields of TofuConfig that a command line offers; `chosen` reads them."""
+    """Options for the fields of TokenReduction that a command line offers; `chosen` reads them."""
     for name in CHOICES:
         parser.add_argument(f"--{name}", help="default: the family's profile")
 

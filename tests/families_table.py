@@ -10,7 +10,7 @@ import torch
 
 from tests import tiny
 from tofu_diffusers import FAMILIES, apply_tofu
-from tofu_diffusers.config import CONTEXTS, SCOPES
+from tofu_diffusers.config import KEYS_VALUES, SCOPES
 
 README = Path(__file__).parent.parent / "README.md"
 MARKS = ("<!-- families: python -m tests.families_table -->", "<!-- /families -->")
@@ -28,13 +28,13 @@ HEADER = ("denoiser", "pipelines", "grid", *(f"`{scope}`" for scope in SCOPES), 
 
 
 @torch.no_grad()
-def runs(model: Any, inputs: dict[str, Any], scope: str, context: str) -> bool:
+def runs(model: Any, inputs: dict[str, Any], scope: str, keys_values: str) -> bool:
     """Whether the denoiser takes this combination; if it does, tokens must go and numbers be finite."""
     # Of whole steps there must be two before one can be left out, and the last never is.
-    by_scope = {"step": (4, {"first_steps": 2})}
-    steps, options = by_scope.get(scope, (2, {"method": "random", "first_steps": 1}))
+    by_scope = {"step": (4, {"warmup_steps": 2})}
+    steps, options = by_scope.get(scope, (2, {"method": "random", "warmup_steps": 1}))
     try:
-        handle = apply_tofu(model, ratio=0.5, scope=scope, context=context, **options)
+        handle = apply_tofu(model, ratio=0.5, scope=scope, keys_values=keys_values, **options)
     except ValueError:
         return False
     for step in range(steps):
@@ -65,7 +65,9 @@ def row(name: str) -> tuple[str, ...]:
     grid = FAMILIES[name].grids(model, inputs)[0]
     sides = [str(side) for side in grid.sides if side > 1]
     scopes = (
-        ", ".join(context for context in CONTEXTS if runs(model, inputs, scope, context))
+        ", ".join(
+            keys_values for keys_values in KEYS_VALUES if runs(model, inputs, scope, keys_values)
+        )
         for scope in SCOPES
     )
     classes = ", ".join(f"`{type(pipe).__name__}`" for pipe in pipes)

@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tests import tiny
-from tofu_diffusers import METHODS, TofuConfig, apply_tofu, remove_tofu
+from tofu_diffusers import METHODS, TokenReduction, apply_tofu, remove_tofu
 
 MAKERS = {
     "sd": tiny.tiny_sd,
@@ -19,15 +19,15 @@ MAKERS = {
     "sd35": partial(tiny.tiny_sd3, dual=True),
 }
 # The default profile where it is not whole: generations here are short.
-EARLY = {"first_steps": 2, "context": "fresh"}
+EARLY = {"warmup_steps": 2, "keys_values": "fresh"}
 SETTINGS = {
-    "step": {"scope": "step", "first_steps": 2},
+    "step": {"scope": "step", "warmup_steps": 2},
     "fresh": EARLY,
     "tome": {"method": "tome"},
     "tofu_span": {"method": "tofu", "scope": "span"},
-    "attention": {"method": "pitome", "scope": "attention", "fold": "mlerp", "restore": "mlerp"},
-    "cached": EARLY | {"context": "cached"},
-    "fresh_attention": EARLY | {"scope": "attention", "restore": "temporal"},
+    "attention": {"method": "pitome", "scope": "attention", "merge": "mlerp", "unmerge": "mlerp"},
+    "cached": EARLY | {"keys_values": "cached"},
+    "fresh_attention": EARLY | {"scope": "attention", "unmerge": "temporal"},
 }
 
 
@@ -114,7 +114,7 @@ def test_images_of_a_batch_do_not_influence_each_other(setting):
 
 def test_inference_mode_and_plain_calls_in_any_order():
     pipe = tiny.tiny_sd()
-    with apply_tofu(pipe, ratio=0.5, context="cached"):
+    with apply_tofu(pipe, ratio=0.5, keys_values="cached"):
         first = tiny.generate(pipe, steps=4)
         with torch.inference_mode():
             second = tiny.generate(pipe, steps=4)
@@ -178,13 +178,13 @@ def test_a_deepcopy_carries_its_own_tofu(setting):
 
 def test_a_config_and_options_are_the_same_thing():
     pipe = tiny.tiny_sd()
-    config = TofuConfig(method="pitome", ratio=0.4, fold="mlerp", restore="copy")
+    config = TokenReduction(method="pitome", ratio=0.4, merge="mlerp", unmerge="copy")
     with apply_tofu(pipe, config):
         by_config = tiny.generate(pipe)
-    with apply_tofu(pipe, 0.4, method="pitome", fold="mlerp", restore="copy"):
+    with apply_tofu(pipe, 0.4, method="pitome", merge="mlerp", unmerge="copy"):
         by_options = tiny.generate(pipe)
     with apply_tofu(pipe, config.replace(ratio=0.2), ratio=0.4) as handle:
-        assert handle.config == config
+        assert handle.configs[0] == config
         by_both = tiny.generate(pipe)
     assert torch.equal(by_config, by_options) and torch.equal(by_config, by_both)
 
@@ -200,8 +200,8 @@ def test_levels_min_tokens_and_blocks_select_sites():
 
     everything = kept()
     assert len(everything) == 7
-    assert all("blocks.0" in name or "up_blocks.1" in name for name in kept(levels=(0,)))
-    assert kept(min_tokens=100) == kept(levels=(0,))
+    assert all("blocks.0" in name or "up_blocks.1" in name for name in kept(resolutions=(0,)))
+    assert kept(min_tokens=100) == kept(resolutions=(0,))
     assert kept(first_blocks=1, last_blocks=2) == everything[1:-2]
 
 
@@ -209,10 +209,10 @@ def test_levels_min_tokens_and_blocks_select_sites():
 
 BAD_OPTIONS = [
     ({"method": "tomme"}, ValueError, r"unknown method 'tomme' \(did you mean 'tome'"),
-    ({"fold": "man"}, ValueError, r"unknown fold 'man' .*mean"),
-    ({"restore": "coppy"}, ValueError, "unknown restore 'coppy'"),
+    ({"merge": "man"}, ValueError, r"unknown merge 'man' .*mean"),
+    ({"unmerge": "coppy"}, ValueError, "unknown unmerge 'coppy'"),
     ({"scope": "blok"}, ValueError, "unknown scope 'blok'"),
-    ({"context": "warm"}, ValueError, "unknown context 'warm'"),
+    ({"keys_values": "warm"}, ValueError, "unknown keys_values 'warm'"),
     ({"family": "fluxx"}, ValueError, "unknown family 'fluxx'"),
     ({"rato": 0.5}, ValueError, r"unknown option 'rato' \(did you mean 'ratio'"),
     ({"ratio": 1.0}, ValueError, r"ratio 1.0 is outside \[0, 1\)"),
@@ -223,14 +223,18 @@ BAD_OPTIONS = [
     ({"ratio": 0.8, "method": "tome"}, ValueError, r"ratio 0.8 exceeds 0.75"),
     ({"ratio": 0.6, "method": "pitome"}, ValueError, r"ratio 0.6 exceeds 0.5"),
     ({"method": "tome", "method_options": {"stryde": 2}}, ValueError, "stryde"),
-    ({"method": "tome", "context": "cached"}, ValueError, "needs fold 'prune'"),
-    ({"method": "tome", "restore": "taylor"}, ValueError, "needs fold 'prune'"),
-    ({"scope": "span", "context": "fresh"}, ValueError, "scope 'span' cannot have context 'fresh'"),
-    ({"levels": (7,)}, ValueError, "has no site for tofu"),
+    ({"method": "tome", "keys_values": "cached"}, ValueError, "needs merge 'prune'"),
+    ({"method": "tome", "unmerge": "taylor"}, ValueError, "needs merge 'prune'"),
+    (
+        {"scope": "span", "keys_values": "fresh"},
+        ValueError,
+        "scope 'span' cannot have keys_values 'fresh'",
+    ),
+    ({"resolutions": (7,)}, ValueError, "has no site for tofu"),
     ({"first_blocks": 99}, ValueError, "has no site for tofu"),
     ({"memory_limit": 0}, ValueError, "memory_limit"),
     ({"schedule": "sine"}, ValueError, "unknown schedule kind 'sine'"),
-    ({"first_steps": -1}, ValueError, "first_steps -1 is below 0"),
+    ({"warmup_steps": -1}, ValueError, "warmup_steps -1 is below 0"),
 ]
 
 

@@ -13,8 +13,8 @@ from tofu_diffusers import apply_tofu, remove_tofu
 TOKENS = {"ratio": 0.5, "scope": "block"}
 SETTINGS = {
     "tokens": TOKENS,
-    "cached": {**TOKENS, "context": "cached"},
-    "attention": {"ratio": 0.5, "method": "importance", "scope": "attention", "restore": "copy"},
+    "cached": {**TOKENS, "keys_values": "cached"},
+    "attention": {"ratio": 0.5, "method": "importance", "scope": "attention", "unmerge": "copy"},
     "step": {"ratio": 0.5},
 }
 BUILDS = {"unet": tiny.tiny_sd, "flux": tiny.tiny_flux, "ddpm": tiny.tiny_ddpm}

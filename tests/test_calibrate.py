@@ -151,7 +151,7 @@ def test_the_tokens_kept_are_those_the_probe_ranks_highest(scope, tmp_path):
             method="importance",
             method_options=options,
             scope=scope,
-            restore="copy",
+            unmerge="copy",
         )
         model(**inputs)
     probe = load_probes(path, {"transformer_blocks.0": seen[0]["hidden_states"].shape[2]})

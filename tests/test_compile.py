@@ -11,17 +11,22 @@ from tofu_diffusers import apply_tofu, remove_tofu
 SETTINGS = {
     "tome": {"method": "tome"},
     "step": {"scope": "step"},
-    "corrected": {"scope": "step", "restore": "corrected"},
+    "corrected": {"scope": "step", "unmerge": "taylor", "corrector": True},
     # The tokens of the default profile, but from the third step on: generations here are short.
-    "fresh": {"first_steps": 2, "context": "fresh"},
-    "cached": {"first_steps": 2, "context": "cached"},
-    "fresh_corrected": {"first_steps": 2, "context": "fresh", "restore": "corrected"},
+    "fresh": {"warmup_steps": 2, "keys_values": "fresh"},
+    "cached": {"warmup_steps": 2, "keys_values": "cached"},
+    "fresh_corrected": {
+        "warmup_steps": 2,
+        "keys_values": "fresh",
+        "unmerge": "taylor",
+        "corrector": True,
+    },
     "attention": {"method": "tofu", "scope": "attention"},
     "span_temporal": {
         "method": "random",
-        "restore": "temporal",
+        "unmerge": "temporal",
         "scope": "span",
-        "context": "cached",
+        "keys_values": "cached",
     },
 }
 
@@ -89,7 +94,7 @@ def test_every_family_fullgraph(family, setting):
     pipe = small(family)
     model = tiny.denoisers(pipe)[0]
     # A compiled FLUX reads its grid after its first step, which runs whole.
-    options = {"ratio": 0.5, "first_steps": 2} | SETTINGS[setting]
+    options = {"ratio": 0.5, "warmup_steps": 2} | SETTINGS[setting]
     with apply_tofu(pipe, **options):
         eager = run(pipe)
     apply_tofu(pipe, **options)
@@ -109,7 +114,7 @@ def test_every_family_fullgraph(family, setting):
 )
 def test_repeated_blocks_of_transformers_fullgraph(family, setting):
     """One graph a class of blocks and kind of step serves all its blocks."""
-    options = {"ratio": 0.5, "first_steps": 2} | SETTINGS[setting]
+    options = {"ratio": 0.5, "warmup_steps": 2} | SETTINGS[setting]
     counts = []
     for layers in (2, 4):
         torch._dynamo.reset()
@@ -181,7 +186,7 @@ def test_compiled_before_applying_and_removed_again():
 @torch.no_grad()
 def test_a_compiled_bare_model_refuses_what_needs_steps():
     unet = small("unet").unet
-    apply_tofu(unet, ratio=0.5, context="cached")
+    apply_tofu(unet, ratio=0.5, keys_values="cached")
     compiled = torch.compile(unet, backend="eager")
     with pytest.raises(Exception, match="must know the denoising step"):
         compiled(**unet_inputs())

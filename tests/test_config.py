@@ -1,4 +1,4 @@
-"""TofuConfig and Schedule: frozen, validated, JSON both ways, saved beside a pipeline."""
+"""TokenReduction and Schedule: frozen, validated, JSON both ways, saved beside a pipeline."""
 
 import dataclasses
 import json
@@ -9,68 +9,70 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests import tiny
-from tofu_diffusers import FAMILIES, Schedule, TofuConfig, apply_tofu, profile
+from tofu_diffusers import FAMILIES, Schedule, TokenReduction, apply_tofu, profile
 
 CONFIGS = [
-    TofuConfig(),
-    TofuConfig(ratio=0.3, method="pitome", method_options={"margin": 0.75}, fold="mlerp"),
-    TofuConfig(method="tome", method_options={"stride": (2, 4), "window": (1, 8, 8)}),
-    TofuConfig(method="importance", max_age=6, context="cached", levels=(0, 1), memory_limit=2.5),
-    TofuConfig(schedule="cosine", depth_schedule=[(0.0, 0.0), (0.5, 1.0)], first_blocks=1),
+    TokenReduction(),
+    TokenReduction(ratio=0.3, method="pitome", method_options={"margin": 0.75}, merge="mlerp"),
+    TokenReduction(method="tome", method_options={"stride": (2, 4), "window": (1, 8, 8)}),
+    TokenReduction(
+        method="importance", max_age=6, keys_values="cached", resolutions=(0, 1), memory_limit=2.5
+    ),
+    TokenReduction(schedule="cosine", depth_schedule=[(0.0, 0.0), (0.5, 1.0)], first_blocks=1),
 ]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_json_both_ways(config, tmp_path):
-    assert TofuConfig.from_json(config.to_json()) == config
+    assert TokenReduction.from_json(config.to_json()) == config
     config.save(tmp_path)
-    assert TofuConfig.load(tmp_path) == config
+    assert TokenReduction.load(tmp_path) == config
 
 
 def test_saved_beside_a_pipeline(tmp_path):
     pipe = tiny.tiny_sd()
     pipe.save_pretrained(tmp_path)
-    TofuConfig(ratio=0.25, method="tome").save(tmp_path)
+    TokenReduction(ratio=0.25, method="tome").save(tmp_path)
     loaded = type(pipe).from_pretrained(tmp_path, safety_checker=None)
-    with apply_tofu(loaded, TofuConfig.load(tmp_path)) as handle:
+    with apply_tofu(loaded, TokenReduction.load(tmp_path)) as handle:
         tiny.generate(loaded)
-        assert handle.config.ratio == 0.25
+        assert handle.configs[0].ratio == 0.25
 
 
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        TofuConfig().ratio = 0.1
+        TokenReduction().ratio = 0.1
 
 
 def test_unreadable_configs(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"write one with TofuConfig.save"):
-        TofuConfig.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"write one with TokenReduction.save"):
+        TokenReduction.load(tmp_path)
     with pytest.raises(ValueError, match="JSON object, not a list"):
-        TofuConfig.from_json("[]")
-    with pytest.raises(ValueError, match="reads TofuConfig format 1"):
-        TofuConfig.from_json(json.dumps({"format": 2}))
+        TokenReduction.from_json("[]")
+    with pytest.raises(ValueError, match="reads TokenReduction format 1"):
+        TokenReduction.from_json(json.dumps({"format": 2}))
     with pytest.raises(ValueError, match=r"unknown option 'ratoi' \(did you mean 'ratio'"):
-        TofuConfig.from_json(json.dumps({"ratoi": 0.5}))
+        TokenReduction.from_json(json.dumps({"ratoi": 0.5}))
 
 
-def test_max_age_binds_the_choice_as_well_as_the_restore():
-    assert TofuConfig(ratio=0.5, method="importance", max_age=4).make_method().max_age == 4
+def test_max_age_binds_the_choice_as_well_as_the_unmerge():
+    assert TokenReduction(ratio=0.5, method="importance", max_age=4).make_method().max_age == 4
     with pytest.raises(ValueError, match=r"ratio 0.9 exceeds 0.75"):
-        TofuConfig(ratio=0.9, method="importance", max_age=4)
+        TokenReduction(ratio=0.9, method="importance", max_age=4)
 
 
 def test_tofu_prunes_early_and_merges_late():
-    config = TofuConfig(method="tofu")
-    assert (config.fold_at(0.0), config.fold_at(1.0)) == ("prune", "mlerp")
-    assert (config.restore_at(0.0), config.restore_at(1.0)) == ("copy", "mlerp")
-    assert TofuConfig(method="tofu", fold="mean").fold_at(0.0) == "mean"
+    config = TokenReduction(method="tofu")
+    assert (config.merge_at(0.0), config.merge_at(1.0)) == ("prune", "mlerp")
+    assert (config.unmerge_at(0.0), config.unmerge_at(1.0)) == ("copy", "mlerp")
+    assert TokenReduction(method="tofu", merge="mean").merge_at(0.0) == "mean"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_a_valid_profile_that_says_where_it_is_from(family):
     data = profile(family)
-    assert TofuConfig(**data["config"]).scope == "step"
-    assert TofuConfig(**data["tokens"]).scope == "block"
+    assert TokenReduction(**data["config"]).scope == "step"
+    assert TokenReduction(**data["tokens"]).scope == "block"
     assert (data["status"] == "provisional") == (data["result"] is None)
     # A borrowed profile is that of a family which has one of its own.
     assert "like" not in data or profile(data["like"])["config"] == data["config"]
@@ -128,18 +130,18 @@ def test_a_depth_schedule_changes_the_tokens_of_deep_blocks():
 
 
 def test_numbers_and_paths_of_any_kind_become_what_json_has(tmp_path):
-    config = TofuConfig(
+    config = TokenReduction(
         method="importance",
         method_options={"source": "gradient", "probe": tmp_path / "probes.safetensors"},
-        first_steps=np.int64(2),
-        levels=np.array([0, 1]),
+        warmup_steps=np.int64(2),
+        resolutions=np.array([0, 1]),
         ratio=np.float32(0.5),
     )
-    assert TofuConfig.from_json(config.to_json()) == config
-    assert type(config.first_steps) is int and {type(level) for level in config.levels} == {int}
+    assert TokenReduction.from_json(config.to_json()) == config
+    assert type(config.warmup_steps) is int and {type(level) for level in config.levels} == {int}
 
 
 def test_a_seed_of_more_than_64_bits_is_refused_at_once():
-    TofuConfig(method="random", seed=2**63 - 1)
+    TokenReduction(method="random", seed=2**63 - 1)
     with pytest.raises(ValueError, match="seed 9223372036854775808 is above 9223372036854775807"):
-        TofuConfig(method="random", seed=2**63)
+        TokenReduction(method="random", seed=2**63)

@@ -39,14 +39,16 @@ def models():
     yield tiny.tiny_sd3(dual=True).transformer, sd3_inputs()
 
 
-@pytest.mark.parametrize("context", ["fresh", "cached"])
+@pytest.mark.parametrize("keys_values", ["fresh", "cached"])
 @pytest.mark.parametrize("scope", ["attention", "block"])
 @torch.no_grad()
-def test_with_every_token_kept_the_output_is_the_original(context, scope):
+def test_with_every_token_kept_the_output_is_the_original(keys_values, scope):
     for model, inputs in models():
         expected = model(**inputs)[0]
         # One token of 280 and fewer would go: ratio 0.001 removes int(0.28) = 0.
-        handle = apply_tofu(model, ratio=0.001, method="random", scope=scope, context=context)
+        handle = apply_tofu(
+            model, ratio=0.001, method="random", scope=scope, keys_values=keys_values
+        )
         for step in range(3):
             handle.step(step, 3)
             assert torch.equal(model(**inputs)[0], expected)
@@ -54,7 +56,7 @@ def test_with_every_token_kept_the_output_is_the_original(context, scope):
 
 @torch.no_grad()
 def test_fresh_is_kept_queries_against_all_keys_and_values():
-    """On a plain block: restored by copy, compared with an evaluation written out by hand."""
+    """On a plain block: unmerged by copy, compared with an evaluation written out by hand."""
     unet = tiny.tiny_sd().unet
     block = unet.get_submodule(UNET_SITE)
     plain = copy.deepcopy(block)
@@ -66,7 +68,7 @@ def test_fresh_is_kept_queries_against_all_keys_and_values():
         ),
         with_kwargs=True,
     )
-    handle = apply_tofu(unet, ratio=0.5, method="random", scope="block", context="fresh")
+    handle = apply_tofu(unet, ratio=0.5, method="random", scope="block", keys_values="fresh")
     unet(**inputs)
     session = handle._sessions[0][1]
     plan = next(
@@ -86,7 +88,7 @@ def test_fresh_is_kept_queries_against_all_keys_and_values():
     hidden = hidden + plain.ff(plain.norm3(hidden))
     expected = x + plan.spread(hidden - kept)
     torch.testing.assert_close(seen["out"], expected, rtol=1e-4, atol=1e-5)
-    # Without the context the same plan gives something else: the test can tell.
+    # Without the keys_values the same plan gives something else: the test can tell.
     assert not torch.allclose(plain(kept, encoder_hidden_states=text), hidden, atol=1e-3)
 
 
@@ -95,33 +97,38 @@ def test_fresh_is_kept_queries_against_all_keys_and_values():
 def test_cached_equals_fresh_on_unchanged_inputs_after_a_whole_step(scope):
     for model, inputs in models():
         outputs = {}
-        for context in ("fresh", "cached"):
-            # Temporal restore of unchanged inputs gives every block its own unchanged input.
+        for keys_values in ("fresh", "cached"):
+            # Temporal unmerge of unchanged inputs gives every block its own unchanged input.
             handle = apply_tofu(
                 model,
                 ratio=0.5,
                 method="random",
-                restore="temporal",
+                unmerge="temporal",
                 scope=scope,
-                context=context,
-                first_steps=1,
+                keys_values=keys_values,
+                warmup_steps=1,
             )
             for step in range(2):
                 handle.step(step, 4)
-                outputs[context] = model(**inputs)[0]
+                outputs[keys_values] = model(**inputs)[0]
             assert any(row["tokens_kept"] < row["tokens_in"] for row in handle.stats())
         torch.testing.assert_close(outputs["cached"], outputs["fresh"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("restore", CACHED_RESTORES)
-@pytest.mark.parametrize("context", ["fresh", "cached"])
+@pytest.mark.parametrize("unmerge", CACHED_RESTORES)
+@pytest.mark.parametrize("keys_values", ["fresh", "cached"])
 @torch.no_grad()
-def test_nothing_changes_while_the_input_does_not(restore, context):
+def test_nothing_changes_while_the_input_does_not(unmerge, keys_values):
     """Own last update and own keys and values: a static input is reproduced with half the tokens."""
     for model, inputs in models():
         expected = model(**inputs)[0]
         handle = apply_tofu(
-            model, ratio=0.5, method="random", restore=restore, context=context, first_steps=2
+            model,
+            ratio=0.5,
+            method="random",
+            unmerge=unmerge,
+            keys_values=keys_values,
+            warmup_steps=2,
         )
         for step in range(4):
             handle.step(step, 4)
@@ -132,13 +139,13 @@ def test_nothing_changes_while_the_input_does_not(restore, context):
 
 
 @pytest.mark.parametrize("method", ["importance", "random"])
-@pytest.mark.parametrize("restore", ["taylor", "temporal", "blend", "copy"])
+@pytest.mark.parametrize("unmerge", ["taylor", "temporal", "blend", "copy"])
 @torch.no_grad()
-def test_a_match_is_sought_only_where_it_is_read(restore, method, monkeypatch):
+def test_a_match_is_sought_only_where_it_is_read(unmerge, method, monkeypatch):
     """A token with a past of its own needs no other's; that it is not sought changes nothing."""
     sought, match = [], matching.match
     monkeypatch.setattr(matching, "match", lambda *given: sought.append(1) or match(*given))
-    options = {"method": method, "restore": restore, "fold": "prune", "context": "fresh"}
+    options = {"method": method, "unmerge": unmerge, "merge": "prune", "keys_values": "fresh"}
     for model, inputs in models():
         draws = [
             {**inputs, (name := next(iter(inputs))): torch.roll(inputs[name], step, -1)}
@@ -147,9 +154,9 @@ def test_a_match_is_sought_only_where_it_is_read(restore, method, monkeypatch):
         outputs = []
         for forced in (False, True):
             sought.clear()
-            handle = apply_tofu(model, ratio=0.5, first_steps=2, **options)
+            handle = apply_tofu(model, ratio=0.5, warmup_steps=2, **options)
             session = handle._sessions[0][1]
-            assert session.matched == (restore in ("blend", "copy"))
+            assert session.matched == (unmerge in ("blend", "copy"))
             session.matched |= forced
             made = []
             for step, given in enumerate(draws):
@@ -162,10 +169,10 @@ def test_a_match_is_sought_only_where_it_is_read(restore, method, monkeypatch):
 
 
 @pytest.mark.parametrize("processor", [AttnProcessor(), SlicedAttnProcessor(1)])
-@pytest.mark.parametrize("context", ["none", "fresh", "cached"])
-def test_any_attention_backend_gives_the_same(processor, context):
+@pytest.mark.parametrize("keys_values", ["dropped", "fresh", "cached"])
+def test_any_attention_backend_gives_the_same(processor, keys_values):
     """Also with classic and sliced attention, set before or after applying."""
-    options = {"ratio": 0.5, "method": "random", "restore": "temporal", "context": context}
+    options = {"ratio": 0.5, "method": "random", "unmerge": "temporal", "keys_values": keys_values}
     pipe = tiny.tiny_sd()
     with apply_tofu(pipe, **options):
         fused = tiny.generate(pipe, steps=4)
@@ -179,14 +186,14 @@ def test_fused_projections_are_refused_with_a_context_and_run_without():
     pipe = tiny.tiny_sd()
     pipe.unet.fuse_qkv_projections()
     with pytest.raises(ValueError, match="call unfuse_qkv_projections"):
-        apply_tofu(pipe, ratio=0.5, context="cached")
+        apply_tofu(pipe, ratio=0.5, keys_values="cached")
     with apply_tofu(pipe, ratio=0.5, method="tome"):
         tiny.generate(pipe)
     pipe.unet.unfuse_qkv_projections()
-    with apply_tofu(pipe, ratio=0.5, context="cached"):
+    with apply_tofu(pipe, ratio=0.5, keys_values="cached"):
         tiny.generate(pipe)
     pipe = tiny.tiny_sd()
-    with apply_tofu(pipe, ratio=0.5, context="fresh"):
+    with apply_tofu(pipe, ratio=0.5, keys_values="fresh"):
         pipe.unet.fuse_qkv_projections()
         with pytest.raises(ValueError, match="call unfuse_qkv_projections"):
             tiny.generate(pipe)
@@ -194,7 +201,7 @@ def test_fused_projections_are_refused_with_a_context_and_run_without():
 
 def test_cache_memory_is_counted_and_limited():
     pipe = tiny.tiny_sd()
-    with apply_tofu(pipe, ratio=0.5, context="cached") as handle:
+    with apply_tofu(pipe, ratio=0.5, keys_values="cached") as handle:
         session, seen = handle._sessions[0][1], []
 
         def look(module, args):
@@ -220,12 +227,12 @@ def test_cache_memory_is_counted_and_limited():
         assert not any(projection.rows for projection in session.projections)
         assert not session.corrections.debts
     gib = held / 2**30
-    with apply_tofu(pipe, ratio=0.5, context="cached", memory_limit=gib * 1.01):
+    with apply_tofu(pipe, ratio=0.5, keys_values="cached", memory_limit=gib * 1.01):
         tiny.generate(pipe, steps=4)
     ran = []
     pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: ran.append(module))
     with (
-        apply_tofu(pipe, ratio=0.5, context="cached", memory_limit=gib * 0.99),
+        apply_tofu(pipe, ratio=0.5, keys_values="cached", memory_limit=gib * 0.99),
         pytest.raises(
             MemoryError, match=r"caches need 0.00\d+ GiB, above memory_limit 0.00\d+ GiB"
         ),

@@ -6,17 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny
-from tofu_diffusers import TofuConfig, apply_tofu
+from tofu_diffusers import TokenReduction, apply_tofu
 from tofu_diffusers.steps.corrector import Corrections
 
 STEPS = 8
 TOKENS = {
     "ratio": 0.5,
     "scope": "block",
-    "fold": "prune",
-    "context": "fresh",
-    "first_steps": 2,
-    "share": "level",
+    "merge": "prune",
+    "keys_values": "fresh",
+    "warmup_steps": 2,
+    "share": "resolution",
 }
 BUILDS = {
     "unet": tiny.tiny_sd,
@@ -73,19 +73,19 @@ KINDS = [("importance", "block"), ("random", "block"), ("random", "attention")]
 def test_it_differs_from_taylor_where_a_token_is_computed_again(family, method, scope):
     pipe = BUILDS[family]()
     made = {}
-    for restore in ("taylor", "corrected"):
-        options = {**TOKENS, "method": method, "scope": scope, "restore": restore}
+    for unmerge in ("taylor", "corrected"):
+        options = {**TOKENS, "method": method, "scope": scope, "unmerge": unmerge}
         with apply_tofu(pipe, **options) as handle:
-            made[restore] = tiny.generate(pipe, ["a cat", "a dog"], steps=STEPS)
+            made[unmerge] = tiny.generate(pipe, ["a cat", "a dog"], steps=STEPS)
             again = tiny.generate(pipe, ["a cat", "a dog"], steps=STEPS)
-            assert torch.equal(again, made[restore])
-            made[f"{restore} bytes"] = handle.summary().cache_bytes
-            assert f" {restore} " in str(handle.summary())
+            assert torch.equal(again, made[unmerge])
+            made[f"{unmerge} bytes"] = handle.summary().cache_bytes
+            assert f" {unmerge} " in str(handle.summary())
         # Only the last step is reduced: no token is computed after it.
-        with apply_tofu(pipe, **options | {"first_steps": STEPS - 1}):
-            made[f"{restore} last"] = tiny.generate(pipe, steps=STEPS)
+        with apply_tofu(pipe, **options | {"warmup_steps": STEPS - 1}):
+            made[f"{unmerge} last"] = tiny.generate(pipe, steps=STEPS)
         with apply_tofu(pipe, **options | {"ratio": 0.0}):
-            made[f"{restore} none"] = tiny.generate(pipe, steps=STEPS)
+            made[f"{unmerge} none"] = tiny.generate(pipe, steps=STEPS)
     assert made["corrected"].isfinite().all()
     assert not torch.equal(made["taylor"], made["corrected"])
     assert made["taylor bytes"] < made["corrected bytes"]
@@ -121,7 +121,7 @@ def test_a_token_is_corrected_where_it_stands(family, monkeypatch):
 
     monkeypatch.setattr(Corrections, "settled", settled)
     size = {} if family == "wan" else {"height": 96, "width": 160}
-    with apply_tofu(pipe, **TOKENS, method="random", restore="corrected") as handle:
+    with apply_tofu(pipe, **TOKENS, method="random", unmerge="taylor", corrector=True) as handle:
         tiny.generate(pipe, ["a cat", "a dog"], steps=5, **size)
     calls = 2 if family == "wan" else 1
     whole = max(2, sum(each for _, each in seen) // calls)
@@ -132,15 +132,17 @@ def test_a_token_is_corrected_where_it_stands(family, monkeypatch):
 def test_without_known_moves_it_is_taylor():
     pipe = tiny.tiny_ddpm()
     made = []
-    for restore in ("taylor", "corrected"):
-        with apply_tofu(pipe, **{**TOKENS, "context": "none"}, method="random", restore=restore):
+    for unmerge in ("taylor", "corrected"):
+        with apply_tofu(
+            pipe, **{**TOKENS, "keys_values": "dropped"}, method="random", unmerge=unmerge
+        ):
             made.append(tiny.generate(pipe, steps=STEPS))
     assert torch.equal(*made)
 
 
 def test_what_it_keeps_counts_against_the_limit():
     pipe = tiny.tiny_sd()
-    options = {**TOKENS, "method": "random", "restore": "corrected"}
+    options = {**TOKENS, "method": "random", "unmerge": "taylor", "corrector": True}
     with apply_tofu(pipe, **options) as handle:
         tiny.generate(pipe, steps=4)
         needed = handle.summary().cache_bytes
@@ -155,7 +157,7 @@ def test_what_it_keeps_counts_against_the_limit():
 
 def test_half_precision_is_summed_in_single():
     pipe = tiny.tiny_sd().to(torch.bfloat16)
-    with apply_tofu(pipe, **TOKENS, method="random", restore="corrected") as handle:
+    with apply_tofu(pipe, **TOKENS, method="random", unmerge="taylor", corrector=True) as handle:
         found = []
         (session,) = {id(each): each for _, each in handle._sessions}.values()
 
@@ -170,10 +172,10 @@ def test_half_precision_is_summed_in_single():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"scope": "block", "fold": "mlerp"}, "restore 'corrected' needs fold 'prune'"),
-        ({"scope": "block", "fold": "prune", "method": "all"}, "cannot have method 'all'"),
+        ({"scope": "block", "merge": "mlerp"}, "unmerge 'corrected' needs merge 'prune'"),
+        ({"scope": "block", "merge": "prune", "method": "all"}, "cannot have method 'all'"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
-        TofuConfig(restore="corrected", **options)
+        TokenReduction(unmerge="taylor", corrector=True, **options)

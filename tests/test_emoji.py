@@ -824,7 +824,7 @@ def test_command_end_to_end(model, tmp_path, capsys):
     from pipelines.emoji.__main__ import main
 
     # A method without memory: the default profile leaves the first steps whole.
-    options = ["--method", "tome", "--restore", "copy", "--steps", "2", "--out", str(tmp_path)]
+    options = ["--method", "tome", "--unmerge", "copy", "--steps", "2", "--out", str(tmp_path)]
     code = main(["a red apple", "--ratio", "0.5", "--model", model, *options])
     output = capsys.readouterr().out
     assert code == 0

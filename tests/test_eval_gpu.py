@@ -40,7 +40,7 @@ def test_every_part_runs_once(small, tmp_path, capsys):
     assert len(rows) == 3 and {row["commit"] for row in rows} == {"abc"}
     kernels = (tmp_path / "kernels.csv").read_text()
     assert kernels.startswith(",".join(growth.FIELDS))
-    assert all(f"{name},reference,64" in kernels for name in ("match", "energy", "restore copy"))
+    assert all(f"{name},reference,64" in kernels for name in ("match", "energy", "unmerge copy"))
     (stacked,) = read(tmp_path / "stacking.jsonl")
     assert stacked["id"] == "FLUX-tiny-96x96/first_block_cache" and stacked["commit"] == "abc"
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -93,7 +93,7 @@ def test_only_a_clean_run_of_tests_passes():
         assert not gpu.passed(line)
 
 
-def test_packages_of_a_folder_are_installed_without_a_network(tmp_path, monkeypatch):
+def test_packages_of_a_mergeer_are_installed_without_a_network(tmp_path, monkeypatch):
     wheels, out, started = tmp_path / "wheels", tmp_path / "out", []
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "carried-1.0-py3-none-any.whl", "w") as wheel:

@@ -15,8 +15,8 @@ from eval.tables_speed import growth_rows, growth_table, short
 from tofu_diffusers import Plan
 
 NAMES = (
-    "match", "energy", "match window 16", "energy window 16", "fold prune", "fold mean", "fold mlerp",
-    "restore copy", "restore taylor",
+    "match", "energy", "match window 16", "energy window 16", "merge prune", "merge mean", "merge mlerp",
+    "unmerge copy", "unmerge taylor",
 )  # fmt: skip
 
 
@@ -126,14 +126,14 @@ def test_a_kernel_that_differs_is_not_timed(out, quick, process, monkeypatch):
 
     def wrong(sizes, until):
         found = theirs(sizes, until)
-        times, x = found[64]["fold mean"]
-        found[64]["fold mean"] = times, 1.1 * x
+        times, x = found[64]["merge mean"]
+        found[64]["merge mean"] = times, 1.1 * x
         return found
 
     monkeypatch.setattr(growth, "reference", wrong)
     with pytest.raises(ValueError, match="differ by"):
         growth.measure(out, (64,))
-    assert "fold mean" not in out.read_text()
+    assert "merge mean" not in out.read_text()
 
 
 def test_nothing_is_written_when_the_time_was_up(out, quick, process, monkeypatch):
@@ -193,7 +193,7 @@ def written(out, device="CPU (x86_64)"):
             "bound_by": "flops" if name == "energy" else "bytes",
             "bound_share": 100 / tokens,
         }
-        for name in ("energy", "fold mean", "restore copy")
+        for name in ("energy", "merge mean", "unmerge copy")
         for tokens in (1000, 2000)
         if (name, tokens) != ("energy", 2000)
     ]
@@ -209,8 +209,8 @@ def test_the_table_shows_the_file(out):
         "| | 1,000 | 2,000 | bound |",
         "|---|---|---|---|",
         "| energy | 1,500 |  | 10%, FLOPs |",
-        "| fold mean | 1,500 | 3,000 | 5%, bytes |",
-        "| restore copy | 1,500 | 3,000 | 5%, bytes |",
+        "| merge mean | 1,500 | 3,000 | 5%, bytes |",
+        "| unmerge copy | 1,500 | 3,000 | 5%, bytes |",
     ]
 
 
@@ -232,8 +232,8 @@ def test_the_plot_shows_the_file(out, tmp_path):
     plans, others = figure.axes[:2]
     assert plans.get_title("left") == "plans"
     drawn = {line.get_label(): line for line in others.get_lines()}
-    assert list(drawn["fold mean"].get_xdata()) == [1000, 2000]
-    assert list(drawn["fold mean"].get_ydata()) == [1500, 3000]
+    assert list(drawn["merge mean"].get_xdata()) == [1000, 2000]
+    assert list(drawn["merge mean"].get_ydata()) == [1500, 3000]
     (energy, bound, _) = plans.get_lines()
     assert energy.get_color() == bound.get_color() and not energy.is_dashed() and bound.is_dashed()
     assert list(bound.get_ydata()) == [300]

@@ -65,7 +65,7 @@ def test_a_row_is_the_quotients_of_turns(monkeypatch):
 
 def test_what_changes_nothing_is_an_error(monkeypatch):
     case, model, inputs = built(FLUX)
-    monkeypatch.setattr(stacking, "TOFU", stacking.Cell("tofu", 0.0, "block", "none", "tome"))
+    monkeypatch.setattr(stacking, "TOFU", stacking.Cell("tofu", 0.0, "block", "dropped", "tome"))
     with pytest.raises(RuntimeError, match="does not differ from plain"):
         stacked(case, model, inputs, "first_block_cache", 1)
 

@@ -18,13 +18,13 @@ from eval.settings import Setting
 from eval.speed import UNREDUCED, Bench
 from eval.study import Study, Trial
 from tofu_diffusers import (
-    CONTEXTS,
+    KEYS_VALUES,
     FAMILIES,
-    FOLDS,
+    MERGES,
     METHODS,
-    RESTORES,
+    UNMERGES,
     SCOPES,
-    TofuConfig,
+    TokenReduction,
     profile,
 )
 
@@ -46,15 +46,15 @@ def test_the_grid_is_every_valid_combination_and_no_other():
     given = {json.dumps(setting.options, sort_keys=True) for setting in settings}
     assert len(given) == len(settings)
     valid = 0
-    names = ("method", "fold", "restore", "scope", "context", "ratio")
+    names = ("method", "merge", "unmerge", "scope", "keys_values", "ratio")
     others = set(METHODS) - {"tofu"}
-    for values in itertools.product(others, FOLDS, RESTORES, SCOPES, CONTEXTS, study.RATIOS):
+    for values in itertools.product(others, MERGES, UNMERGES, SCOPES, KEYS_VALUES, study.RATIOS):
         try:
-            TofuConfig(**dict(zip(names, values, strict=True)))
+            TokenReduction(**dict(zip(names, values, strict=True)))
         except ValueError:
             continue
         valid += 1
-    own = [setting for setting in settings if setting.options["fold"] is None]
+    own = [setting for setting in settings if setting.options["merge"] is None]
     assert {setting.options["method"] for setting in own} == {"tofu"}
     assert len(settings) - len(own) == valid
 
@@ -62,9 +62,9 @@ def test_the_grid_is_every_valid_combination_and_no_other():
 def test_what_the_grid_leaves_out_is_tome_by_another_name():
     made = tiny_study(prompts=1)
     whole, _ = made.pictures(Trial(UNREDUCED, 4))
-    for fold, how in [("mean", "copy"), ("mlerp", "mlerp"), *(("prune", how) for how in RESTORES)]:
+    for merge, how in [("mean", "copy"), ("mlerp", "mlerp"), *(("prune", how) for how in UNMERGES)]:
         tofu, tome = (
-            study.tofu(name, method=name, fold=fold, restore=how, ratio=0.5, **study.GRID)
+            study.tofu(name, method=name, merge=merge, unmerge=how, ratio=0.5, **study.GRID)
             for name in ("tofu", "tome")
         )
         pictures, _ = made.pictures(Trial(tofu, 4))
@@ -80,7 +80,7 @@ def test_settings_of_every_stage_can_be_made(stage):
     for trial in trials:
         for part in trial.setting.parts():
             if part.kind == "tofu":
-                TofuConfig(**part.options)
+                TokenReduction(**part.options)
 
 
 def test_a_row_says_what_was_saved_and_lost():
@@ -89,9 +89,9 @@ def test_a_row_says_what_was_saved_and_lost():
     settings = [
         Setting("steps", "fewer_steps", {"steps": 8}),
         Setting("line", "step_cache", cache),
-        study.tofu("step", scope="step", ratio=0.4, first_steps=2),
+        study.tofu("step", scope="step", ratio=0.4, warmup_steps=2),
         study.tofu("tome", method="tome", ratio=0.5),
-        study.tofu("tokens", **study.TOKENS, ratio=0.5, first_steps=2),
+        study.tofu("tokens", **study.TOKENS, ratio=0.5, warmup_steps=2),
         Setting("pab", "pab", {"skip": 2}),
     ]
     both = {"of": [settings[4].to_dict(), settings[1].to_dict()]}
@@ -156,7 +156,7 @@ def test_no_setting_hangs_on_a_profile():
     given = [setting["options"] for setting in settings if setting["kind"] == "tofu"]
     assert len(given) > 1000
     for options in given:
-        assert "method" in options or {"scope", "restore", "first_steps"} <= {*options}, options
+        assert "method" in options or {"scope", "unmerge", "warmup_steps"} <= {*options}, options
 
 
 def test_rows_made_otherwise_are_not_mixed(command, capsys):
@@ -220,17 +220,17 @@ def test_settings_of_the_study_are_told_apart_in_words():
 
 def test_what_a_choice_is_worth_is_taken_from_pairs():
     rows = [
-        row(20.0, fold="mean", ratio=0.5),
-        row(21.0, fold="mlerp", ratio=0.5),
-        row(30.0, fold="mean", ratio=0.25),
-        row(34.0, fold="mlerp", ratio=0.25),
-        row(99.0, fold="mlerp", ratio=0.75),  # without a partner
-        row(50.0, fold="prune", ratio=0.5),
+        row(20.0, merge="mean", ratio=0.5),
+        row(21.0, merge="mlerp", ratio=0.5),
+        row(30.0, merge="mean", ratio=0.25),
+        row(34.0, merge="mlerp", ratio=0.25),
+        row(99.0, merge="mlerp", ratio=0.75),  # without a partner
+        row(50.0, merge="prune", ratio=0.5),
     ]
-    count, mean, low, high = tables_study.worth(rows, "fold", "mlerp", "mean")
+    count, mean, low, high = tables_study.worth(rows, "merge", "mlerp", "mean")
     assert (count, mean) == (2, 2.5)
     assert 1.0 <= low < high <= 4.0
-    assert tables_study.worth(rows, "fold", "mlerp", "none")[0] == 0
+    assert tables_study.worth(rows, "merge", "mlerp", "dropped")[0] == 0
 
 
 @pytest.mark.parametrize("model", tables_study.RESULTS)
@@ -248,7 +248,7 @@ def test_a_measured_profile_is_that_of_its_row(family):
     (row,) = [each for each in read(ROOT / file) if each["id"] == row_id]
     assert row["weights"] == chosen["weights"]
     options = {k: v for k, v in row["setting"]["options"].items() if k != "ratio"}
-    assert TofuConfig(**options) == TofuConfig(**chosen["config"])
+    assert TokenReduction(**options) == TokenReduction(**chosen["config"])
     # Nothing that was measured on the same pictures saves as much and surely drifts less.
     place = row_id.rpartition("/")[0]
     rivals = [each for each in read(ROOT / file) if each["id"].startswith(place + "/")]

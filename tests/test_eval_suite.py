@@ -100,7 +100,7 @@ def test_the_free_ceiling_is_the_blocks_on_the_first_tokens(bench):
         text, y = block(hidden_states=y, encoder_hidden_states=text, **rest)
     expected = torch.cat([y, x[:, kept:]], dim=1)
 
-    cell = Cell("ceiling", 0.5, "block", "none")
+    cell = Cell("ceiling", 0.5, "block", "dropped")
     with bench.applied(cell, *bench.models[0]) as lane:
         lane.model.norm_out.register_forward_pre_hook(note("out"), with_kwargs=True)
         for _ in range(2):  # the second is not helped by the first
@@ -183,7 +183,7 @@ def test_what_was_written_before_a_kill_stays(out):
 
 
 def test_a_row_that_fails_says_so_and_the_others_go_on(out, capsys):
-    broken = [SHORT[0], Cell("tofu", 0.5, "block", "none", "nothing"), SHORT[1]]
+    broken = [SHORT[0], Cell("tofu", 0.5, "block", "dropped", "nothing"), SHORT[1]]
     assert suite.run(work(broken), out, 1)
     rows = read_rows(out)
     assert rows[1]["note"].startswith("failed: ValueError: unknown method")
@@ -230,7 +230,7 @@ def test_a_prediction_unlike_the_references_stops_everything(tmp_path):
     path = str(tmp_path / "a.pt")
     kernel_check.save_predictions("tiny", 1, path)
     mine = torch.load(path)
-    assert {name.split()[-1] for name in mine} == {"none", "fresh", "cached"}
+    assert {name.split()[-1] for name in mine} == {"dropped", "fresh", "cached"}
     assert set(kernel_check.compare(mine, mine).values()) == {0.0}
     for wrong in (1.1, float("nan")):
         other = {name: wrong * x for name, x in mine.items()}
@@ -280,8 +280,8 @@ def test_the_table_puts_a_row_beside_its_ceiling(out):
     lines = told(
         out,
         ("A", Cell("unreduced"), TIMES),
-        ("A", Cell("tofu", 0.5, "block", "none", "importance"), bounded),
-        ("A", Cell("tofu", 0.5, "block", "none", "tome"), TIMES),
+        ("A", Cell("tofu", 0.5, "block", "dropped", "importance"), bounded),
+        ("A", Cell("tofu", 0.5, "block", "dropped", "tome"), TIMES),
     )
     assert lines == [
         "| A 8x8, eager | 4,096 | block, none, importance | 0.5 | 1.90x | 2.00x | 1.50x (1.40 to 1.60) | "
@@ -291,7 +291,7 @@ def test_the_table_puts_a_row_beside_its_ceiling(out):
 
 
 def test_the_table_says_where_it_was_measured(out):
-    told(out, ("A", Cell("tofu", 0.5, "block", "none", "tome"), TIMES))
+    told(out, ("A", Cell("tofu", 0.5, "block", "dropped", "tome"), TIMES))
     append_row(
         out, ABOUT | TIMES | {"model": "B", "ratio": 0.5, "kind": "tofu", "commit": "fedcba"}
     )
@@ -306,7 +306,7 @@ def test_the_table_says_where_it_was_measured(out):
 
 
 def test_the_table_keeps_cases_together_and_ratios_in_order(out):
-    cells = [Cell("tofu", ratio, "block", "none", "importance") for ratio in (0.5, 0.25, 0.75)]
+    cells = [Cell("tofu", ratio, "block", "dropped", "importance") for ratio in (0.5, 0.25, 0.75)]
     lines = told(out, *((model, cell, TIMES) for cell in cells for model in ("B", "A")))
     assert [(line[2], line.split(" | ")[3]) for line in lines] == [
         (model, ratio) for model in ("B", "A") for ratio in ("0.25", "0.5", "0.75")
@@ -316,9 +316,17 @@ def test_the_table_keeps_cases_together_and_ratios_in_order(out):
 def test_the_table_says_why_something_was_not_measured(out):
     lines = told(
         out,
-        ("A", Cell("tomesd", 0.5, "attention", "none", "tomesd"), {"note": "n/a: merges nothing"}),
-        ("A", Cell("tofu", 0.5, "block", "none", "x"), {"note": "failed: a|b", "tokens": None}),
-        ("B", Cell("tofu", 0.5, "block", "none", "tome"), TIMES | {"note": "1 and 2 of 9 layers"}),
+        (
+            "A",
+            Cell("tomesd", 0.5, "attention", "dropped", "tomesd"),
+            {"note": "n/a: merges nothing"},
+        ),
+        ("A", Cell("tofu", 0.5, "block", "dropped", "x"), {"note": "failed: a|b", "tokens": None}),
+        (
+            "B",
+            Cell("tofu", 0.5, "block", "dropped", "tome"),
+            TIMES | {"note": "1 and 2 of 9 layers"},
+        ),
     )
     assert lines[:2] == [
         "| A 8x8, eager | 4,096 | tomesd, attention, none | 0.5 | n/a: merges nothing | | | | |",

@@ -25,7 +25,7 @@ BUILDERS = {
     "unet2d": tiny.tiny_ddpm,
 }
 # The default profile, but reducing from the third step on: generations here are short.
-EARLY = {"first_steps": 2, "context": "fresh"}
+EARLY = {"warmup_steps": 2, "keys_values": "fresh"}
 FEED_FORWARDS = ("ff.net.0.proj", "ffn.net.0.proj", "img_mlp.net.0.proj", "proj_mlp")
 
 
@@ -94,11 +94,11 @@ def drift(out, expected):
 
 
 SETTINGS = [
-    {"scope": scope, "context": context, "restore": restore}
+    {"scope": scope, "keys_values": keys_values, "unmerge": unmerge}
     for scope in ("attention", "block", "span")
-    for context in ("none", "fresh", "cached")
-    for restore in ("copy", "taylor")
-    if (scope, context) != ("span", "fresh")
+    for keys_values in ("dropped", "fresh", "cached")
+    for unmerge in ("copy", "taylor")
+    if (scope, keys_values) != ("span", "fresh")
 ]
 
 
@@ -177,7 +177,7 @@ def test_a_pruned_span_is_the_model_on_the_kept_tokens(case, method):
     for run_ in family.runs(model):
         blocks = [block for _, block in run_.blocks]
         calls, hooks = watch_calls([blocks[0], blocks[-1]])
-        options = {"fold": "prune", "restore": "copy", "scope": "span", "share": "level"}
+        options = {"merge": "prune", "unmerge": "copy", "scope": "span", "share": "resolution"}
         _, handle = run(model, inputs, ratio=0.5, method=method, **options)
         kept = plans_of(handle)[run_.level].kept
         for hook in hooks:
@@ -210,10 +210,10 @@ def test_flux_is_the_whole_model_on_its_kept_tokens():
         inputs,
         ratio=0.5,
         method="tome",
-        fold="prune",
-        restore="copy",
+        merge="prune",
+        unmerge="copy",
         scope="block",
-        share="level",
+        share="resolution",
     )
     kept = plans_of(handle)[0].kept
     remove_tofu(model)
@@ -234,7 +234,7 @@ def test_a_site_of_an_unconditional_unet_by_hand():
     inputs = tiny.model_inputs(model)
     site = model.down_blocks[0].attentions[0]
     calls, hooks = watch_calls([site])
-    _, handle = run(model, inputs, ratio=0.5, method="tome", fold="prune", restore="copy")
+    _, handle = run(model, inputs, ratio=0.5, method="tome", merge="prune", unmerge="copy")
     plan = next(p for k, p in session_of(handle).units[0].shelf.plans.items() if "/" in k)
     hooks[0].remove()
     remove_tofu(model)
@@ -262,7 +262,13 @@ def test_fresh_context_computes_kept_tokens_as_the_whole_block_would(case):
     model(**inputs)
     whole = calls[first][1]
     _, handle = run(
-        model, inputs, ratio=0.5, method="tome", fold="prune", context="fresh", share="level"
+        model,
+        inputs,
+        ratio=0.5,
+        method="tome",
+        merge="prune",
+        keys_values="fresh",
+        share="resolution",
     )
     reduced = calls[first][1]
     for hook in hooks:
@@ -279,26 +285,26 @@ def test_fresh_context_computes_kept_tokens_as_the_whole_block_would(case):
 
 
 @pytest.mark.parametrize("scope", ["attention", "block"])
-@pytest.mark.parametrize("context", ["fresh", "cached"])
-@pytest.mark.parametrize("restore", ["temporal", "taylor"])
-def test_nothing_changes_while_the_input_does_not(case, scope, context, restore):
+@pytest.mark.parametrize("keys_values", ["fresh", "cached"])
+@pytest.mark.parametrize("unmerge", ["temporal", "taylor"])
+def test_nothing_changes_while_the_input_does_not(case, scope, keys_values, unmerge):
     """Own last update, own keys and values: still inputs are reproduced with half of the tokens."""
     _, model, inputs = case
     expected = model(**inputs)[0]
-    options = {"ratio": 0.5, "method": "random", "first_steps": 2, "restore": restore}
-    out, handle = run(model, inputs, 4, scope=scope, context=context, **options)
+    options = {"ratio": 0.5, "method": "random", "warmup_steps": 2, "unmerge": unmerge}
+    out, handle = run(model, inputs, 4, scope=scope, keys_values=keys_values, **options)
     assert any(row["tokens_kept"] < row["tokens_in"] for row in handle.stats())
     assert drift(out, expected) < 1e-4
-    out, _ = run(model, inputs, 4, scope=scope, context="none", **options)
+    out, _ = run(model, inputs, 4, scope=scope, keys_values="dropped", **options)
     assert drift(out, expected) > 1e-3
 
 
-@pytest.mark.parametrize("context", ["none", "fresh", "cached"])
-def test_what_is_computed_shrinks(case, context):
+@pytest.mark.parametrize("keys_values", ["none", "fresh", "cached"])
+def test_what_is_computed_shrinks(case, keys_values):
     """Rows that linear layers are given, seen from outside: queries and feed-forward of kept tokens."""
     name, model, inputs = case
     handle = apply_tofu(
-        model, ratio=0.5, method="random", fold="prune", context=context, first_steps=1
+        model, ratio=0.5, method="random", merge="prune", keys_values=keys_values, warmup_steps=1
     )
     session = session_of(handle)
     attentions = [
@@ -323,7 +329,7 @@ def test_what_is_computed_shrinks(case, context):
     for layer in keys:
         # What a projection is given from outside is replaced by all tokens ("fresh"); what it returns
         # is filled up from memory ("cached").
-        fresh = context == "fresh"
+        fresh = keys_values == "fresh"
         register = layer.register_forward_hook if fresh else layer.register_forward_pre_hook
         hooks.append(register(returned if fresh else given))
     for step in range(2):
@@ -342,7 +348,7 @@ def test_what_is_computed_shrinks(case, context):
         text = text_length(inputs) if layer in single else 0
         tokens = whole - text
         # Context "fresh" projects the keys and values of all tokens, and nothing else does.
-        everything = layer in keys and context == "fresh"
+        everything = layer in keys and keys_values == "fresh"
         assert reduced - text == (tokens if everything else tokens - tokens // 2)
 
 
@@ -355,7 +361,7 @@ def text_length(inputs):
 
 @pytest.mark.parametrize("moving", [False, True])
 @pytest.mark.parametrize(
-    "options", [{"scope": "step"}, EARLY, {"method": "tome"}, EARLY | {"context": "cached"}]
+    "options", [{"scope": "step"}, EARLY, {"method": "tome"}, EARLY | {"keys_values": "cached"}]
 )
 def test_images_of_a_batch_do_not_know_of_each_other(case, options, moving):
     _, model, inputs = case
@@ -387,7 +393,7 @@ def test_images_share_a_plan_on_request(case, method):
 
 def test_a_copy_of_the_model_carries_its_own_tofu(case):
     _, model, inputs = case
-    out, _ = run(model, inputs, ratio=0.5, method="tome", fold="prune", context="fresh")
+    out, _ = run(model, inputs, ratio=0.5, method="tome", merge="prune", keys_values="fresh")
     twin = copy.deepcopy(model)
     remove_tofu(model)
     assert torch.equal(twin(**inputs)[0], out)
@@ -400,7 +406,7 @@ def test_a_copy_of_the_model_carries_its_own_tofu(case):
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name != "sd35"])
 @pytest.mark.parametrize(
-    "options", [{"scope": "step"}, EARLY, EARLY | {"context": "cached"}, {"method": "tofu"}]
+    "options", [{"scope": "step"}, EARLY, EARLY | {"keys_values": "cached"}, {"method": "tofu"}]
 )
 def test_end_to_end(name, options):
     pipe = BUILDERS[name]()
@@ -444,9 +450,9 @@ def test_guidance_that_the_pipeline_does_not_announce(name, guided):
 @pytest.mark.parametrize(
     "options",
     [
-        {"context": "cached"},
-        {"context": "fresh"},
-        {"context": "fresh", "method_options": {"source": "cfg"}, "restore": "temporal"},
+        {"keys_values": "cached"},
+        {"keys_values": "fresh"},
+        {"keys_values": "fresh", "method_options": {"source": "cfg"}, "unmerge": "temporal"},
         {"scope": "step"},
     ],
     ids=str,
@@ -456,7 +462,7 @@ def test_the_past_outlives_the_look_at_guidance(options, monkeypatch):
 
     def made():
         pipe = BUILDERS["pixart"]()
-        with apply_tofu(pipe, ratio=0.5, first_steps=2, **options) as handle:
+        with apply_tofu(pipe, ratio=0.5, warmup_steps=2, **options) as handle:
             latents = tiny.generate(pipe, ["a cat", "a dog"], steps=6)
             ratios = [step.ratios[0] for step in session_of(handle).steps()]
             assert ratios[:2] == ["0.0"] * 2 and "0.0" not in ratios[2:3]
@@ -519,7 +525,7 @@ def references(name):
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen"])
-@pytest.mark.parametrize("options", [{"method": "tome"}, EARLY, EARLY | {"context": "cached"}])
+@pytest.mark.parametrize("options", [{"method": "tome"}, EARLY, EARLY | {"keys_values": "cached"}])
 def test_reference_pictures_of_an_edit_stay(name, options):
     model, inputs, after = references(name)
     expected = model(**inputs)[0]
@@ -534,13 +540,13 @@ def test_reference_pictures_of_an_edit_stay(name, options):
         assert drift(out, expected) < 1e-4
 
 
-@pytest.mark.parametrize("context", ["none", "fresh"])
-def test_references_with_a_timestep_of_their_own(context):
+@pytest.mark.parametrize("keys_values", ["none", "fresh"])
+def test_references_with_a_timestep_of_their_own(keys_values):
     """Qwen-Image-Edit 2511: references are modulated as clean, by an index for every token."""
     plain, inputs, _ = references("qwen")
     model = type(plain).from_config({**plain.config, "zero_cond_t": True})
     tiny.randomise(model).eval()
-    options = {"method": "tome", "fold": "prune", "context": context, "ratio": 0.5}
+    options = {"method": "tome", "merge": "prune", "keys_values": keys_values, "ratio": 0.5}
     together, _ = run(model, inputs, **options)
     assert drift(together, run(plain, inputs, **options)[0]) > 1e-3
     for image in range(2):
@@ -567,10 +573,15 @@ def test_importance_from_every_source(case, source):
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
-@pytest.mark.parametrize("context", ["fresh", "cached"])
-def test_lora_on_projections_added_before_or_after_is_the_same(name, context):
+@pytest.mark.parametrize("keys_values", ["fresh", "cached"])
+def test_lora_on_projections_added_before_or_after_is_the_same(name, keys_values):
     config = LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
-    options = {"method": "random", "restore": "temporal", "context": context, "first_steps": 1}
+    options = {
+        "method": "random",
+        "unmerge": "temporal",
+        "keys_values": keys_values,
+        "warmup_steps": 1,
+    }
     outputs = []
     for before in (True, False):
         model = tiny.denoisers(BUILDERS[name]())[0]
@@ -616,9 +627,11 @@ def test_flux_with_an_ip_adapter():
     )
     assert drift(model(**without)[0], expected) > 1e-2
     for scope in ("attention", "block"):
-        for context in ("fresh", "cached"):
-            options = {"method": "random", "restore": "temporal", "first_steps": 1}
-            out, _ = run(model, inputs, 3, ratio=0.5, scope=scope, context=context, **options)
+        for keys_values in ("fresh", "cached"):
+            options = {"method": "random", "unmerge": "temporal", "warmup_steps": 1}
+            out, _ = run(
+                model, inputs, 3, ratio=0.5, scope=scope, keys_values=keys_values, **options
+            )
             if scope == "block":
                 assert drift(out, expected) < 1e-4
             assert torch.isfinite(out).all()
@@ -647,9 +660,9 @@ def test_an_attention_without_the_fused_product_is_refused_with_a_context():
     for block in model.blocks:
         block.attn1.processor = Classic()
     run(model, inputs, ratio=0.5, method="tome")
-    for context in ("fresh", "cached"):
+    for keys_values in ("fresh", "cached"):
         with pytest.raises(RuntimeError, match=r"set_attention_backend\('native'\)"):
-            run(model, inputs, 2, ratio=0.5, method="random", context=context)
+            run(model, inputs, 2, ratio=0.5, method="random", keys_values=keys_values)
     remove_tofu(model)
 
 
@@ -657,14 +670,14 @@ def test_an_attention_without_the_fused_product_is_refused_with_a_context():
 def test_fused_projections_behind_rotary_positions(name):
     model = tiny.denoisers(BUILDERS[name]())[0]
     inputs = tiny.model_inputs(model)
-    options = {"ratio": 0.5, "method": "random", "restore": "temporal", "first_steps": 1}
-    apart, _ = run(model, inputs, 3, context="cached", **options)
+    options = {"ratio": 0.5, "method": "random", "unmerge": "temporal", "warmup_steps": 1}
+    apart, _ = run(model, inputs, 3, keys_values="cached", **options)
     remove_tofu(model)
     model.fuse_qkv_projections()
-    together, _ = run(model, inputs, 3, context="cached", **options)
+    together, _ = run(model, inputs, 3, keys_values="cached", **options)
     torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="call unfuse_qkv_projections"):
-        apply_tofu(model, context="fresh", **options)
+        apply_tofu(model, keys_values="fresh", **options)
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen", "sd3"])
@@ -678,7 +691,7 @@ def test_residuals_between_blocks_run_block_by_block(name):
         tokens = inputs["hidden_states"][0, 0].numel() // 4
     draw = torch.Generator().manual_seed(0)
     inputs[key] = [torch.randn(2, tokens, width, generator=draw) for _ in range(2)]
-    _, handle = run(model, inputs, ratio=0.5, method="tome", fold="prune")
+    _, handle = run(model, inputs, ratio=0.5, method="tome", merge="prune")
     assert not any("-" in row["name"] for row in handle.stats())
     with pytest.raises(ValueError, match=r"scope 'span' cannot run with .*controlnet"):
         run(model, inputs, ratio=0.5, method="tome", scope="span")
@@ -690,7 +703,7 @@ def test_a_cache_that_skips_blocks_runs_block_by_block():
 
     pipe = tiny.tiny_flux()
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2))
-    with apply_tofu(pipe, ratio=0.5, method="tome", fold="prune") as handle:
+    with apply_tofu(pipe, ratio=0.5, method="tome", merge="prune") as handle:
         assert torch.isfinite(tiny.generate(pipe, steps=4)).all()
         assert not any("-" in row["name"] for row in handle.stats())
     with (

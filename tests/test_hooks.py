@@ -92,19 +92,19 @@ def test_layerwise_casting_and_context():
     for when in ("after", "before"):
         pipe = tiny.tiny_sd()
         if when == "before":
-            apply_tofu(pipe, ratio=0.5, context="cached")
+            apply_tofu(pipe, ratio=0.5, keys_values="cached")
         apply_layerwise_casting(
             pipe.unet, storage_dtype=torch.bfloat16, compute_dtype=torch.float32
         )
         if when == "after":
-            apply_tofu(pipe, ratio=0.5, context="cached")
+            apply_tofu(pipe, ratio=0.5, keys_values="cached")
         assert torch.isfinite(tiny.generate(pipe, steps=4)).all()
         remove_tofu(pipe)
         assert torch.equal(tiny.generate(pipe, steps=4), baseline)
 
 
-@pytest.mark.parametrize("context", ["none", "fresh", "cached"])
-def test_lora_loaded_before_or_after_is_the_same(context):
+@pytest.mark.parametrize("keys_values", ["dropped", "fresh", "cached"])
+def test_lora_loaded_before_or_after_is_the_same(keys_values):
     def add_lora(pipe):
         # PEFT draws its weights from the global generator.
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_lora_loaded_before_or_after_is_the_same(context):
         )
         pipe.unet.add_adapter(config, "style")
 
-    options = {"ratio": 0.5, "method": "random", "restore": "temporal", "context": context}
+    options = {"ratio": 0.5, "method": "random", "unmerge": "temporal", "keys_values": keys_values}
     before = tiny.tiny_sd()
     add_lora(before)
     plain = tiny.generate(before, steps=4)
@@ -179,7 +179,7 @@ def test_a_modular_pipeline_with_guidance_in_two_calls():
         )
 
     baseline = run()
-    with apply_tofu(pipe, ratio=0.5, context="cached") as handle:
+    with apply_tofu(pipe, ratio=0.5, keys_values="cached") as handle:
         assert not torch.equal(run(), baseline)
         steps = handle._sessions[0][1].steps()
         assert [(step.calls, step.ratios[0]) for step in steps] == [

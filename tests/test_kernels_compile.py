@@ -20,9 +20,9 @@ from triton.compiler import ASTSource
 from tofu_diffusers.kernels import (
     triton_cosine,
     triton_energy,
-    triton_fold,
+    merge,
     triton_match,
-    triton_restore,
+    triton_unmerge,
     triton_rows,
 )
 
@@ -40,11 +40,11 @@ CASES = {
     "match_tiles": (triton_match._match, "fp32", {**SINGLE, "TILED": True}),
     "energy": (triton_energy._energy, "fp32", {**SINGLE, "TILED": False}),
     "energy_tiles": (triton_energy._energy, "fp16", {**HALF, "TILED": True}),
-    "mean": (triton_fold._mean, "bf16", ROWS),
-    "mlerp": (triton_fold._mlerp, "fp16", ROWS),
-    "copy": (triton_restore._restore, "bf16", {**ROWS, **RESTORE, "CACHED": False}),
-    "taylor": (triton_restore._restore, "fp32", {**ROWS, **RESTORE, "TAYLOR": True}),
-    "blend": (triton_restore._restore, "fp16", {**ROWS, **RESTORE, "BLEND": True}),
+    "mean": (merge._mean, "bf16", ROWS),
+    "mlerp": (merge._mlerp, "fp16", ROWS),
+    "copy": (triton_unmerge._restore, "bf16", {**ROWS, **RESTORE, "CACHED": False}),
+    "taylor": (triton_unmerge._restore, "fp32", {**ROWS, **RESTORE, "TAYLOR": True}),
+    "blend": (triton_unmerge._restore, "fp16", {**ROWS, **RESTORE, "BLEND": True}),
     "take": (triton_rows._take, "bf16", ROWS),
     "put": (triton_rows._put, "fp32", ROWS),
 }

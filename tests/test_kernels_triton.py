@@ -31,14 +31,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = INTERPRETED or torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if HERE:
-    from tofu_diffusers.kernels import dispatch, triton_cosine, triton_fold, triton_restore
+    from tofu_diffusers.kernels import dispatch, triton_cosine, merge, triton_unmerge
 
     dispatch.load("triton")
     OPS = torch.ops.tofu
 
 # The package exports functions of these names.
-fold = importlib.import_module("tofu_diffusers.tokens.merge")
-restore = importlib.import_module("tofu_diffusers.tokens.unmerge")
+merge = importlib.import_module("tofu_diffusers.tokens.merge")
+unmerge = importlib.import_module("tofu_diffusers.tokens.unmerge")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COSINE = 4e-6
@@ -252,7 +252,7 @@ def test_energy_inside_tiles_is_the_reference(sides, window, dtype):
     assert ((OPS.energy_tiles(x, tiles, 0.9, 1.0) - expected).abs() <= 2 * COSINE).all()
 
 
-# ---- fold ------------------------------------------------------------------------------------------
+# ---- merge ------------------------------------------------------------------------------------------
 
 
 def make_plan(seed: int, batch: int, tokens: int, slots: int) -> Plan:
@@ -267,26 +267,26 @@ def make_plan(seed: int, batch: int, tokens: int, slots: int) -> Plan:
     return plan
 
 
-def folded(x: torch.Tensor, plan: Plan, how: str) -> torch.Tensor:
-    members = triton_fold.members(plan.assign, plan.kept.shape[1])
+def merged(x: torch.Tensor, plan: Plan, how: str) -> torch.Tensor:
+    members = merge.members(plan.assign, plan.kept.shape[1])
     if how == "mean":
-        return OPS.fold_mean(x, *members)
-    return OPS.fold_mlerp(x, *members, fold.EPS)
+        return OPS.merge_mean(x, *members)
+    return OPS.merge_mlerp(x, *members, merge.EPS)
 
 
-def check_fold(x: torch.Tensor, plan: Plan, how: str) -> torch.Tensor:
-    got = folded(x, plan, how)
+def check_merge(x: torch.Tensor, plan: Plan, how: str) -> torch.Tensor:
+    got = merged(x, plan, how)
     assert got.dtype == x.dtype
     with torch.no_grad():
-        expected = fold.FOLDS[how](x.double(), plan)
+        expected = merge.MERGES[how](x.double(), plan)
     # In float32 the sums of up to N members; the direction of a mean loses what its tokens cancel.
-    size, span = int(plan.sizes().max()), plan.spread(fold.mean(x.double(), plan)).norm(dim=-1)
+    size, span = int(plan.sizes().max()), plan.spread(merge.mean(x.double(), plan)).norm(dim=-1)
     cancel = (
         float((x.double().norm(dim=-1) / span.clamp(min=1e-300)).max()) if how == "mlerp" else 8
     )
     error = rounding(x.dtype, 2) + (size + 8) * max(8.0, cancel) * torch.finfo(torch.float32).eps
     close(got, expected, error)
-    assert torch.equal(got, folded(x, plan, how))
+    assert torch.equal(got, merged(x, plan, how))
     return got
 
 
@@ -295,10 +295,10 @@ def check_fold(x: torch.Tensor, plan: Plan, how: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     "size", [(1, 1, 1, 40), (2, 30, 7, 40), (1, 33, 30, 72), (2, 50, 2, 64), (1, 21, 10, 320)]
 )
-def test_fold_is_the_reference_and_the_same_every_time(size, dtype, how):
+def test_merge_is_the_reference_and_the_same_every_time(size, dtype, how):
     batch, tokens, _, channels = size
     x, plan = normal(13, batch, tokens, channels, dtype=dtype), make_plan(14, *size[:3])
-    got = check_fold(x, plan, how)
+    got = check_merge(x, plan, how)
     if how == "mean":
         alone = plan.sizes() == 1
         assert alone.any() and torch.equal(got[alone], plan.rows(x)[alone])
@@ -306,39 +306,39 @@ def test_fold_is_the_reference_and_the_same_every_time(size, dtype, how):
 
 @settings(max_examples=8)
 @given(st.integers(1, 3), st.integers(1, 30), st.data())
-def test_fold_of_any_partition(batch, tokens, data):
+def test_merge_of_any_partition(batch, tokens, data):
     slots, channels = data.draw(st.integers(1, tokens)), data.draw(st.integers(1, 50))
     seed = data.draw(st.integers(0, 99))
     plan = make_plan(seed, batch, tokens, slots)
     x = normal(seed, batch, tokens, channels) + 1.0
     for how in ("mean", "mlerp"):
-        check_fold(x, plan, how)
+        check_merge(x, plan, how)
 
 
 @pytest.mark.parametrize("how", ["mean", "mlerp"])
-def test_fold_takes_any_strides(how):
+def test_merge_takes_any_strides(how):
     plan = make_plan(15, 2, 30, 9)
     x = normal(16, 2, 40, 30)
-    assert torch.equal(folded(x.mT, plan, how), folded(x.mT.contiguous(), plan, how))
+    assert torch.equal(merged(x.mT, plan, how), merged(x.mT.contiguous(), plan, how))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fold_of_huge_tiny_zero_and_opposed_tokens(dtype):
+def test_merge_of_huge_tiny_zero_and_opposed_tokens(dtype):
     plan = make_plan(17, 1, 30, 6)
     limits = torch.finfo(dtype)
     x = normal(18, 1, 30, 40, dtype=dtype)
     unit = x / x.abs().amax(dim=-1, keepdim=True) + 1
     small = limits.tiny * (64 if exact(dtype) else 2**14)
     for factor in (limits.max / 3, small):
-        check_fold(unit * factor, plan, "mean")
+        check_merge(unit * factor, plan, "mean")
     # A whole vector longer than the dtype's largest number has no float32 norm of its own either.
-    check_fold(unit * (limits.max / 128), plan, "mlerp")
-    check_fold(unit * small, plan, "mlerp")
+    check_merge(unit * (limits.max / 128), plan, "mlerp")
+    check_merge(unit * small, plan, "mlerp")
     for how in ("mean", "mlerp"):
-        assert (folded(torch.zeros_like(x), plan, how) == 0).all()
+        assert (merged(torch.zeros_like(x), plan, how) == 0).all()
     pair = Plan(torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), plan.assign[:, :2] * 0)
     opposed = torch.cat([x[:, :1], -x[:, :1]], dim=1)
-    got = folded(opposed, pair, "mlerp")
+    got = merged(opposed, pair, "mlerp")
     assert got.isfinite().all()
     assert got.float().norm() <= opposed.float().norm(dim=-1).max() * 1.01
 
@@ -348,14 +348,14 @@ def test_a_mean_without_direction_is_not_stretched():
     x = torch.zeros(1, 2, 40, device=DEVICE)
     # The mean is 5e-9 long, less than the share EPS of the longest token.
     x[0, 0, 0], x[0, 1, 0], x[0, 1, 1] = 1.0, -1.0, 1e-8
-    expected = fold.mlerp(x, pair)
+    expected = merge.mlerp(x, pair)
     assert 0 < expected.abs().max() < 0.1
-    torch.testing.assert_close(folded(x, pair, "mlerp"), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(merged(x, pair, "mlerp"), expected, rtol=1e-5, atol=0)
 
 
 def test_members_lists_every_group_in_order():
     plan = make_plan(19, 3, 25, 6)
-    order, offsets = triton_fold.members(plan.assign, 6)
+    order, offsets = merge.members(plan.assign, 6)
     assert torch.equal(offsets.diff(dim=1), plan.sizes())
     for b in range(3):
         for k in range(6):
@@ -363,13 +363,13 @@ def test_members_lists_every_group_in_order():
             assert torch.equal(got, (plan.assign[b] == k).nonzero()[:, 0])
 
 
-# ---- restore ---------------------------------------------------------------------------------------
+# ---- unmerge ---------------------------------------------------------------------------------------
 
 
 def filled(how, batch, tokens, channels, dtype):
     """Two equal caches with a past: tokens of ages 1 and 2, and some that were never computed."""
     caches = [
-        restore.UpdateCache.empty(how, batch, tokens, channels, dtype, DEVICE) for _ in range(2)
+        unmerge.UpdateCache.empty(how, batch, tokens, channels, dtype, DEVICE) for _ in range(2)
     ]
     for cache in caches:
         for step, count in ((0, tokens * 3 // 5), (1, tokens // 2), (2, tokens // 4)):
@@ -390,14 +390,14 @@ def same(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(1, 1, 1, 40), (2, 30, 7, 40), (1, 33, 20, 72), (2, 9, 4, 320)])
-def test_restore_copy_is_gather_and_add(size, dtype):
+def test_unmerge_copy_is_gather_and_add(size, dtype):
     batch, tokens, slots, channels = size
     plan = make_plan(30, batch, tokens, slots)
     x = normal(31, batch, channels, tokens, dtype=dtype).mT
     update, computed = (normal(s, batch, slots, channels, dtype=dtype) for s in (32, 33))
-    expected = restore.restore(update, plan, "copy") + x
-    same(OPS.restore_copy(x, update, *plan, None), expected, dtype)
-    got = OPS.restore_copy(x, update, *plan, computed)
+    expected = unmerge.unmerge(update, plan, "copy") + x
+    same(OPS.unmerge_copy(x, update, *plan, None), expected, dtype)
+    got = OPS.unmerge_copy(x, update, *plan, computed)
     put_(expected, plan.kept, computed)
     same(got, expected, dtype)
     assert torch.equal(plan.rows(got), computed)
@@ -406,7 +406,7 @@ def test_restore_copy_is_gather_and_add(size, dtype):
 @pytest.mark.parametrize("max_age", [None, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("how", ["temporal", "taylor", "blend"])
-def test_restore_cached_is_the_reference_and_records(how, dtype, max_age):
+def test_unmerge_cached_is_the_reference_and_records(how, dtype, max_age):
     batch, tokens, slots, channels = size = (2, 30, 9, 40)
     plan, (mine, theirs) = make_plan(34, *size[:3]), filled(how, batch, tokens, channels, dtype)
     x = normal(35, batch, tokens, channels, dtype=dtype)
@@ -416,13 +416,13 @@ def test_restore_cached_is_the_reference_and_records(how, dtype, max_age):
     for call, step in enumerate((3.0, 4.0, 4.0)):
         now = torch.tensor(step, device=DEVICE)
         update = normal(36 + call, batch, slots, channels, dtype=dtype)
-        full = restore.restore(update, plan, how, cache=theirs, step=now, max_age=max_age)
+        full = unmerge.unmerge(update, plan, how, cache=theirs, step=now, max_age=max_age)
         residual = x if call else None
         computed = plan.rows(x) if call == 1 else None
         expected = full if residual is None else x + full
         if computed is not None:
             put_(expected, plan.kept, computed)
-        got = OPS.restore_cached(
+        got = OPS.unmerge_cached(
             update, *plan, mine.value, mine.slope, mine.last, now, how, max_age, residual, computed
         )
         assert torch.equal(mine.last, theirs.last)
@@ -437,13 +437,13 @@ def test_restore_cached_is_the_reference_and_records(how, dtype, max_age):
                 same(one, other, dtype)
 
 
-def test_restore_taylor_stays_in_the_range_of_its_dtype():
+def test_unmerge_taylor_stays_in_the_range_of_its_dtype():
     plan, (mine, theirs) = make_plan(37, 1, 12, 4), filled("taylor", 1, 12, 40, torch.float16)
     for cache in (mine, theirs):
         cache.slope.fill_(6e4)
     now, update = torch.tensor(9.0, device=DEVICE), normal(38, 1, 4, 40, dtype=torch.float16)
-    expected = restore.restore(update, plan, "taylor", cache=theirs, step=now)
-    got = OPS.restore_cached(
+    expected = unmerge.unmerge(update, plan, "taylor", cache=theirs, step=now)
+    got = OPS.unmerge_cached(
         update, *plan, mine.value, mine.slope, mine.last, now, "taylor", None, None, None
     )
     assert expected.max() == torch.finfo(torch.float16).max
@@ -480,17 +480,17 @@ def samples() -> dict[str, tuple]:
     x, plan = normal(50, 2, 12, 40), make_plan(51, 2, 12, 5)
     update, (cache, _) = normal(52, 2, 5, 40), filled("taylor", 2, 12, 40, torch.float32)
     tiles = torch.arange(12, device=DEVICE).view(3, 4)
-    members = triton_fold.members(plan.assign, 5)
+    members = merge.members(plan.assign, 5)
     last = (cache.last, torch.tensor(3.0, device=DEVICE))
     return {
         "best_match": (x[:, :7], x[:, 7:]),
         "best_match_tiles": (x, x[..., 0] > 0, tiles),
         "energy": (x, 0.9, 1.0),
         "energy_tiles": (x, tiles, 0.9, 1.0),
-        "fold_mean": (x, *members),
-        "fold_mlerp": (x, *members, 1e-6),
-        "restore_copy": (x, update, *plan, update),
-        "restore_cached": (update, *plan, cache.value, cache.slope, *last, "taylor", 2.0, x, None),
+        "merge_mean": (x, *members),
+        "merge_mlerp": (x, *members, 1e-6),
+        "unmerge_copy": (x, update, *plan, update),
+        "unmerge_cached": (update, *plan, cache.value, cache.slope, *last, "taylor", 2.0, x, None),
         "take_rows": (x, plan.kept),
         "put_rows_": (x.clone(), plan.kept, update),
     }
@@ -501,10 +501,10 @@ OPERATIONS = (
     "best_match_tiles",
     "energy",
     "energy_tiles",
-    "fold_mean",
-    "fold_mlerp",
-    "restore_copy",
-    "restore_cached",
+    "merge_mean",
+    "merge_mlerp",
+    "unmerge_copy",
+    "unmerge_cached",
     "take_rows",
     "put_rows_",
 )
@@ -536,10 +536,10 @@ def test_operations_have_shapes_without_data(name):
 
 def test_one_graph_through_all_of_them():
     def step(x, update, kept, assign, value, slope, last, now):
-        members = triton_fold.members(assign, kept.shape[1])
-        y = OPS.fold_mlerp(x, *members, 1e-6) + OPS.fold_mean(x, *members)
+        members = merge.members(assign, kept.shape[1])
+        y = OPS.merge_mlerp(x, *members, 1e-6) + OPS.merge_mean(x, *members)
         _, index = OPS.best_match(x, y)
-        full = OPS.restore_cached(
+        full = OPS.unmerge_cached(
             update, kept, assign, value, slope, last, now, "taylor", None, x, y
         )
         OPS.put_rows_(full, kept, OPS.take_rows(x, kept))
@@ -573,15 +573,15 @@ def test_dispatch_reaches_the_kernels(monkeypatch):
     # What kernels do not take goes to torch.
     assert dispatch.best_match(x.double(), x.double())[0].dtype == torch.float64
     assert dispatch.use_triton(x) and not dispatch.use_triton(x.requires_grad_())
-    assert set(triton_restore.FORMS) == set(restore.CACHED)
+    assert set(triton_unmerge.FORMS) == set(unmerge.CACHED)
 
 
 MODELS = {
-    "tome": {"method": "tome", "fold": "mlerp", "restore": "mlerp"},
-    "mean": {"method": "pitome", "fold": "mean", "restore": "copy"},
-    "prune": {"method": "tome", "fold": "prune", "restore": "copy"},
-    "taylor": {"context": "fresh", "first_steps": 2},
-    "blend": {"context": "cached", "restore": "blend", "first_steps": 2},
+    "tome": {"method": "tome", "merge": "mlerp", "unmerge": "mlerp"},
+    "mean": {"method": "pitome", "merge": "mean", "unmerge": "copy"},
+    "prune": {"method": "tome", "merge": "prune", "unmerge": "copy"},
+    "taylor": {"keys_values": "fresh", "warmup_steps": 2},
+    "blend": {"keys_values": "cached", "unmerge": "blend", "warmup_steps": 2},
 }
 
 

@@ -1,4 +1,4 @@
-"""What holds for every method, fold and restore: the registries are the list of cases.
+"""What holds for every method, merge and unmerge: the registries are the list of cases.
 
 A method that is registered is tested here without being named. Grids are odd, non-square, one row
 high or three-dimensional; dtypes are the four float ones.
@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.plans import plan_keeping
 from tofu_diffusers.tokens.grid import TokenGrid
-from tofu_diffusers.tokens.merge import EPS, FOLDS, reduce
+from tofu_diffusers.tokens.merge import EPS, MERGES, merge_tokens
 from tofu_diffusers.tokens.methods import METHODS, Evidence, Method, make_method
 from tofu_diffusers.tokens.methods.base import Source
 from tofu_diffusers.tokens.plan import Plan
-from tofu_diffusers.tokens.unmerge import CACHED, SITE_RESTORES, UpdateCache, restore
+from tofu_diffusers.tokens.unmerge import CACHED, SITE_UNMERGES, UpdateCache, unmerge_tokens
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -277,14 +277,16 @@ def test_nothing_data_dependent_or_nondeterministic_runs(method: Method) -> None
     try:
         with OperationNames() as ops:
             plan = method.plan(e)
-            for fold in FOLDS:
-                y = reduce(e.metric, plan, fold)
-                for how in SITE_RESTORES:
+            for merge in MERGES:
+                y = merge_tokens(e.metric, plan, merge)
+                for how in SITE_UNMERGES:
                     cache = None
                     if how in CACHED:
                         cache = UpdateCache.empty(how, 2, 30, 4, torch.float32, "cpu")
                         cache.record(e.metric, torch.tensor(0.0))
-                    restore(y, plan, how, x=e.metric, folded=y, cache=cache, step=e.step, max_age=9)
+                    unmerge_tokens(
+                        y, plan, how, x=e.metric, merged=y, cache=cache, step=e.step, max_age=9
+                    )
             plan.removed(), plan.sizes(), plan.repeat(2)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -305,33 +307,33 @@ def test_the_same_plan_on_the_gpu_with_deterministic_algorithms(method: Method) 
         here = method.plan(e)
         assert torch.equal(there.kept.cpu(), here.kept)
         assert torch.equal(there.assign.cpu(), here.assign)
-        for fold in FOLDS:
-            got, want = reduce(tensors[0], there, fold), reduce(e.metric, here, fold)
+        for merge in MERGES:
+            got, want = merge_tokens(tensors[0], there, merge), merge_tokens(e.metric, here, merge)
             torch.testing.assert_close(got.cpu(), want)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-# --- folds and restores
+# --- merges and unmerges
 
 
-@pytest.mark.parametrize("fold", sorted(FOLDS))
+@pytest.mark.parametrize("merge", sorted(MERGES))
 @LAW
 @given(plans(), st.sampled_from(DTYPES), seeds)
 def test_reducing_a_copy_gives_the_update_back(
-    fold: str, plan: Plan, dtype: torch.dtype, seed: int
+    merge: str, plan: Plan, dtype: torch.dtype, seed: int
 ) -> None:
     y = normal(seed, *plan.kept.shape, 5, dtype=dtype)
-    back = reduce(restore(y, plan, "copy"), plan, fold)
-    if fold == "prune":
+    back = merge_tokens(unmerge_tokens(y, plan, "copy"), plan, merge)
+    if merge == "prune":
         assert torch.equal(back, y)
     assert_rows_close(back, y, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("how", SITE_RESTORES)
+@pytest.mark.parametrize("how", SITE_UNMERGES)
 @LAW
 @given(plans(), st.sampled_from(DTYPES), seeds)
-def test_pruning_any_restored_update_gives_it_back(
+def test_pruning_any_unmerged_update_gives_it_back(
     how: str, plan: Plan, dtype: torch.dtype, seed: int
 ) -> None:
     y = normal(seed, *plan.kept.shape, 4, dtype=dtype)
@@ -341,25 +343,31 @@ def test_pruning_any_restored_update_gives_it_back(
         cache = UpdateCache.empty(how, *plan.assign.shape, 4, dtype, "cpu")
         cache.record(normal(seed + 2, *x.shape, dtype=dtype), torch.tensor(0.0))
         cache.record(normal(seed + 3, *x.shape, dtype=dtype), torch.tensor(1.0))
-    full = restore(
-        y, plan, how, x=x, folded=reduce(x, plan, "prune"), cache=cache, step=torch.tensor(3.0)
+    full = unmerge_tokens(
+        y,
+        plan,
+        how,
+        x=x,
+        merged=merge_tokens(x, plan, "prune"),
+        cache=cache,
+        step=torch.tensor(3.0),
     )
     assert full.dtype == dtype
     if how == "mlerp":
-        assert_rows_close(reduce(full, plan, "prune"), y, TOLERANCE[dtype])
+        assert_rows_close(merge_tokens(full, plan, "prune"), y, TOLERANCE[dtype])
     else:
-        assert torch.equal(reduce(full, plan, "prune"), y)
+        assert torch.equal(merge_tokens(full, plan, "prune"), y)
 
 
 @LAW
 @given(plans(), st.sampled_from(DTYPES), seeds)
-def test_mlerp_of_an_mlerp_restored_update_gives_it_back(
+def test_mlerp_of_an_mlerp_unmerged_update_gives_it_back(
     plan: Plan, dtype: torch.dtype, seed: int
 ) -> None:
     x = normal(seed, *plan.assign.shape, 4, dtype=dtype)
     y = normal(seed + 1, *plan.kept.shape, 4, dtype=dtype)
-    full = restore(y, plan, "mlerp", x=x, folded=reduce(x, plan, "mlerp"))
-    assert_rows_close(reduce(full, plan, "mlerp"), y, 3 * TOLERANCE[dtype])
+    full = unmerge_tokens(y, plan, "mlerp", x=x, merged=merge_tokens(x, plan, "mlerp"))
+    assert_rows_close(merge_tokens(full, plan, "mlerp"), y, 3 * TOLERANCE[dtype])
 
 
 @LAW
@@ -369,19 +377,19 @@ def test_mlerp_keeps_the_largest_norm_of_the_group(
 ) -> None:
     x = normal(seed, *plan.assign.shape, 5, dtype=dtype) * size
     norms = x.double().norm(dim=-1)
-    means = reduce(x.double(), plan, "mean").norm(dim=-1)
-    got = reduce(x, plan, "mlerp").double().norm(dim=-1)
+    means = merge_tokens(x.double(), plan, "mean").norm(dim=-1)
+    got = merge_tokens(x, plan, "mlerp").double().norm(dim=-1)
     for b, slot in torch.cartesian_prod(*map(torch.arange, plan.kept.shape)).tolist():
         largest = norms[b, plan.assign[b] == slot].max()
         if means[b, slot] > 2 * EPS * largest:
             assert math.isclose(got[b, slot], largest, rel_tol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("fold", sorted(set(FOLDS) - {"prune"}))
+@pytest.mark.parametrize("merge", sorted(set(MERGES) - {"prune"}))
 @LAW
 @given(plans(), st.sampled_from(DTYPES), seeds)
 def test_the_order_inside_a_group_only_changes_rounding(
-    fold: str, plan: Plan, dtype: torch.dtype, seed: int
+    merge: str, plan: Plan, dtype: torch.dtype, seed: int
 ) -> None:
     x = normal(seed, *plan.assign.shape, 4, dtype=dtype) + 2  # no cancelling groups
     # Sorting shuffled tokens stably by group lists each group in a random order; unsorted, a
@@ -393,12 +401,14 @@ def test_the_order_inside_a_group_only_changes_rounding(
     source = torch.zeros_like(here).scatter(1, here, there)
     assert torch.equal(plan.assign.gather(1, source), plan.assign)
     mixed = x.gather(1, source[..., None].expand_as(x))
-    assert_rows_close(reduce(mixed, plan, fold), reduce(x, plan, fold), TOLERANCE[dtype])
+    assert_rows_close(
+        merge_tokens(mixed, plan, merge), merge_tokens(x, plan, merge), TOLERANCE[dtype]
+    )
 
 
 @LAW
 @given(plans(), st.sampled_from((torch.float32, torch.float64, torch.bfloat16)), seeds)
-def test_mlerp_restore_inverts_the_fold_on_parallel_groups(
+def test_mlerp_unmerge_inverts_the_merge_on_parallel_groups(
     plan: Plan, dtype: torch.dtype, seed: int
 ) -> None:
     """For non-negative multiples of one direction and a token-wise bias-free linear f."""
@@ -406,21 +416,21 @@ def test_mlerp_restore_inverts_the_fold_on_parallel_groups(
     multiple = normal(seed + 1, *plan.assign.shape, 1, dtype=torch.float64).clamp(min=0)
     weight = normal(seed + 2, 4, 4, dtype=torch.float64)
     x = (direction * multiple).to(dtype)
-    y = reduce(x, plan, "mlerp")
+    y = merge_tokens(x, plan, "mlerp")
     update = (y.double() @ weight).to(dtype)
     want = (x.double() @ weight).to(dtype)
-    full = restore(update, plan, "mlerp", x=x, folded=y)
+    full = unmerge_tokens(update, plan, "mlerp", x=x, merged=y)
     # In proportion to the largest of f in the group, not to what may cancel inside f.
     reach = plan.spread(y).double().norm(dim=-1) * weight.norm()
     assert ((full - want).double().norm(dim=-1) <= 2 * TOLERANCE[dtype] * reach + 1e-30).all()
 
 
-def test_a_copy_does_not_invert_the_mlerp_fold() -> None:
+def test_a_copy_does_not_invert_the_mlerp_merge() -> None:
     plan = plan_keeping(torch.tensor([[0]]), torch.tensor([[0, 0]]))
     x = torch.tensor([[[1.0, 2.0], [3.0, 6.0]]])
-    y = reduce(x, plan, "mlerp")
-    torch.testing.assert_close(restore(y, plan, "mlerp", x=x, folded=y), x)
-    assert not torch.allclose(restore(y, plan, "copy"), x, rtol=0.5)
+    y = merge_tokens(x, plan, "mlerp")
+    torch.testing.assert_close(unmerge_tokens(y, plan, "mlerp", x=x, merged=y), x)
+    assert not torch.allclose(unmerge_tokens(y, plan, "copy"), x, rtol=0.5)
 
 
 # --- hard numbers
@@ -462,11 +472,11 @@ def test_plans_of_hard_tokens_are_plans(method: Method, kind: str) -> None:
 def test_finite_in_finite_out(kind: str, plan: Plan, dtype: torch.dtype, seed: int) -> None:
     x = hard_tokens(kind, *plan.assign.shape, dtype, seed).to(dtype)
     longest = x.double().norm(dim=-1).amax()
-    for fold in FOLDS:
-        y = reduce(x, plan, fold)
-        assert y.isfinite().all(), fold
+    for merge in MERGES:
+        y = merge_tokens(x, plan, merge)
+        assert y.isfinite().all(), merge
         assert y.double().norm(dim=-1).amax() <= longest * (1 + TOLERANCE[dtype])
-        for how in SITE_RESTORES:
+        for how in SITE_UNMERGES:
             cache = None
             if how in CACHED:  # a sign that flips takes slopes and sums out of the dtype's range
                 cache = UpdateCache.empty(how, *plan.assign.shape, 3, dtype, "cpu")
@@ -475,9 +485,9 @@ def test_finite_in_finite_out(kind: str, plan: Plan, dtype: torch.dtype, seed: i
             # Rescaling is finite where the rescaled norm is: at most sizes() times the update's.
             update = y / plan.sizes().amax() if how == "mlerp" else y
             for step in (3.0, 4.0):
-                full = restore(
-                    update, plan, how, x=x, folded=y, cache=cache, step=torch.tensor(step)
+                full = unmerge_tokens(
+                    update, plan, how, x=x, merged=y, cache=cache, step=torch.tensor(step)
                 )
-                assert full.isfinite().all(), (fold, how, step)
+                assert full.isfinite().all(), (merge, how, step)
                 assert cache is None or cache.value.isfinite().all()
                 assert cache is None or cache.slope is None or cache.slope.isfinite().all()

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tofu_diffusers.tokens.grid import TokenGrid
-from tofu_diffusers.tokens.merge import FOLDS, reduce
+from tofu_diffusers.tokens.merge import MERGES, merge_tokens
 from tofu_diffusers.tokens.methods import METHODS, Evidence, Method, make_method, matching, register
 from tofu_diffusers.tokens.methods.base import Source
 from tofu_diffusers.tokens.methods.tome import Tome
 from tofu_diffusers.tokens.plan import Plan
-from tofu_diffusers.tokens.unmerge import SITE_RESTORES
+from tofu_diffusers.tokens.unmerge import SITE_UNMERGES
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True)
 every_name = pytest.mark.parametrize("name", sorted(METHODS))
@@ -59,10 +59,10 @@ def test_options_are_frozen_and_survive_json(name: str) -> None:
 
 
 @every_name
-def test_defaults_name_known_folds_and_restores(name: str) -> None:
+def test_defaults_name_known_merges_and_unmerges(name: str) -> None:
     method = make_method(name)
     for depth in (0.0, 0.5, 1.0):
-        assert method.fold(depth) in FOLDS and method.restore(depth) in SITE_RESTORES
+        assert method.merge(depth) in MERGES and method.unmerge(depth) in SITE_UNMERGES
     assert 0 < method.max_ratio <= 1
 
 
@@ -303,8 +303,8 @@ def test_max_ratio_is_what_the_stride_allows() -> None:
 
 def test_tofu_prunes_before_the_switch_and_merges_from_it() -> None:
     method = make_method("tofu", switch=0.3)
-    assert [method.fold(d) for d in (0.0, 0.29, 0.3, 1.0)] == ["prune", "prune", "mlerp", "mlerp"]
-    assert [method.restore(d) for d in (0.0, 0.29, 0.3, 1.0)] == ["copy", "copy", "mlerp", "mlerp"]
+    assert [method.merge(d) for d in (0.0, 0.29, 0.3, 1.0)] == ["prune", "prune", "mlerp", "mlerp"]
+    assert [method.unmerge(d) for d in (0.0, 0.29, 0.3, 1.0)] == ["copy", "copy", "mlerp", "mlerp"]
     e = evidence(TokenGrid(5, 6), 11)
     tofu, tome = method.plan(e), make_method("tome").plan(e)
     assert torch.equal(tofu.kept, tome.kept) and torch.equal(tofu.assign, tome.assign)
@@ -463,10 +463,10 @@ def test_max_age_limits_the_ratio() -> None:
     assert make_method("importance").max_ratio == 1.0
 
 
-def test_folds_name_their_mistakes() -> None:
+def test_merges_name_their_mistakes() -> None:
     e = evidence(TokenGrid(4, 4), 4)
     plan = make_method("tome").plan(e)
-    with pytest.raises(ValueError, match="unknown fold 'avg'; choose one of prune, mean, mlerp"):
-        reduce(e.metric, plan, "avg")
+    with pytest.raises(ValueError, match="unknown merge 'avg'; choose one of prune, mean, mlerp"):
+        merge_tokens(e.metric, plan, "avg")
     with pytest.raises(ValueError, match=r"x is \(1, 16, 5\) but the plan is for \(2, 16\)"):
-        reduce(e.metric[:1], plan)
+        merge_tokens(e.metric[:1], plan)

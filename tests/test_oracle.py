@@ -35,7 +35,9 @@ def test_sd3_span_is_the_model_on_the_kept_tokens(dual, size, method):
     leaving = {}
     model.norm_out.register_forward_pre_hook(lambda module, args: leaving.update(x=args[0]))
     spies = [Spy(block.ff.net[0].proj) for block in model.transformer_blocks]
-    handle = apply_tofu(model, ratio=0.5, method=method, fold="prune", restore="copy", scope="span")
+    handle = apply_tofu(
+        model, ratio=0.5, method=method, merge="prune", unmerge="copy", scope="span"
+    )
     model(**inputs)
     plan = next(iter(handle._sessions[0][1].shelves[0].plans.values()))
     kept = tokens - tokens // 2
@@ -59,8 +61,8 @@ def test_block_scope_runs_as_a_span_where_that_is_the_same():
         (tiny.tiny_sd3().transformer, sd3_inputs()),
         (tiny.tiny_sd(transformer_layers=2).unet, unet_inputs()),
     ):
-        for fold, restore in (("prune", "copy"), ("mean", "copy")):
-            options = {"ratio": 0.5, "method": "tome", "fold": fold, "restore": restore}
+        for merge, unmerge in (("prune", "copy"), ("mean", "copy")):
+            options = {"ratio": 0.5, "method": "tome", "merge": merge, "unmerge": unmerge}
             with apply_tofu(model, scope="block", **options) as handle:
                 as_block = model(**inputs)[0]
                 names = [row["name"] for row in handle.stats()]
@@ -101,7 +103,7 @@ def test_context_shrinks_all_but_keys_and_values():
     query, feed = Spy(block.attn1.to_q), Spy(block.ff.net[0].proj)
     keys = []
     block.attn1.to_k.register_forward_hook(lambda module, args, out: keys.append(out.shape[1]))
-    handle = apply_tofu(unet, ratio=0.5, method="random", context="cached", first_steps=1)
+    handle = apply_tofu(unet, ratio=0.5, method="random", keys_values="cached", warmup_steps=1)
     for step in range(2):
         handle.step(step, 2)
         unet(**unet_inputs())
@@ -117,7 +119,7 @@ def test_controlnet_residuals_between_blocks_run_block_by_block():
         torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)
     ]
     inputs["block_controlnet_hidden_states"] = residuals
-    with apply_tofu(model, ratio=0.5, method="tome", fold="prune") as handle:
+    with apply_tofu(model, ratio=0.5, method="tome", merge="prune") as handle:
         out = model(**inputs)[0]
         assert torch.isfinite(out).all()
         assert len(handle.stats()) == 4
@@ -128,7 +130,7 @@ def test_controlnet_residuals_between_blocks_run_block_by_block():
         model(**inputs)
     # With every token's residual zero the split changes nothing but rounding.
     inputs["block_controlnet_hidden_states"] = [torch.zeros_like(r) for r in residuals]
-    with apply_tofu(model, ratio=0.5, method="tome", fold="prune"):
+    with apply_tofu(model, ratio=0.5, method="tome", merge="prune"):
         split = model(**inputs)[0]
         joined = model(**{**inputs, "block_controlnet_hidden_states": None})[0]
     torch.testing.assert_close(split, joined, rtol=1e-3, atol=1e-3)

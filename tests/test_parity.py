@@ -9,10 +9,10 @@ import torch
 from tomesd.merge import bipartite_soft_matching_random2d
 
 from tofu_diffusers.tokens.grid import TokenGrid
-from tofu_diffusers.tokens.merge import reduce
+from tofu_diffusers.tokens.merge import merge_tokens
 from tofu_diffusers.tokens.methods import Evidence, make_method
 from tofu_diffusers.tokens.plan import Plan
-from tofu_diffusers.tokens.unmerge import restore
+from tofu_diffusers.tokens.unmerge import unmerge_tokens
 
 
 def tomesd_case(seed: int) -> bool:
@@ -34,8 +34,8 @@ def tomesd_case(seed: int) -> bool:
 
     # tomesd orders its output as it likes; unmerging numbers tells where each token went.
     slots = torch.arange(n - remove, dtype=torch.float64).expand(2, -1)[..., None]
-    went = unmerge(slots)[..., 0].long()
-    theirs, ours = merge(x, mode="mean"), reduce(x, plan, "mean")
+    went = unmerge_tokens(slots)[..., 0].long()
+    theirs, ours = merge(x, mode="mean"), merge_tokens(x, plan, "mean")
     for b in range(2):
         destinations = {
             i * w + j for i in range(0, h // sy * sy, sy) for j in range(0, w // sx * sx, sx)
@@ -50,8 +50,8 @@ def tomesd_case(seed: int) -> bool:
         assert home == plan.kept[b][plan.assign[b]].tolist()
         order = [slot for slot, _ in sorted(kept_of.items(), key=lambda item: item[1])]
         torch.testing.assert_close(ours[b], theirs[b][order], rtol=1e-12, atol=1e-12)
-    back = restore(ours, plan, "copy")
-    torch.testing.assert_close(back, unmerge(theirs), rtol=1e-12, atol=1e-12)
+    back = unmerge_tokens(ours, plan, "copy")
+    torch.testing.assert_close(back, unmerge_tokens(theirs), rtol=1e-12, atol=1e-12)
     return True
 
 
@@ -125,16 +125,18 @@ def test_mlerp_and_mean_equal_their_formulas(dtype: torch.dtype, tol: float) -> 
         groups = [[i for i in range(n) if assign[0, i] == slot] for slot in range(k)]
         exact = x[0].double().numpy()
         want = torch.tensor(mlerp_by_hand(exact, groups))
-        got = reduce(x, plan, "mlerp")
+        got = merge_tokens(x, plan, "mlerp")
         assert got.dtype == dtype
         torch.testing.assert_close(got[0].double(), want, rtol=tol, atol=tol)
         means = torch.tensor(np.stack([exact[group].mean(axis=0) for group in groups]))
-        torch.testing.assert_close(reduce(x, plan, "mean")[0].double(), means, rtol=tol, atol=tol)
+        torch.testing.assert_close(
+            merge_tokens(x, plan, "mean")[0].double(), means, rtol=tol, atol=tol
+        )
 
 
-@pytest.mark.parametrize("fold", ["mean", "mlerp"])
-def test_large_groups_are_averaged_in_float32(fold: str) -> None:
+@pytest.mark.parametrize("merge", ["mean", "mlerp"])
+def test_large_groups_are_averaged_in_float32(merge: str) -> None:
     """4,096 equal tokens of which one share is too small to be a float16 number."""
     plan = Plan(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 4096, dtype=torch.int64))
     x = torch.tensor([1e-4, -3e-4], dtype=torch.float16).expand(1, 4096, 2)
-    torch.testing.assert_close(reduce(x, plan, fold), x[:, :1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(merge_tokens(x, plan, merge), x[:, :1], rtol=1e-3, atol=0)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests import tiny
-from tofu_diffusers import TofuConfig, apply_tofu, learn_schedule
+from tofu_diffusers import TokenReduction, apply_tofu, learn_schedule
 from tofu_diffusers.tuning.schedule_search import DEPTHS, LEVELS, Work, follow_rewards, spread
 
 WORK = Work((0.0, 0.2, 0.4, 0.6, 0.8), (0.0, 0.5, 1.0), (4.0, 1.0, 4.0))
-CONFIG = TofuConfig(method="tome", ratio=0.4)
+CONFIG = TokenReduction(method="tome", ratio=0.4)
 SHORT = {"rounds": 2, "candidates": 3, "num_inference_steps": 4}
 
 
@@ -48,7 +48,7 @@ def test_the_policy_goes_where_rewards_are():
 
 def test_the_work_is_that_of_the_generation():
     pipe = quiet()
-    config = CONFIG.replace(first_steps=1, last_steps=1)
+    config = CONFIG.replace(warmup_steps=1, cooldown_steps=1)
     handle = apply_tofu(pipe, config, depth_schedule=[(0, 1.0), (1, 1.0)])
     pipe("a cat", num_inference_steps=5, output_type="latent")
     session = handle._sessions[0][1]
@@ -77,7 +77,7 @@ def test_what_is_learned_is_what_was_measured(tmp_path):
     for config, error in (
         (CONFIG, learned.constant_error),
         (learned.config, learned.error),
-        (TofuConfig.load(learned.config.save(tmp_path).parent), learned.error),
+        (TokenReduction.load(learned.config.save(tmp_path).parent), learned.error),
     ):
         drift = float((latents(quiet(), config) - whole).square().mean())
         assert drift == pytest.approx(error, rel=1e-4)
@@ -89,14 +89,19 @@ def test_what_cannot_be_learned_is_refused():
     pipe = quiet()
     for prompts, config, options, said in (
         ([], CONFIG, {}, "no prompts to learn from"),
-        (["a cat"], TofuConfig(scope="step", restore="taylor"), {}, "scope 'step' has no schedule"),
+        (
+            ["a cat"],
+            TokenReduction(scope="step", unmerge="taylor"),
+            {},
+            "scope 'step' has no schedule",
+        ),
         (["a cat"], CONFIG.replace(schedule="linear"), {}, "has schedules already"),
         (["a cat"], CONFIG.replace(ratio=0.0), {}, "ratio 0 cannot be spread up to"),
         (["a cat"], CONFIG, {"most": 0.4}, "ratio 0.4 cannot be spread up to 0.4"),
         (["a cat"], CONFIG, {"most": 0.8}, r"method 'tome' can reach \(0.75\)"),
         (
             ["a cat"],
-            CONFIG.replace(first_steps=2, last_steps=1),
+            CONFIG.replace(warmup_steps=2, cooldown_steps=1),
             {"num_inference_steps": 3},
             "all 3 steps run",
         ),

@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 
 from eval.__main__ import COMMANDS
 from tests.tiny import tiny_sd, tiny_sdxl
-from tofu_diffusers import FOLDS, METHODS, RESTORES, TofuConfig, apply_tofu
-from tofu_diffusers.config import CONTEXTS, SCOPES
+from tofu_diffusers import MERGES, METHODS, UNMERGES, TokenReduction, apply_tofu
+from tofu_diffusers.config import KEYS_VALUES, SCOPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ def stand_ins(monkeypatch, tmp_path):
     with torch.no_grad():
         yield {
             "apply_tofu": apply_tofu,
-            "TofuConfig": TofuConfig,
+            "TokenReduction": TokenReduction,
             "pipe": pipe,
             "unet": pipe.unet,
             "scheduler": pipe.scheduler,
@@ -86,7 +86,7 @@ def test_commands_exist(line):
 
 
 def test_the_tables_name_all_there_is():
-    for name in [*METHODS, *FOLDS, *RESTORES, *SCOPES, *CONTEXTS]:
+    for name in [*METHODS, *MERGES, *UNMERGES, *SCOPES, *KEYS_VALUES]:
         assert re.search(rf"^\| `{name}` \|", README, flags=re.MULTILINE), name
 
 

@@ -68,8 +68,8 @@ def test_generates_and_reports(recipe, build, tmp_path, capsys, on_cpu):
     assert "FLOPs" in printed
     assert f"{out}: {'5 frames of ' if recipe.video else ''}96 x 128 pixels" in printed
 
-    chosen = ["--method", "tome", "--fold", "prune", "--scope", "span", "--restore", "temporal"]
-    assert run(recipe, [*argv, *chosen, "--context", "cached"]) == 0
+    chosen = ["--method", "tome", "--merge", "prune", "--scope", "span", "--unmerge", "temporal"]
+    assert run(recipe, [*argv, *chosen, "--keys_values", "cached"]) == 0
     printed = capsys.readouterr().out
     for word in ("tome", "prune", "span", "temporal", "cached"):
         assert word in printed
@@ -212,7 +212,7 @@ def test_help_is_a_command_with_its_options(name, monkeypatch, capsys):
     assert ("--frames" in printed) == (recipe.video is not None)
 
 
-def test_a_folder_that_is_no_pipeline(tmp_path, capsys):
+def test_a_mergeer_that_is_no_pipeline(tmp_path, capsys):
     assert "holds no model_index.json" in refusal(capsys, sd15.RECIPE, "--model", str(tmp_path))
 
 
@@ -239,7 +239,10 @@ def test_the_pipeline_of_another_recipe(recipe, build, tmp_path, capsys):
         (["--ratio", "1.5"], "ratio 1.5 is outside"),
         (["--method", "tomme"], "did you mean 'tome'"),
         (["--ratio", "0.9", "--method", "tome"], "exceeds 0.75"),
-        (["--scope", "span"], "use scope 'block', or context 'cached'"),  # the profile's is fresh
+        (
+            ["--scope", "span"],
+            "use scope 'block', or keys_values 'cached'",
+        ),  # the profile's is fresh
         (["--height", "100"], "choose 96 or 1"),
         (["--width", "0"], "0 is below"),
         (["--steps", "0"], "0 is below 1"),

@@ -1,4 +1,4 @@
-"""What cached restores give back: exact where their assumption holds, a copy where they know
+"""What cached unmerges give back: exact where their assumption holds, a copy where they know
 nothing; and what the cache holds."""
 
 import pytest
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.plans import plan_keeping
 from tofu_diffusers.tokens.plan import Plan
-from tofu_diffusers.tokens.unmerge import CACHED, SITE_RESTORES, UpdateCache, restore
+from tofu_diffusers.tokens.unmerge import CACHED, SITE_UNMERGES, UpdateCache, unmerge_tokens
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True)
 B, N, C = 2, 13, 3
@@ -46,7 +46,7 @@ def test_temporal_is_exact_on_constant_updates(seed: int, slots: int) -> None:
     cache.record(update, at(0))
     for step in range(1, 8):
         plan = plan_at(seed + step, slots)
-        full = restore(plan.rows(update), plan, "temporal", cache=cache, step=at(step))
+        full = unmerge_tokens(plan.rows(update), plan, "temporal", cache=cache, step=at(step))
         assert torch.equal(full, update)
 
 
@@ -59,7 +59,7 @@ def test_taylor_is_exact_on_updates_linear_in_the_step(seed: int, slots: int) ->
     for step in (2, 3, 5, 6, 9, 10):  # skipped steps too
         update = start + step * slope
         plan = plan_at(seed + step, slots)
-        full = restore(plan.rows(update), plan, "taylor", cache=cache, step=at(step))
+        full = unmerge_tokens(plan.rows(update), plan, "taylor", cache=cache, step=at(step))
         torch.testing.assert_close(full, update, rtol=1e-9, atol=1e-9)
 
 
@@ -71,7 +71,7 @@ def test_blend_is_exact_where_a_token_changes_as_its_match_does(seed: int, slots
     for step in range(1, 8):
         update = own + normal(seed + step, B, 1, C)  # all change alike, however much
         plan = plan_at(seed + step, slots)
-        full = restore(plan.rows(update), plan, "blend", cache=cache, step=at(step))
+        full = unmerge_tokens(plan.rows(update), plan, "blend", cache=cache, step=at(step))
         torch.testing.assert_close(full, update, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(cache.value, full, rtol=0, atol=0)
 
@@ -79,8 +79,8 @@ def test_blend_is_exact_where_a_token_changes_as_its_match_does(seed: int, slots
 def test_blend_is_its_formula_over_two_steps() -> None:
     u, plan, cache = normal(0, 3, B, N, C), plan_at(1), empty("blend")
     cache.record(u[0], at(0))
-    first = restore(plan.rows(u[1]), plan, "blend", cache=cache, step=at(1))
-    second = restore(plan.rows(u[2]), plan, "blend", cache=cache, step=at(2))
+    first = unmerge_tokens(plan.rows(u[1]), plan, "blend", cache=cache, step=at(1))
+    second = unmerge_tokens(plan.rows(u[2]), plan, "blend", cache=cache, step=at(2))
     for b in range(B):
         for i in plan.removed()[b].tolist():
             m = plan.kept[b, plan.assign[b, i]]
@@ -94,8 +94,8 @@ def test_a_copy_until_there_is_a_value(how: str) -> None:
     known = torch.zeros(B, N, dtype=torch.bool)
     for step in range(4):
         plan, update = plan_at(step, 3), normal(step, B, 3, C)
-        full = restore(update, plan, how, cache=cache, step=at(step))
-        copied = restore(update, plan, "copy")
+        full = unmerge_tokens(update, plan, how, cache=cache, step=at(step))
+        copied = unmerge_tokens(update, plan, "copy")
         assert torch.equal(full[~known], copied[~known])
         known |= plan.is_kept()
         assert torch.equal(cache.last >= 0, known)
@@ -105,7 +105,7 @@ def test_blend_is_a_copy_where_the_past_of_the_match_is_unknown() -> None:
     cache, plan = empty("blend"), plan_keeping(torch.tensor([[0]] * B), torch.zeros(B, N).long())
     cache.record(normal(0, B, N - 1, C), at(0), torch.arange(1, N).expand(B, -1))
     update = normal(1, B, 1, C)
-    full = restore(update, plan, "blend", cache=cache, step=at(1))
+    full = unmerge_tokens(update, plan, "blend", cache=cache, step=at(1))
     assert torch.equal(full, update.expand(B, N, C))
 
 
@@ -113,8 +113,8 @@ def test_taylor_of_one_value_is_temporal() -> None:
     taylor, temporal, plan = empty("taylor"), empty("temporal"), plan_at(0)
     for cache in (taylor, temporal):
         cache.record(normal(1, B, N, C), at(0))
-    first = restore(normal(2, B, 5, C), plan, "taylor", cache=taylor, step=at(3))
-    other = restore(normal(2, B, 5, C), plan, "temporal", cache=temporal, step=at(3))
+    first = unmerge_tokens(normal(2, B, 5, C), plan, "taylor", cache=taylor, step=at(3))
+    other = unmerge_tokens(normal(2, B, 5, C), plan, "temporal", cache=temporal, step=at(3))
     assert torch.equal(first, other)
     gone = ~plan.is_kept()
     assert (taylor.slope[gone] == 0).all() and (taylor.slope[~gone] != 0).all()
@@ -123,11 +123,11 @@ def test_taylor_of_one_value_is_temporal() -> None:
 @pytest.mark.parametrize("how", sorted(CACHED))
 def test_too_old_a_value_is_not_used(how: str) -> None:
     plan, update = plan_at(0), normal(1, B, 5, C)
-    copied = restore(update, plan, "copy")
+    copied = unmerge_tokens(update, plan, "copy")
     for step, used in ((2, True), (3, False)):
         cache = empty(how)
         cache.record(normal(2, B, N, C), at(0))
-        full = restore(update, plan, how, cache=cache, step=at(step), max_age=2)
+        full = unmerge_tokens(update, plan, how, cache=cache, step=at(step), max_age=2)
         assert torch.equal(full, copied) != used
 
 
@@ -139,7 +139,7 @@ def test_a_second_call_in_one_step_keeps_the_slope() -> None:
     torch.testing.assert_close(slope, (u[1] - u[0]) / 2)
     cache.record(u[2], at(2))
     assert torch.equal(cache.slope, slope) and torch.equal(cache.value, u[2])
-    restore(plan.rows(u[3]), plan, "taylor", cache=cache, step=at(2))
+    unmerge_tokens(plan.rows(u[3]), plan, "taylor", cache=cache, step=at(2))
     assert torch.equal(cache.slope, slope) and torch.equal(plan.rows(cache.value), plan.rows(u[3]))
 
 
@@ -163,14 +163,14 @@ def test_memory_is_what_was_foretold(how: str, dtype: torch.dtype) -> None:
     assert UpdateCache.nbytes_for(how, B, N, C, dtype) == cache.nbytes == held
     before = [t.data_ptr() for t in parts(cache)]
     cache.record(torch.ones(B, N, C, dtype=dtype), at(0))
-    restore(torch.ones(B, 5, C, dtype=dtype), plan_at(0), how, cache=cache, step=at(1))
+    unmerge_tokens(torch.ones(B, 5, C, dtype=dtype), plan_at(0), how, cache=cache, step=at(1))
     assert [t.data_ptr() for t in parts(cache)] == before, "the cache changes in place"
 
 
-def test_restores_without_a_cache_need_no_memory() -> None:
+def test_unmerges_without_a_cache_need_no_memory() -> None:
     assert all(
         UpdateCache.nbytes_for(how, B, N, C, torch.float16) == 0
-        for how in set(SITE_RESTORES) - CACHED
+        for how in set(SITE_UNMERGES) - CACHED
     )
     with pytest.raises(ValueError, match="'copy' needs no cache"):
         UpdateCache.empty("copy", B, N, C, torch.float32, "cpu")
@@ -182,20 +182,20 @@ def test_a_step_given_as_float32_serves_a_cache_of_any_dtype() -> None:
         cache.record(torch.zeros(B, N, C, dtype=dtype), at(998))
         cache.record(torch.ones(B, N, C, dtype=dtype), at(999))  # 999 is no bfloat16 number
         assert (cache.slope == 1).all() and cache.slope.dtype == dtype
-        full = restore(
+        full = unmerge_tokens(
             torch.zeros(B, 5, C, dtype=dtype), plan_at(0), "taylor", cache=cache, step=at(1001)
         )
         assert (full[~plan_at(0).is_kept()] == 3).all()
 
 
-@pytest.mark.parametrize("how", SITE_RESTORES)
-def test_compiled_restores_equal_eager_ones(how: str) -> None:
+@pytest.mark.parametrize("how", SITE_UNMERGES)
+def test_compiled_unmerges_equal_eager_ones(how: str) -> None:
     torch._dynamo.reset()
     x = normal(9, B, N, C).float()
 
     def run(update: Tensor, plan: Plan, cache: UpdateCache | None, step: Tensor) -> Tensor:
-        return restore(
-            update, plan, how, x=x, folded=plan.rows(x), cache=cache, step=step, max_age=2
+        return unmerge_tokens(
+            update, plan, how, x=x, merged=plan.rows(x), cache=cache, step=step, max_age=2
         )
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -210,19 +210,19 @@ def test_compiled_restores_equal_eager_ones(how: str) -> None:
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("how", SITE_RESTORES)
-def test_restores_run_on_meta_tensors(how: str) -> None:
+@pytest.mark.parametrize("how", SITE_UNMERGES)
+def test_unmerges_run_on_meta_tensors(how: str) -> None:
     plan = Plan(*(t.to("meta") for t in plan_at(0)))
     x = torch.empty(B, N, C, device="meta", dtype=torch.float16)
     cache = None
     if how in CACHED:
         cache = UpdateCache.empty(how, B, N, C, torch.float16, "meta")
-    full = restore(
+    full = unmerge_tokens(
         plan.rows(x),
         plan,
         how,
         x=x,
-        folded=plan.rows(x),
+        merged=plan.rows(x),
         cache=cache,
         step=torch.zeros((), device="meta"),
     )
@@ -233,19 +233,19 @@ def test_mistakes_are_named() -> None:
     plan, update, x = plan_at(0), normal(0, B, 5, C), normal(1, B, N, C)
     cache = empty("temporal")
     for arguments, said in [
-        ({"how": "cpoy"}, "unknown restore 'cpoy'; choose one of copy, mlerp"),
-        ({"how": "mlerp", "x": x}, "'mlerp' needs folded"),
-        ({"how": "mlerp", "folded": update}, "'mlerp' needs x"),
+        ({"how": "cpoy"}, "unknown unmerge 'cpoy'; choose one of copy, mlerp"),
+        ({"how": "mlerp", "x": x}, "'mlerp' needs merged"),
+        ({"how": "mlerp", "merged": update}, "'mlerp' needs x"),
         ({"how": "temporal", "step": at(0)}, "'temporal' needs cache"),
         ({"how": "blend", "cache": cache}, "'blend' needs step"),
         ({"how": "taylor", "cache": cache, "step": at(0)}, "needs a cache with slopes"),
     ]:
         with pytest.raises(ValueError, match=said):
-            restore(update, plan, **arguments)
+            unmerge_tokens(update, plan, **arguments)
     with pytest.raises(ValueError, match=r"update is \(2, 13, 3\) but the plan keeps \(2, 5\)"):
-        restore(x, plan)
+        unmerge_tokens(x, plan)
     small = UpdateCache.empty("temporal", 1, N, C, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"cache is \(1, 13, 3\)"):
-        restore(update, plan, "temporal", cache=small, step=at(0))
+        unmerge_tokens(update, plan, "temporal", cache=small, step=at(0))
     with pytest.raises(ValueError, match="a whole update is"):
         cache.record(update, at(0))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tofu_diffusers import TofuConfig, apply_tofu, default_config, remove_tofu
+from tofu_diffusers import TokenReduction, apply_tofu, default_config, remove_tofu
 from tofu_diffusers.steps.clock import moves
 from tofu_diffusers.steps.forecast import Predictions
 from tofu_diffusers.steps.schedule import left_out
@@ -71,17 +71,17 @@ class ByHand:
             del model.forward
 
 
-@pytest.mark.parametrize("restore", ["taylor", "temporal"])
+@pytest.mark.parametrize("unmerge", ["taylor", "temporal"])
 @pytest.mark.parametrize("build", BUILDERS)
-def test_is_the_loop_written_out_by_hand(build, restore):
+def test_is_the_loop_written_out_by_hand(build, unmerge):
     pipe = build()
     whole = tiny.generate(pipe, steps=STEPS)
     skipped = left_out(range(2, STEPS), 0.5)
-    oracle = ByHand(pipe, skipped, restore == "taylor")
+    oracle = ByHand(pipe, skipped, unmerge == "taylor")
     expected = tiny.generate(pipe, steps=STEPS)
     oracle.remove()
     assert len(skipped) == 3 and oracle.ran % (STEPS - 3) == 0
-    with apply_tofu(pipe, ratio=0.5, scope="step", restore=restore, first_steps=2):
+    with apply_tofu(pipe, ratio=0.5, scope="step", unmerge=unmerge, warmup_steps=2):
         calls = []
         hooks = [
             next(model.children()).register_forward_hook(lambda *_: calls.append(1))
@@ -108,9 +108,9 @@ def test_ratio_zero_is_the_original(build):
 def test_is_the_default_and_other_options_ask_for_tokens():
     for family in ("unet", "sd3", "flux", "wan"):
         assert default_config(family, {"ratio": 0.5}).scope == "step"
-        assert default_config(family, {"ratio": 0.5, "restore": "temporal"}).scope == "step"
-        assert default_config(family, {"scope": "step", "first_steps": 5}).first_steps == 5
-        for options in ({"scope": "block"}, {"context": "cached"}, {"restore": "blend"}):
+        assert default_config(family, {"ratio": 0.5, "unmerge": "temporal"}).scope == "step"
+        assert default_config(family, {"scope": "step", "warmup_steps": 5}).warmup_steps == 5
+        for options in ({"scope": "block"}, {"keys_values": "cached"}, {"unmerge": "blend"}):
             config = default_config(family, options)
             assert config.scope == "block" and config.method == "importance"
             assert all(getattr(config, name) == value for name, value in options.items())
@@ -122,13 +122,13 @@ def test_is_the_default_and_other_options_ask_for_tokens():
         {"method": "tome"},
         {"method": "all", "scope": "block"},
         {"method_options": {"source": "change"}},
-        {"fold": "mean"},
-        {"restore": "copy"},
-        {"restore": "blend"},
-        {"context": "fresh"},
+        {"merge": "mean"},
+        {"unmerge": "copy"},
+        {"unmerge": "blend"},
+        {"keys_values": "fresh"},
         {"schedule": "linear"},
-        {"share": "level"},
-        {"levels": (0,)},
+        {"share": "resolution"},
+        {"resolutions": (0,)},
         {"min_tokens": 64},
         {"seed": 1},
     ],
@@ -137,19 +137,19 @@ def test_is_the_default_and_other_options_ask_for_tokens():
 def test_what_does_nothing_there_is_refused(options):
     named = next(iter(options))
     with pytest.raises(ValueError, match=named.removesuffix("_options")):
-        TofuConfig(**{"scope": "step", **options})
+        TokenReduction(**{"scope": "step", **options})
     pipe = tiny.tiny_sd()
     before = tiny.generate(pipe, steps=2)
     with pytest.raises(ValueError, match=named.removesuffix("_options")):
-        apply_tofu(pipe, TofuConfig(scope="step"), **options)
+        apply_tofu(pipe, TokenReduction(scope="step"), **options)
     assert torch.equal(tiny.generate(pipe, steps=2), before)
 
 
 def test_a_configuration_survives_json():
-    config = TofuConfig(scope="step", ratio=0.4, first_steps=3)
-    assert (config.method, config.restore_at(0.0)) == ("all", "taylor")
-    assert TofuConfig.from_json(config.to_json()) == config
-    assert TofuConfig().method == "tofu"
+    config = TokenReduction(scope="step", ratio=0.4, warmup_steps=3)
+    assert (config.method, config.unmerge_at(0.0)) == ("all", "taylor")
+    assert TokenReduction.from_json(config.to_json()) == config
+    assert TokenReduction().method == "tofu"
 
 
 @given(st.integers(0, 6), st.integers(0, 60), st.floats(0, 0.999))
@@ -171,7 +171,7 @@ def test_rests_are_even_and_the_longer_ones_late(first, count, ratio):
 
 def test_the_summary_counts_the_steps_left_out():
     pipe = tiny.tiny_sd()
-    with apply_tofu(pipe, ratio=0.5, scope="step", first_steps=2) as handle:
+    with apply_tofu(pipe, ratio=0.5, scope="step", warmup_steps=2) as handle:
         nominal = handle.summary()
         assert nominal.nominal and nominal.flops_saved == pytest.approx(0.45)
         tiny.generate(pipe, steps=STEPS)
@@ -315,7 +315,7 @@ def test_a_rest_is_made_up_for_by_what_lies_between_the_steps_around_it(sizes, s
         for call in range(calls):
             at = torch.tensor(float(step))
             if step in skipped:
-                given = past.restored(str(call), at, return_dict=False)[0]
+                given = past.unmerged(str(call), at, return_dict=False)[0]
                 before = max(set(range(step)) - skipped)
                 after = min(set(range(step, count)) - skipped)
                 share = (step - before) / (after - before)
@@ -334,15 +334,15 @@ def test_a_rest_is_made_up_for_by_what_lies_between_the_steps_around_it(sizes, s
 def test_corrected_differs_from_taylor_where_a_rest_is_followed_by_another_step(build):
     pipe = build()
     made = {}
-    for restore in ("taylor", "corrected"):
-        with apply_tofu(pipe, ratio=0.5, scope="step", restore=restore, first_steps=2) as handle:
-            made[restore] = tiny.generate(pipe, steps=STEPS)
-            assert torch.equal(tiny.generate(pipe, steps=STEPS), made[restore])
-            made[f"{restore} bytes"] = handle.summary().cache_bytes
-        with apply_tofu(pipe, ratio=0.2, scope="step", restore=restore, first_steps=STEPS - 2):
-            made[f"{restore} last"] = tiny.generate(pipe, steps=STEPS)
-        with apply_tofu(pipe, ratio=0.0, scope="step", restore=restore):
-            made[f"{restore} none"] = tiny.generate(pipe, steps=STEPS)
+    for unmerge in ("taylor", "corrected"):
+        with apply_tofu(pipe, ratio=0.5, scope="step", unmerge=unmerge, warmup_steps=2) as handle:
+            made[unmerge] = tiny.generate(pipe, steps=STEPS)
+            assert torch.equal(tiny.generate(pipe, steps=STEPS), made[unmerge])
+            made[f"{unmerge} bytes"] = handle.summary().cache_bytes
+        with apply_tofu(pipe, ratio=0.2, scope="step", unmerge=unmerge, warmup_steps=STEPS - 2):
+            made[f"{unmerge} last"] = tiny.generate(pipe, steps=STEPS)
+        with apply_tofu(pipe, ratio=0.0, scope="step", unmerge=unmerge):
+            made[f"{unmerge} none"] = tiny.generate(pipe, steps=STEPS)
     assert not torch.equal(made["taylor"], made["corrected"])
     assert made["taylor bytes"] == made["corrected bytes"]
     assert torch.equal(made["taylor last"], made["corrected last"])
@@ -352,8 +352,8 @@ def test_corrected_differs_from_taylor_where_a_rest_is_followed_by_another_step(
 def test_corrected_is_taylor_where_steps_have_no_moves():
     pipe = tiny.tiny_ddpm()
     made = []
-    for restore in ("taylor", "corrected"):
-        with apply_tofu(pipe, ratio=0.5, scope="step", restore=restore, first_steps=2):
+    for unmerge in ("taylor", "corrected"):
+        with apply_tofu(pipe, ratio=0.5, scope="step", unmerge=unmerge, warmup_steps=2):
             made.append(tiny.generate(pipe, steps=STEPS))
     assert torch.equal(*made)
 
@@ -362,7 +362,7 @@ def test_of_some_of_the_steps_the_moves_are_theirs():
     pipe = diffusers.StableDiffusionImg2ImgPipeline(**tiny.tiny_sd().components)
     pipe.set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with apply_tofu(pipe, ratio=0.5, scope="step", restore="corrected") as handle:
+    with apply_tofu(pipe, ratio=0.5, scope="step", unmerge="taylor", corrector=True) as handle:
         tiny.generate(pipe, steps=16, image=image, strength=0.5)
         ((_, session),) = handle._sessions
         assert session.predictions.moves == moves(pipe.scheduler)[8:]
@@ -370,6 +370,6 @@ def test_of_some_of_the_steps_the_moves_are_theirs():
 
 
 def test_corrected_alone_is_the_default_profile():
-    config = TofuConfig(scope="step", restore="corrected")
-    assert TofuConfig.from_json(config.to_json()) == config
-    assert default_config("unet", {"restore": "corrected"}).scope == "step"
+    config = TokenReduction(scope="step", unmerge="taylor", corrector=True)
+    assert TokenReduction.from_json(config.to_json()) == config
+    assert default_config("unet", {"unmerge": "taylor", "corrector": True}).scope == "step"

@@ -39,7 +39,7 @@ def test_schedulers_set_before_or_after_applying(scheduler, when):
     pipe = tiny.tiny_sd()
     if when == "before":
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    handle = apply_tofu(pipe, ratio=0.5, context="fresh")
+    handle = apply_tofu(pipe, ratio=0.5, keys_values="fresh")
     if when == "after":
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     calls = []
@@ -100,7 +100,7 @@ def test_few_steps_are_warned_of_where_most_are_skipped(compiled):
     pipe = image_to_image(compiled)
     image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     with (
-        apply_tofu(pipe, ratio=0.5, first_steps=4),
+        apply_tofu(pipe, ratio=0.5, warmup_steps=4),
         pytest.warns(UserWarning, match="4 steps, of which 4 run whole"),
     ):
         tiny.generate(pipe, steps=20, image=image, strength=0.2)
@@ -108,7 +108,7 @@ def test_few_steps_are_warned_of_where_most_are_skipped(compiled):
 
 def test_first_and_last_steps_stay_whole():
     pipe = tiny.tiny_sd()
-    handle = apply_tofu(pipe, ratio=0.5, method="tome", first_steps=1, last_steps=2)
+    handle = apply_tofu(pipe, ratio=0.5, method="tome", warmup_steps=1, cooldown_steps=2)
     tiny.generate(pipe, steps=6)
     ratios = [step.ratios[0] for step in handle._sessions[0][1].steps()]
     assert ratios == ["0.0", "0.5", "0.5", "0.5", "0.0", "0.0"]
@@ -136,11 +136,11 @@ def test_a_bare_model_stands_alone_or_is_told():
     apply_tofu(unet, ratio=0.5, method="tome")
     assert torch.equal(unet(**inputs)[0], unet(**inputs)[0])
     for options in (
-        {"restore": "temporal"},
-        {"context": "cached"},
+        {"unmerge": "temporal"},
+        {"keys_values": "cached"},
         {"method": "importance"},
         {"schedule": "linear"},
-        {"first_steps": 1},
+        {"warmup_steps": 1},
         {"reuse": 2},
     ):
         handle = apply_tofu(unet, **({"ratio": 0.5, "method": "random"} | options))
@@ -194,8 +194,8 @@ def test_guidance_in_two_calls_uses_the_conditional_plan():
             cut[first] = cut[first] + 0.2 * step * drift
             return cut
 
-        early = {"first_steps": 2}
-        for options in (early, early | {"context": "cached"}, {"method": "tome"}):
+        early = {"warmup_steps": 2}
+        for options in (early, early | {"keys_values": "cached"}, {"method": "tome"}):
             handle = apply_tofu(model, ratio=0.5, **options)
             together, apart = [], []
             for step in range(steps):
@@ -213,10 +213,10 @@ def test_guidance_in_two_calls_uses_the_conditional_plan():
 @pytest.mark.parametrize(
     "options",
     [
-        {"context": "cached"},
-        {"context": "fresh", "restore": "taylor"},
+        {"keys_values": "cached"},
+        {"keys_values": "fresh", "unmerge": "taylor"},
         {"scope": "step"},
-        {"method": "tome", "fold": "prune", "restore": "temporal", "first_steps": 2},
+        {"method": "tome", "merge": "prune", "unmerge": "temporal", "warmup_steps": 2},
     ],
     ids=str,
 )
@@ -269,7 +269,7 @@ def test_unconditional_rows_follow_the_conditional_ones():
 @torch.no_grad()
 def test_no_token_waits_longer_than_max_age():
     pipe = tiny.tiny_sd()
-    handle = apply_tofu(pipe, ratio=0.7, max_age=4, levels=(0,))
+    handle = apply_tofu(pipe, ratio=0.7, max_age=4, resolutions=(0,))
     session = handle._sessions[0][1]
     waited = []
 
@@ -316,13 +316,13 @@ def test_importance_from_every_source():
     pipe = tiny.tiny_sd()
     for source in ("change", "cfg", "attention", "key_norm"):
         outputs = []
-        for context in ("none", "cached"):
+        for keys_values in ("dropped", "cached"):
             with apply_tofu(
                 pipe,
                 ratio=0.5,
                 method="importance",
                 method_options={"source": source},
-                context=context,
+                keys_values=keys_values,
             ):
                 outputs.append(tiny.generate(pipe, ["a cat", "a dog"], steps=5))
         assert torch.isfinite(torch.cat(outputs)).all()
@@ -362,7 +362,9 @@ def test_three_conditions_in_a_batch(build, options):
     pipe = build(tiny.tiny_sd())
     if build is perturbed and "scope" in options:
         apply_tofu(pipe, ratio=0.5, **options)
-        with pytest.raises(ValueError, match=r"perturbed-attention guidance .* use context='none'"):
+        with pytest.raises(
+            ValueError, match=r"perturbed-attention guidance .* use keys_values='dropped'"
+        ):
             tiny.generate(pipe, steps=4)
         return
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))

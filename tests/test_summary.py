@@ -14,7 +14,7 @@ SETTINGS = {
     "tome": {"method": "tome"},
     "attention": {"method": "tofu", "scope": "attention"},
     "default": {},
-    "cached": {"context": "cached"},
+    "cached": {"keys_values": "cached"},
     "scheduled": {"method": "random", "schedule": "linear"},
 }
 
@@ -121,7 +121,7 @@ SD3 = {
 def test_full_size_models_are_counted_without_weights(cls, config, tera, least):
     with torch.device("meta"):
         model = cls.from_config(config)
-    with apply_tofu(model, ratio=0.5, method="tome", fold="prune", share="level") as handle:
+    with apply_tofu(model, ratio=0.5, method="tome", merge="prune", share="resolution") as handle:
         summary = handle.summary()
     if tera is not None:
         # The example has a batch of two.
@@ -131,7 +131,7 @@ def test_full_size_models_are_counted_without_weights(cls, config, tera, least):
 
 def test_computed_says_where_the_work_went():
     pipe = tiny.tiny_sd()
-    with apply_tofu(pipe, ratio=0.5, levels=(0,), max_age=4) as handle:
+    with apply_tofu(pipe, ratio=0.5, resolutions=(0,), max_age=4) as handle:
         assert handle.computed() == {}
         tiny.generate(pipe, ["a cat", "a dog"], steps=6, height=120, width=136)
         maps = handle.computed()

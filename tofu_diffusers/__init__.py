@@ -7,45 +7,48 @@
 """
 
 from .api import Handle, apply_tofu, remove_tofu
-from .config import CONTEXTS, RESTORES, SCOPES, TofuConfig
+from .config import KEYS_VALUES, SCOPES, Config, StepSkipping, TokenReduction
 from .families import FAMILIES
-from .profiles import default_config, profile
+from .profiles import profile
 from .report.summary import Summary
+from .steps.rules import SKIP_RULES
 from .steps.schedule import Schedule
 from .tokens.grid import TokenGrid
-from .tokens.merge import FOLDS, reduce
+from .tokens.merge import MERGES, merge_tokens
 from .tokens.methods import METHODS, Evidence, Method
 from .tokens.plan import Plan
-from .tokens.unmerge import UpdateCache, restore
+from .tokens.unmerge import UNMERGES, UpdateCache, unmerge_tokens
 from .tuning.calibrate import calibrate_gradient
 from .tuning.schedule_search import Learned, learn_schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CONTEXTS",
     "FAMILIES",
-    "FOLDS",
+    "KEYS_VALUES",
+    "MERGES",
     "METHODS",
-    "RESTORES",
     "SCOPES",
+    "SKIP_RULES",
+    "UNMERGES",
+    "Config",
     "Evidence",
     "Handle",
     "Learned",
     "Method",
     "Plan",
     "Schedule",
+    "StepSkipping",
     "Summary",
-    "TofuConfig",
     "TokenGrid",
+    "TokenReduction",
     "UpdateCache",
     "__version__",
     "apply_tofu",
     "calibrate_gradient",
-    "default_config",
     "learn_schedule",
+    "merge_tokens",
     "profile",
-    "reduce",
     "remove_tofu",
-    "restore",
+    "unmerge_tokens",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import TofuConfig, check_field_names
+from .config import CONFIGS, Config, StepSkipping, TokenReduction, one_of
 from .families import find_family, known_classes
 from .hooks.layout import Layout
 from .hooks.patch import (
@@ -19,7 +19,7 @@ from .hooks.patch import (
     unwrap,
 )
 from .hooks.sites import Root
-from .profiles import default_config
+from .profiles import fastest, resolved
 from .report.summary import Summary, site_stats, summarise
 from .runtime.session import PipelineReference, Session
 from .steps.clock import unwatch, watch
@@ -27,36 +27,45 @@ from .steps.clock import unwatch, watch
 DENOISER_NAMES = ("unet", "transformer", "transformer_2")
 
 
-def apply_tofu(target: Any, config: TofuConfig | float | None = None, **options: Any) -> Handle:
-    """Make a pipeline or denoiser run with fewer tokens, until `remove_tofu` or `handle.remove()`.
+def apply_tofu(
+    target: Any,
+    *configs: Config,
+    ratio: float | None = None,
+    speedup: float | None = None,
+    **options: Any,
+) -> Handle:
+    """Make a pipeline or denoiser denoise with less work, until `remove_tofu` or `handle.remove()`.
 
     Example:
-        >>> handle = apply_tofu(pipe, ratio=0.5)
+        >>> handle = apply_tofu(pipe, ratio=0.5)          # half of the tokens, by the family's profile
+        >>> handle = apply_tofu(pipe, speedup=2.0)        # at least two times fewer FLOPs, the best known way
+        >>> handle = apply_tofu(pipe, TokenReduction(ratio=0.25), StepSkipping(speedup=1.5))       # both
         >>> image = pipe("a red apple").images[0]
         >>> remove_tofu(pipe)
 
     Args:
         target: A pipeline (all its denoisers), a modular pipeline, or a denoiser, compiled or not.
-        config: A TofuConfig, or a ratio. Without one, options build it: on the denoiser family's default
-            profile, or, where they name a method, on that method's own fold and restore.
-        options: Fields of TofuConfig; with a config they replace its fields.
+        configs: A TokenReduction, a StepSkipping, or one of each: then tokens are reduced in the steps that
+            are computed.
+        ratio: Fraction of the image tokens removed: `TokenReduction(ratio=ratio, **options)`. Higher is faster
+            and drifts more.
+        speedup: How many times fewer FLOPs of the denoiser, at least: by the type that measured best for the
+            family (`StepSkipping` today), with these options. Higher is faster and drifts more.
+        options: Further options of that type; with configs they replace those of the one that has them.
 
     Returns:
         A handle: a context manager with `summary()`, `stats()`, `step()` and `remove()`.
 
     Raises:
-        TypeError: if the target is no pipeline or model, or a number is not a number.
-        ValueError: if the target has no denoiser of a known family or no site, was changed by tomesd, or
-            the configuration does not hold. The target is then as it was.
+        TypeError: if the target is no pipeline or model, a config is none, or a number is not a number.
+        ValueError: if ratio and speedup are given together, an option is of another type than what is asked
+            for, the target has no denoiser of a known family or no site, was changed by tomesd, or the
+            configuration does not hold. The target is then as it was.
         FileNotFoundError: if there are no probes where `method_options` say.
         RuntimeError: if a forward that must change was replaced by another.
     """
-    check_field_names(options)
-    if config is not None and not isinstance(config, TofuConfig):
-        if "ratio" in options:
-            raise ValueError(f"ratio given twice: {config!r} and {options['ratio']!r}")
-        options["ratio"], config = config, None
-    family = options.get("family", config.family if config is not None else None)
+    asked = _asked(configs, ratio, speedup, options)
+    family = options.get("family", next((each.family for each in configs if each.family), None))
     pipeline, models = _denoisers(target, family)
     plans = []
     for model in models:
@@ -65,16 +74,26 @@ def apply_tofu(target: Any, config: TofuConfig | float | None = None, **options:
                 f"{type(model).__name__} was changed by tomesd; call tomesd.remove_patch(pipe) first"
             )
         kind = find_family(model, family)
-        resolved = (
-            config.replace(**options) if config is not None else default_config(kind.name, options)
-        )
-        plans.append((model, kind, resolved, Layout(model, kind, resolved)))
+        wanted = asked
+        if not wanted:
+            workflow = fastest(kind.name)
+            workflow.check_field_names(options)
+            wanted = (workflow(speedup=speedup, **options),)  # type: ignore[call-arg]
+        chosen = {type(each): resolved(each, kind.name) for each in wanted}
+        reduction, skipping = chosen.get(TokenReduction), chosen.get(StepSkipping)
+        layout = Layout(model, kind, reduction)  # type: ignore[arg-type]
+        plans.append((model, kind, reduction, skipping, layout))
     remove_tofu(target)
     sessions = []
     try:
-        for model, kind, resolved, layout in plans:
+        for model, kind, reduction, skipping, layout in plans:
             session = Session(
-                resolved, kind, layout.units, layout.projections, PipelineReference(pipeline)
+                reduction,  # type: ignore[arg-type]
+                skipping,  # type: ignore[arg-type]
+                kind,
+                layout.units,
+                layout.projections,
+                PipelineReference(pipeline),
             )
             sessions.append((model, session))
             layout.attach(model, session)
@@ -115,9 +134,9 @@ class Handle:
         self._sessions = sessions
 
     @property
-    def config(self) -> TofuConfig:
-        """The configuration in force (of the first denoiser)."""
-        return self._sessions[0][1].config
+    def configs(self) -> tuple[Config, ...]:
+        """What is in force, with nothing left open: one of each workflow at most (of the first denoiser)."""
+        return self._sessions[0][1].configs
 
     @property
     def removed(self) -> bool:
@@ -236,6 +255,61 @@ class Handle:
             self.remove()
 
 
+def _asked(
+    configs: tuple[Config, ...],
+    ratio: float | None,
+    speedup: float | None,
+    options: dict[str, Any],
+) -> tuple[Config, ...]:
+    """The configurations that were asked for; none where the family's profile says of which type."""
+    for each in configs:
+        if not isinstance(each, Config):
+            raise TypeError(
+                f"apply_tofu takes TokenReduction and StepSkipping, not {each!r}; name a number: ratio=0.5 "
+                "(tokens) or speedup=2.0"
+            )
+    kinds = [type(each) for each in configs]
+    if len({*kinds}) < len(kinds):
+        raise ValueError(f"two {kinds[0].__name__} are given; give one of each type at most")
+    amounts = {"ratio": ratio, "speedup": speedup}
+    given = {name: value for name, value in amounts.items() if value is not None} | options
+    known = {name: [kind for kind in CONFIGS if name in kind.field_names()] for name in given}
+    for name in given:
+        one_of("option", name, {name for kind in CONFIGS for name in kind.field_names()})
+    if configs:
+        changes: dict[type[Config], dict[str, Any]] = {kind: {} for kind in kinds}
+        for name, value in given.items():
+            owners = [kind for kind in known[name] if kind in kinds]
+            if len(owners) != 1:
+                whose = " and ".join(kind.__name__ for kind in known[name])
+                raise ValueError(
+                    f"option {name!r} is one of {whose}, and given are "
+                    f"{' and '.join(kind.__name__ for kind in kinds)}; say it inside the one that you mean"
+                )
+            changes[owners[0]][name] = value
+        return tuple(each.replace(**changes[type(each)]) for each in configs)
+    if ratio is not None and speedup is not None:
+        raise ValueError(
+            f"ratio {ratio} (tokens) and speedup {speedup} (FLOPs) ask for two things; for both give "
+            f"TokenReduction(ratio={ratio}), StepSkipping(speedup={speedup})"
+        )
+    if speedup is not None:
+        return ()
+    fitting = [kind for kind in CONFIGS if all(kind in known[name] for name in given)]
+    if not given or len(fitting) > 1:
+        raise ValueError(
+            "how much? Say ratio=0.5 (remove half of the image tokens) or speedup=2.0 (half of the "
+            "denoiser's FLOPs)"
+        )
+    if not fitting:
+        whose = ", ".join(f"{name} ({known[name][0].__name__})" for name in given)
+        raise ValueError(
+            f"options of both workflows: {whose}; leave those of one out, or give "
+            "TokenReduction(...), StepSkipping(...)"
+        )
+    return (fitting[0](**given),)
+
+
 def _denoisers(target: Any, family: str | None) -> tuple[Any, list[nn.Module]]:
     """The pipeline (None for a bare model) and its denoisers, unwrapped."""
     parts = components(target)
@@ -284,7 +358,7 @@ def only_denoiser(pipe: Any, family: str | None) -> nn.Module:
 
 def _attached(model: nn.Module, like: Session) -> Session:
     """Put the tofu of another session on a bare model; returns its session."""
-    handle = apply_tofu(model, like.config.replace(memory_limit=None))
+    handle = apply_tofu(model, *(each.replace(memory_limit=None) for each in like.configs))
     return handle._sessions[0][1]
 
 

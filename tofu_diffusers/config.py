@@ -1,4 +1,4 @@
-"""What tofu does, as one frozen value: validated at construction, JSON both ways."""
+"""What tofu does, as frozen values: one type a workflow, validated at construction, JSON both ways."""
 
 from __future__ import annotations
 
@@ -8,34 +8,23 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
+from .steps.rules import SKIP_RULES
 from .steps.schedule import Schedule, quantise
-from .tokens.merge import FOLDS
-from .tokens.methods import METHODS, Method, make_method
-from .tokens.methods.all import All
+from .tokens.merge import MERGES
+from .tokens.methods import Method, make_method
 from .tokens.methods.base import hint
-from .tokens.unmerge import CACHED, SITE_RESTORES
+from .tokens.unmerge import CACHED, UNMERGES
 
-SCOPES = ("attention", "block", "span", "step")
-CONTEXTS = ("none", "fresh", "cached")
-SHARES = ("block", "run", "level")
-# What scope "step" has no use for, with all tokens gone at once.
-TOKEN_FIELDS = (
-    "context", "schedule", "depth_schedule", "max_age", "first_blocks", "last_blocks", "share", "share_plan",
-    "reuse", "levels", "min_tokens", "seed",
-)  # fmt: skip
-# Whole numbers, and the least that each may be.
-LEAST = {
-    "first_steps": 0, "last_steps": 0, "first_blocks": 0, "last_blocks": 0, "min_tokens": 0, "reuse": 1,
-    "max_age": 1, "seed": 0,
-}  # fmt: skip
-MOST_SEED = 2**63 - 1
-FILE_NAME = "tofu_config.json"
-FORMAT = 1
-CORRECTED = "corrected"
-RESTORES = (*SITE_RESTORES, CORRECTED)
-STEP_RESTORES = ("temporal", "taylor", CORRECTED)
+SCOPES = ("attention", "block", "span")
+KEYS_VALUES = ("dropped", "fresh", "cached")
+SHARES = ("block", "stack", "resolution")
+MAX_SEED = 2**63 - 1
+VERSION = 1
+"""Of the JSON form."""
+
+AnyConfig = TypeVar("AnyConfig", bound="Config")
 
 
 def one_of(what: str, value: object, valid: Iterable[str]) -> None:
@@ -47,38 +36,139 @@ def one_of(what: str, value: object, valid: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True)
-class TofuConfig:
-    """Configuration of token reduction.
+class Config:
+    """What both workflows have: `TokenReduction` and `StepSkipping` derive from it."""
+
+    file_name: ClassVar[str]
+    whole_numbers: ClassVar[Mapping[str, int]]
+    """Fields that are whole numbers or None, with the least value of each."""
+
+    memory_limit: float | None = field(default=None, kw_only=True)
+    family: str | None = field(default=None, kw_only=True)
+
+    def resolved(self, profile: Mapping[str, Any]) -> Config:
+        """Take the options that are not given from a profile's fields."""
+        raise NotImplementedError
+
+    def _check_numbers(self) -> None:
+        for name, least in self.whole_numbers.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _whole_number(name, value, least))
+        limit = self.memory_limit
+        if limit is not None:
+            _check_number("memory_limit", limit)
+            if limit <= 0:
+                raise ValueError(f"memory_limit {limit} GiB must be above 0; None sets no limit")
+
+    def replace(self: AnyConfig, **changes: Any) -> AnyConfig:
+        """Copy the configuration with some fields changed, and validate it again."""
+        self.check_field_names(changes)
+        return type(self)(
+            **{item.name: getattr(self, item.name) for item in fields(self)} | changes
+        )
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Names of the options."""
+        return [item.name for item in fields(cls)]
+
+    @classmethod
+    def check_field_names(cls, names: Iterable[str]) -> None:
+        """Raise ValueError naming the closest option unless all are options of this type."""
+        for name in names:
+            one_of(f"option of {cls.__name__}", name, cls.field_names())
+
+    def to_json(self) -> str:
+        """Write the configuration as a JSON object with its type and version."""
+        state = {"type": type(self).__name__, "version": VERSION, "data": asdict(self)}
+        return json.dumps(state, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls: type[AnyConfig], text: str) -> AnyConfig:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: if the text is no such JSON object, of another type or of another version.
+        """
+        state = json.loads(text)
+        if not isinstance(state, dict):
+            raise ValueError(f"a {cls.__name__} is a JSON object, not a {type(state).__name__}")
+        kind, version = state.get("type"), state.get("version")
+        if kind != cls.__name__:
+            raise ValueError(
+                f"the text holds a {kind}, not a {cls.__name__}; read it with its own type"
+            )
+        if version != VERSION:
+            raise ValueError(
+                f"the text has version {version} of {cls.__name__}, and this reads version {VERSION}; "
+                "update tofu_diffusers"
+            )
+        data = dict(state["data"])
+        cls.check_field_names(data)
+        return cls(**data)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the configuration into a folder, such as a saved pipeline's; returns the file's path."""
+        path = Path(folder) / self.file_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls: type[AnyConfig], folder: str | Path) -> AnyConfig:
+        """Read the configuration from a folder.
+
+        Raises:
+            FileNotFoundError: if the folder holds none of this type.
+        """
+        path = Path(folder) / cls.file_name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no {cls.file_name} in {folder}; write one with {cls.__name__}.save"
+            )
+        return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class TokenReduction(Config):
+    """Merge or prune image tokens inside every denoising step, and unmerge them behind.
+
+    An option that is None is taken from the token profile of the denoiser's family, which was measured to
+    drift least; where a `method` is named, it is that method's own, or what its line below says.
 
     Args:
-        ratio: Fraction of the image tokens removed where tofu acts, in [0, 1); in scope "step", fraction of
-            the steps that are left out.
-        method: Which tokens go: a name of `tofu_diffusers.METHODS`; in scope "step" "all", the only one
-            there. None: "tofu", or "all" in scope "step".
+        ratio: Fraction of the image tokens removed, in [0, 1). Higher is faster and drifts more.
+        method: Which tokens go: a name of `tofu_diffusers.METHODS`.
         method_options: Options of the method, by name.
-        fold: What a kept token becomes: "prune", "mean", "mlerp"; None: the method's own.
-        restore: What a removed token gets back: "copy", "mlerp", "temporal", "taylor", "blend", "corrected"
-            (what "taylor" got wrong is taken back at the next step that computes it); None: the method's
-            own. In scope "step": "temporal", "taylor", "corrected".
-        scope: Around what tokens shrink: "attention", "block", "span" (a run of blocks) or "step" (the whole
-            denoiser: at some steps it does not run, and its prediction is restored from its past).
-        context: What attention sees of removed tokens: "none"; "fresh" (keys and values from their
-            current state); "cached" (their last keys and values).
+        merge: What a kept token becomes: "prune" (it stays as it is), "mean" of its group, or "mlerp" (the
+            mean's direction at the largest norm of the group).
+        unmerge: What a removed token gets back: a name of `tofu_diffusers.UNMERGES`. "copy" and "mlerp"
+            need no past; "temporal", "taylor" and "blend" reuse a token's earlier updates and drift less.
+        corrector: Whether the latents of a token are corrected when it is computed again, by what was
+            predicted for it in between. Drifts less; costs four numbers a latent. Else False.
+        scope: Around what tokens shrink: "attention", "block" or "span" (all blocks of a stack). Larger is
+            faster. Else "block".
+        keys_values: What attention sees of removed tokens: "dropped" (nothing); "fresh" (keys and values of
+            their current state); "cached" (those of when they were last computed). "fresh" drifts least and
+            saves least. Else "dropped".
         schedule: Factor on the ratio over the noise level (position 0: pure noise, 1: clean image). A
             `Schedule` or what `Schedule.of` takes.
         depth_schedule: The same over the depth (0: first block, 1: last block).
-        first_steps, last_steps: Denoiser evaluations left whole at the start and the end.
-        first_blocks, last_blocks: Blocks never reduced at the start and the end of the denoiser.
-        share: Who shares a plan within a step: each "block" has its own, a "run" of blocks one, or all
-            blocks of a "level" (a token grid) one.
+        warmup_steps: Steps at the start that compute all tokens. More drift less and save less. Else 0, or as
+            many as the method needs.
+        cooldown_steps: Steps at the end that compute all tokens.
+        first_blocks, last_blocks: Blocks at the start and the end that compute all tokens.
+        share: Which blocks share a plan within a step: each "block" has its own, a "stack" of blocks has one,
+            or all blocks of a "resolution" (a token grid) have one. Else "stack".
         share_plan: Whether all images of a batch share one plan, made from all of them. Where positions have
             no batch axis (FLUX, Qwen-Image) images run one after another in the reduced blocks otherwise.
         reuse: Denoising steps that a plan is used for.
-        levels: UNet resolution levels to act on (0 = finest); None: all.
-        min_tokens: Leave token grids smaller than this whole.
-        max_age: Staleness bound of the cached restores, in steps; None: unbounded.
+        resolutions: Resolutions of a UNet to act on (0: the finest); None: all.
+        min_tokens: Token grids smaller than this are not reduced.
+        max_age: Steps after which an earlier update counts as too old to be reused; 0: no bound. Else 0.
         memory_limit: Most GiB that caches may take; None: no limit.
-        seed: Seed of the methods that draw; the global generator is never touched.
+        seed: Of the methods that draw; the global generator is never touched.
         family: Family of the denoiser by name; None: found from its class.
 
     Raises:
@@ -86,28 +176,38 @@ class TofuConfig:
         ValueError: if a value is unknown, out of range, or does not go with another.
     """
 
+    file_name: ClassVar[str] = "token_reduction.json"
+    whole_numbers: ClassVar[Mapping[str, int]] = {
+        "warmup_steps": 0, "cooldown_steps": 0, "first_blocks": 0, "last_blocks": 0, "min_tokens": 0,
+        "reuse": 1, "max_age": 0, "seed": 0,
+    }  # fmt: skip
+    without_profile: ClassVar[Mapping[str, Any]] = {
+        "corrector": False, "scope": "block", "keys_values": "dropped", "warmup_steps": 0, "share": "stack",
+        "max_age": 0,
+    }  # fmt: skip
+    """What options are, where a method is named, if they are not given."""
+
     ratio: float = 0.5
     method: str | None = None
     method_options: Mapping[str, Any] = field(default_factory=dict)
-    fold: str | None = None
-    restore: str | None = None
-    scope: str = "block"
-    context: str = "none"
+    merge: str | None = None
+    unmerge: str | None = None
+    corrector: bool | None = None
+    scope: str | None = None
+    keys_values: str | None = None
     schedule: Schedule = Schedule()
     depth_schedule: Schedule = Schedule()
-    first_steps: int = 0
-    last_steps: int = 0
+    warmup_steps: int | None = None
+    cooldown_steps: int = 0
     first_blocks: int = 0
     last_blocks: int = 0
-    share: str = "run"
+    share: str | None = None
     share_plan: bool = False
     reuse: int = 1
-    levels: tuple[int, ...] | None = None
+    resolutions: tuple[int, ...] | None = None
     min_tokens: int = 0
     max_age: int | None = None
-    memory_limit: float | None = None
     seed: int = 0
-    family: str | None = None
 
     def __post_init__(self) -> None:
         _check_number("ratio", self.ratio)
@@ -118,114 +218,109 @@ class TofuConfig:
         object.__setattr__(self, "ratio", float(self.ratio))
         object.__setattr__(self, "schedule", Schedule.of(self.schedule))
         object.__setattr__(self, "depth_schedule", Schedule.of(self.depth_schedule))
-        one_of("scope", self.scope, SCOPES)
-        if self.method is None:
-            object.__setattr__(self, "method", All.name if self.scope == "step" else "tofu")
         # As JSON has them, so that a configuration read back is equal.
         options = {name: _plain(value) for name, value in dict(self.method_options).items()}
         object.__setattr__(self, "method_options", options)
-        if self.fold is not None:
-            one_of("fold", self.fold, FOLDS)
-        if self.restore is not None:
-            one_of("restore", self.restore, RESTORES)
-        one_of("context", self.context, CONTEXTS)
-        one_of("share", self.share, SHARES)
-        for name, least in LEAST.items():
+        for name, valid in {
+            "merge": MERGES, "unmerge": UNMERGES, "scope": SCOPES, "keys_values": KEYS_VALUES, "share": SHARES,
+        }.items():  # fmt: skip
             if getattr(self, name) is not None:
-                whole = _whole(name, getattr(self, name), least)
-                object.__setattr__(self, name, whole)
-        if self.seed > MOST_SEED:
-            raise ValueError(f"seed {self.seed} is above {MOST_SEED}, the largest of 64 bits")
-        if not isinstance(self.share_plan, bool):
-            raise TypeError(f"share_plan must be True or False, not {self.share_plan!r}")
-        if self.levels is not None:
-            levels = tuple(_whole("levels", level, 0) for level in self.levels)
-            object.__setattr__(self, "levels", levels)
-        if self.memory_limit is not None:
-            _check_number("memory_limit", self.memory_limit)
-            if self.memory_limit <= 0:
-                raise ValueError(
-                    f"memory_limit {self.memory_limit} GiB must be above 0; None sets no limit"
-                )
+                one_of(name, getattr(self, name), valid)
+        for name in ("corrector", "share_plan"):
+            if getattr(self, name) not in (True, False, None):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        self._check_numbers()
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed {self.seed} is above {MAX_SEED}, the largest of 64 bits")
+        if self.resolutions is not None:
+            numbers = tuple(_whole_number("resolutions", each, 0) for each in self.resolutions)
+            object.__setattr__(self, "resolutions", numbers)
+        if self.method is not None:
+            for name, value in self.without_profile.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
+            self._check_method()
+            self._check_combination()
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether nothing is left to a family's profile."""
+        return self.method is not None
+
+    def resolved(self, profile: Mapping[str, Any]) -> TokenReduction:
+        """Take the options that are not given from a profile's fields, unless a method is named.
+
+        Raises:
+            ValueError: if given options do not go with the profile's.
+        """
+        if self.is_resolved:
+            return self
+        given = {name: getattr(self, name) for name in self.field_names()}
+        empty = {name: value for name, value in given.items() if value is None or value == {}}
+        taken = {name: profile[name] for name in profile if name in empty}
+        try:
+            return TokenReduction(**given | taken)
+        except ValueError as error:
+            names = ", ".join(f"{name} {value!r}" for name, value in taken.items())
+            raise ValueError(
+                f"{error}. Not given, and so taken from the family's profile, are {names}; name a method "
+                "to start from its own options instead, such as method='tofu'"
+            ) from error
+
+    def _check_method(self) -> None:
         limit = self.make_method().max_ratio
         if self.ratio > limit:
             raise ValueError(
                 f"ratio {self.ratio:g} exceeds {limit:g}, the most method {self.method!r} can remove with "
                 f"options {dict(self.method_options)}; lower the ratio or change the options"
             )
-        self._check_combination()
 
     def _check_combination(self) -> None:
-        if self.scope == "step":
-            self._check_step()
-        prunes = {self.fold_at(depth) for depth in (0.0, 1.0)} == {"prune"}
-        cached = {self.restore_at(depth) for depth in (0.0, 1.0)} & {*CACHED, CORRECTED}
-        if (self.context != "none" or cached) and not prunes:
-            what = (
-                f"context {self.context!r}"
-                if self.context != "none"
-                else f"restore {min(cached)!r}"
-            )
-            fold = repr(self.fold) if self.fold else f"the own one of method {self.method!r}"
+        prunes = {self.merge_at(depth) for depth in (0.0, 1.0)} == {"prune"}
+        cached = {self.unmerge_at(depth) for depth in (0.0, 1.0)} & CACHED
+        needs_prune = [
+            f"keys_values {self.keys_values!r}" if self.keys_values != "dropped" else "",
+            f"unmerge {min(cached)!r}" if cached else "",
+            "corrector True" if self.corrector else "",
+        ]
+        if any(needs_prune) and not prunes:
+            what = next(filter(None, needs_prune))
+            merge = repr(self.merge) if self.merge else f"the own one of method {self.method!r}"
             raise ValueError(
-                f"{what} needs fold 'prune' at every site (a folded token has no state of its own to keep), "
-                f"not {fold}; pass fold='prune'"
+                f"{what} needs merge 'prune' at every site (a merged token has no state of its own to keep), "
+                f"not {merge}; pass merge='prune'"
             )
-        if self.scope == "span" and self.context == "fresh":
+        if self.scope == "span" and self.keys_values == "fresh":
             raise ValueError(
-                "scope 'span' cannot have context 'fresh': inside a span removed tokens have no current "
-                "state; use scope 'block', or context 'cached'"
+                "scope 'span' cannot have keys_values 'fresh': inside a span removed tokens have no current "
+                "state; use scope 'block', or keys_values 'cached'"
             )
         if self.scope == "span" and self.share == "block":
             raise ValueError(
-                "scope 'span' needs one plan a run; use share 'run' or 'level', or scope 'block'"
+                "scope 'span' needs one plan a stack; use share 'stack' or 'resolution', or scope 'block'"
             )
-
-    def _check_step(self) -> None:
-        kept = {
-            "fold": self.fold in (None, "prune"),
-            "restore": self.restore_at(0.0) in STEP_RESTORES,
-        }
-        defaults = {item.name: item.default for item in fields(self)}
-        kept |= {name: getattr(self, name) == defaults[name] for name in TOKEN_FIELDS}
-        for name, holds in kept.items():
-            if not holds:
-                raise ValueError(
-                    "scope 'step' leaves out all tokens of a step and extrapolates ('taylor', 'corrected') "
-                    f"or repeats ('temporal') its prediction; {name} {getattr(self, name)!r} does nothing "
-                    "there: leave it out, or use scope='block'"
-                )
 
     def make_method(self) -> Method:
-        """The method with its options.
+        """Make the method with its options.
 
         Raises:
-            ValueError: on an unknown method or option, or one that is not of this scope.
+            ValueError: on an unknown method or option.
         """
         options = dict(self.method_options)
-        if (self.scope == "step") != (self.method == All.name):
-            raise ValueError(
-                f"scope {self.scope!r} cannot have method {self.method!r}: scope 'step' and method 'all' go "
-                f"together; leave method out, or choose one of {', '.join(sorted(METHODS))} and another scope"
-            )
-        if self.scope == "step":
-            if options:
-                raise ValueError(
-                    f"method 'all' has no options, not {', '.join(options)}; leave them out"
-                )
-            return All()
-        if self.max_age is not None and self.method == "importance":
-            # The choice must keep the bound that the restores assume.
+        method = make_method(str(self.method), **options)
+        if self.max_age and method.bounds_age:
+            # The choice must keep the bound that the unmerge assumes.
             options.setdefault("max_age", self.max_age)
-        return make_method(str(self.method), **options)
+            method = make_method(str(self.method), **options)
+        return method
 
-    def fold_at(self, depth: float) -> str:
-        """The fold at a depth in [0, 1]: the field, or else the method's own."""
-        return self.fold or self.make_method().fold(depth)
+    def merge_at(self, depth: float) -> str:
+        """The merge at a depth in [0, 1]: the option, or else the method's own."""
+        return self.merge or self.make_method().merge(depth)
 
-    def restore_at(self, depth: float) -> str:
-        """The restore at a depth in [0, 1]: the field, or else the method's own."""
-        return self.restore or self.make_method().restore(depth)
+    def unmerge_at(self, depth: float) -> str:
+        """The unmerge at a depth in [0, 1]: the option, or else the method's own."""
+        return self.unmerge or self.make_method().unmerge(depth)
 
     def ratio_at(self, position: float, depth: float) -> float:
         """The ratio at a noise level (0: pure noise, 1: clean image) and a depth, by the schedules."""
@@ -237,70 +332,89 @@ class TofuConfig:
         """Why this configuration must know the denoising step; empty if each call can stand alone."""
         method = self.make_method()
         reasons = {
-            f"restore {self.restore_at(0.0)!r}": bool(
-                {self.restore_at(0.0), self.restore_at(1.0)} & {*CACHED, CORRECTED}
+            f"unmerge {self.unmerge_at(0.0)!r}": bool(
+                {self.unmerge_at(0.0), self.unmerge_at(1.0)} & CACHED
             ),
-            f"context {self.context!r}": self.context == "cached",
+            "corrector True": bool(self.corrector),
+            f"keys_values {self.keys_values!r}": self.keys_values == "cached",
             f"method {self.method!r} (source {', '.join(method.sources)})": method.warmup > 0,
             f"schedule {self.schedule.kind!r}": not self.schedule.is_constant,
-            "first_steps and last_steps": self.first_steps + self.last_steps > 0,
+            "warmup_steps and cooldown_steps": (self.warmup_steps or 0) + self.cooldown_steps > 0,
             f"reuse {self.reuse}": self.reuse > 1,
         }
         return [reason for reason, holds in reasons.items() if holds]
 
-    def replace(self, **changes: Any) -> TofuConfig:
-        """A copy with some fields changed, validated again."""
-        check_field_names(changes)
-        return TofuConfig(
-            **{item.name: getattr(self, item.name) for item in fields(self)} | changes
-        )
 
-    def to_json(self) -> str:
-        """The configuration as a JSON object."""
-        return json.dumps({"format": FORMAT} | asdict(self), indent=2) + "\n"
+@dataclass(frozen=True)
+class StepSkipping(Config):
+    """Skip the denoiser at some steps, and forecast its output there from the steps it computed.
 
-    @classmethod
-    def from_json(cls, text: str) -> TofuConfig:
-        """The configuration that `to_json` wrote.
+    An option that is None is taken from the profile of the denoiser's family.
 
-        Raises:
-            ValueError: if the text is no such JSON object, or of another format.
-        """
-        data = json.loads(text)
-        if not isinstance(data, dict):
-            raise ValueError(f"a TofuConfig is a JSON object, not a {type(data).__name__}")
-        if data.pop("format", FORMAT) != FORMAT:
+    Args:
+        speedup: How many times fewer FLOPs of the denoiser: of N steps at most N / speedup are computed, but
+            never fewer than the warm-up needs. Higher is faster and drifts more; 1 skips nothing.
+        warmup_steps: Steps at the start that are computed. More drift less early and leave fewer for later.
+        cooldown_steps: Steps at the end that are computed.
+        rule: Which of the others are skipped: a name of `tofu_diffusers.SKIP_RULES`.
+        order: Of the forecast: 0 repeats the last computed output, 1 extrapolates the last two linearly.
+        corrector: Whether the latents are corrected at the next computed step by what the forecasts before it
+            turn out to have missed. Drifts less and costs next to nothing; does nothing with order 0.
+        memory_limit: Most GiB that caches may take; None: no limit.
+        family: Family of the denoiser by name; None: found from its class.
+
+    Raises:
+        TypeError: if a number is not a number.
+        ValueError: if a value is unknown or out of range.
+    """
+
+    file_name: ClassVar[str] = "step_skipping.json"
+    whole_numbers: ClassVar[Mapping[str, int]] = {
+        "warmup_steps": 0,
+        "cooldown_steps": 0,
+        "order": 0,
+    }
+
+    speedup: float = 2.0
+    warmup_steps: int | None = None
+    cooldown_steps: int = 0
+    rule: str | None = None
+    order: int = 1
+    corrector: bool = True
+
+    def __post_init__(self) -> None:
+        _check_number("speedup", self.speedup)
+        if not 1.0 <= self.speedup < float("inf"):
             raise ValueError(
-                f"this version reads TofuConfig format {FORMAT}; update tofu_diffusers"
+                f"speedup {self.speedup} is below 1 or no number: 2.0 halves the FLOPs, 1 skips nothing"
             )
-        check_field_names(data)
-        return cls(**data)
+        object.__setattr__(self, "speedup", float(self.speedup))
+        self._check_numbers()
+        if self.order > 1:
+            raise ValueError(f"order {self.order} is above 1; choose 0 (repeat) or 1 (extrapolate)")
+        if self.rule is not None:
+            one_of("rule", self.rule, SKIP_RULES)
+        if not isinstance(self.corrector, bool):
+            raise TypeError(f"corrector must be True or False, not {self.corrector!r}")
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `tofu_config.json` into a folder, such as a saved pipeline's; returns the file's path."""
-        path = Path(folder) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json(), encoding="utf-8")
-        return path
+    @property
+    def is_resolved(self) -> bool:
+        """Whether nothing is left to a family's profile."""
+        return self.rule is not None and self.warmup_steps is not None
 
-    @classmethod
-    def load(cls, folder: str | Path) -> TofuConfig:
-        """Read `tofu_config.json` from a folder.
+    def resolved(self, profile: Mapping[str, Any]) -> StepSkipping:
+        """Take the options that are not given from a profile's fields."""
+        given = {name: getattr(self, name) for name in self.field_names()}
+        taken = {name: profile[name] for name in ("rule", "warmup_steps") if given[name] is None}
+        return StepSkipping(**given | taken)
 
-        Raises:
-            FileNotFoundError: if the folder holds none.
-        """
-        path = Path(folder) / FILE_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"no {FILE_NAME} in {folder}; write one with TofuConfig.save")
-        return cls.from_json(path.read_text(encoding="utf-8"))
+    @property
+    def steps_needed(self) -> int:
+        """Steps that must be computed before one can be skipped."""
+        return max(self.warmup_steps or 0, self.order + 1)
 
 
-def check_field_names(names: Iterable[str]) -> None:
-    """Raise ValueError naming the closest field unless all are fields of TofuConfig."""
-    valid = [item.name for item in fields(TofuConfig)]
-    for name in names:
-        one_of("option", name, valid)
+CONFIGS: tuple[type[Config], ...] = (TokenReduction, StepSkipping)
 
 
 def _check_number(name: str, value: object) -> None:
@@ -309,13 +423,13 @@ def _check_number(name: str, value: object) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """An option's value as JSON has it."""
+    """Turn an option's value into what JSON has for it."""
     if isinstance(value, tuple):
         return list(value)
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _whole(name: str, value: object, least: int) -> int:
+def _whole_number(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
     if value < least:

@@ -94,7 +94,7 @@ class Family(ABC):
     def attention_inputs(self, block: nn.Module, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:
         """What each self-attention of the block would read if it were given the tokens x [B, M, C].
 
-        Token-wise, so that it can be asked for any tokens: context "fresh" projects the keys and values of
+        Token-wise, so that it can be asked for any tokens: keys_values "fresh" projects the keys and values of
         removed tokens from it.
 
         Raises:
@@ -118,12 +118,14 @@ class Family(ABC):
         """A block's arguments for the tokens at these positions [B, M]: per-token modulation, sliced."""
         return kwargs
 
-    def follow(self, kwargs: Kwargs, plan: Plan, context: str, removed: Tensor | None) -> Kwargs:
+    def follow(
+        self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
+    ) -> Kwargs:
         """The arguments of a block (or attention) that must follow the kept tokens, sliced.
 
         Args:
             removed: [B, N - K], positions of the tokens that the attention will be given after the kept
-                ones (rotary families in context "fresh"); None: it is given the kept ones.
+                ones (rotary families in keys_values "fresh"); None: it is given the kept ones.
         """
         return self.select(kwargs, plan.kept)
 

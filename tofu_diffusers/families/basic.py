@@ -30,8 +30,8 @@ class BasicFamily(Family):
             shift, scale = modulation[:, 0:1], modulation[:, 1:2]
             return {"attn1": block.norm1(x) * (1 + scale) + shift}
         raise ValueError(
-            f"context 'fresh' does not know norm_type {kind!r} in a {type(block).__name__}; "
-            "use context 'cached' or 'none'"
+            f"keys_values 'fresh' does not know norm_type {kind!r} in a {type(block).__name__}; "
+            "use keys_values 'cached' or 'none'"
         )
 
     def refusal(self, scope: str, named: Kwargs) -> str | None:
@@ -43,10 +43,12 @@ class BasicFamily(Family):
             "shrinks; use scope='attention'"
         )
 
-    def follow(self, kwargs: Kwargs, plan: Plan, context: str, removed: Tensor | None) -> Kwargs:
+    def follow(
+        self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
+    ) -> Kwargs:
         mask = kwargs.get("attention_mask")
         # A mask over self-attention keys [B, 1, N]; with a context all N keys are still there.
-        if mask is None or context != "none":
+        if mask is None or keys_values != "dropped":
             return kwargs
         kept = plan.kept[:, None].expand(-1, mask.shape[1], -1)
         mask = torch.gather(mask.expand(plan.kept.shape[0], -1, -1), 2, kept)

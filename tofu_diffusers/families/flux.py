@@ -50,7 +50,9 @@ class FluxFamily(Family):
         norm = block.norm1 if hasattr(block, "norm1") else block.norm
         return {"attn": norm(x, emb=kwargs["temb"])[0]}
 
-    def follow(self, kwargs: Kwargs, plan: Plan, context: str, removed: Tensor | None) -> Kwargs:
+    def follow(
+        self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
+    ) -> Kwargs:
         cos, sin = kwargs["image_rotary_emb"]
         # Positions have no batch axis: all rows of this call keep the same tokens.
         image = given_positions(plan, removed)[0]

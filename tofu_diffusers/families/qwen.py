@@ -51,7 +51,9 @@ class QwenFamily(Family):
             return kwargs
         return {**kwargs, "modulate_index": gather_rows(index, positions)}
 
-    def follow(self, kwargs: Kwargs, plan: Plan, context: str, removed: Tensor | None) -> Kwargs:
+    def follow(
+        self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
+    ) -> Kwargs:
         image, text = kwargs["image_rotary_emb"]
         # Positions have no batch axis: all rows of this call keep the same tokens.
         given = given_positions(plan, removed)[0]

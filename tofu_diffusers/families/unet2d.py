@@ -42,8 +42,8 @@ class UNet2DFamily(Family):
     def attention_inputs(self, block: Any, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:
         if block.spatial_norm is not None:
             raise ValueError(
-                "context 'fresh' does not know the spatial norm of this UNet's attention; "
-                "use context 'cached' or 'none'"
+                "keys_values 'fresh' does not know the spatial norm of this UNet's attention; "
+                "use keys_values 'cached' or 'none'"
             )
         normed = x if block.group_norm is None else block.group_norm(x.transpose(1, 2)).mT
         return {"self": normed}

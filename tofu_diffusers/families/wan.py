@@ -49,7 +49,9 @@ class WanFamily(Family):
             return kwargs
         return {**kwargs, "temb": gather_rows(temb, positions)}
 
-    def follow(self, kwargs: Kwargs, plan: Plan, context: str, removed: Tensor | None) -> Kwargs:
+    def follow(
+        self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
+    ) -> Kwargs:
         given = given_positions(plan, removed)
         rotary = tuple(gather_rows(part, given) for part in kwargs["rotary_emb"])
         return {**self.select(kwargs, plan.kept), "rotary_emb": rotary}

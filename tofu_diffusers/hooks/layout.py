@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import CORRECTED, TofuConfig
+from ..config import TokenReduction
 from ..families import Family, Run
 from ..runtime.session import Session
 from ..runtime.units import Projection, Shelf, Unit
@@ -54,22 +54,22 @@ class Laid:
 
 
 class Layout:
-    """The units of one denoiser under one configuration. A refusal to make it leaves no trace.
+    """The units of one denoiser under one configuration; none where no tokens are reduced.
+
+    A refusal to make it leaves no trace.
 
     Raises:
         ValueError: if no site is left, or a block's keys and values cannot be had (fused projections).
     """
 
-    def __init__(self, model: nn.Module, family: Family, config: TofuConfig) -> None:
+    def __init__(self, model: nn.Module, family: Family, config: TokenReduction | None) -> None:
         self.family = family
-        self.config = config
+        self._config = config
         self.units: list[Unit] = []
         self.projections: list[Projection] = []
         self._shelves: dict[str, Shelf] = {}
         self._blocks: list[Laid] = []
-        if config.scope == "step":
-            restore = config.restore_at(0.0)
-            self.units.append(Unit("the whole denoiser", 0, Shelf(0), 0.0, "prune", restore, 0))
+        if config is None:
             return
         runs = family.runs(model)
         ordered = [block for run in runs for block in run.blocks]
@@ -83,8 +83,8 @@ class Layout:
                 acted |= self._lay(stretch)
         if not acted:
             raise ValueError(
-                f"{type(model).__name__} has no site for tofu: {count} blocks on levels "
-                f"{sorted({run.level for run in runs})}, and levels={config.levels}, "
+                f"{type(model).__name__} has no site for tofu: {count} blocks on resolutions "
+                f"{sorted({run.level for run in runs})}, and resolutions={config.resolutions}, "
                 f"first_blocks={config.first_blocks}, last_blocks={config.last_blocks}, "
                 f"scope={config.scope!r} leave none; relax one of them"
             )
@@ -161,7 +161,7 @@ class Layout:
             rotary_forward,
             parameters_of(attention),
         )
-        if self.config.context == "fresh":
+        if self.config.keys_values == "fresh":
             linear: Any = attention.to_q
             queries = QuerySite(name, rotary, linear, type(linear).forward, query_forward)
             attach(linear, query_forward, queries)
@@ -169,13 +169,23 @@ class Layout:
         return rotary
 
     @property
+    def config(self) -> TokenReduction:
+        """The configuration of what has units."""
+        assert self._config is not None
+        return self._config
+
+    @property
     def _on_attention(self) -> bool:
-        return self.config.scope == "attention" and not self.family.blocks_are_attentions
+        return (
+            self._config is not None
+            and self.config.scope == "attention"
+            and not self.family.blocks_are_attentions
+        )
 
     def _is_whole(self, name: str, level: int) -> bool:
         config, index = self.config, self._order[name]
         inside = config.first_blocks <= index < self._count - config.last_blocks
-        return not inside or (config.levels is not None and level not in config.levels)
+        return not inside or (config.resolutions is not None and level not in config.resolutions)
 
     def _stretches(self, run: Run) -> list[Stretch]:
         """The run cut where blocks stay whole, and into single blocks unless a span is one unit."""
@@ -195,33 +205,34 @@ class Layout:
     def _block_equals_span(self) -> bool:
         """Whether blocks one by one and a span of them give the same, up to rounding.
 
-        True for prune with any restore and for mean with copy, under one plan and one ratio, unless
-        removed tokens need a current state between blocks (context "fresh").
+        True for prune with any unmerge and for mean with copy, under one plan and one ratio, unless
+        removed tokens need a current state between blocks (keys_values "fresh").
         """
         config = self.config
-        if config.scope != "block" or config.context == "fresh" or config.share == "block":
+        if config.scope != "block" or config.keys_values == "fresh" or config.share == "block":
             return False
         if not config.depth_schedule.is_constant:
             return False
-        folds = {config.fold_at(depth) for depth in (0.0, 1.0)}
-        restores = {config.restore_at(depth) for depth in (0.0, 1.0)}
-        return folds == {"prune"} or (folds == {"mean"} and restores == {"copy"})
+        merges = {config.merge_at(depth) for depth in (0.0, 1.0)}
+        unmerges = {config.unmerge_at(depth) for depth in (0.0, 1.0)}
+        return merges == {"prune"} or (merges == {"mean"} and unmerges == {"copy"})
 
     def _unit(
         self, name: str, run: Run, block_name: str, depth: float, width: int, split: bool | None
     ) -> Unit:
         config = self.config
-        key = {"block": block_name, "run": run.name, "level": str(run.level)}[config.share]
+        key = {"block": block_name, "stack": run.name, "resolution": str(run.level)}[
+            str(config.share)
+        ]
         shelf = self._shelves.setdefault(key, Shelf(run.level))
-        restore = config.restore_at(depth)
+        unmerge = config.unmerge_at(depth)
         unit = Unit(
             name,
             run.level,
             shelf,
             depth,
-            config.fold_at(depth),
-            # What is corrected is the prediction; the updates inside are extrapolated.
-            "taylor" if restore == CORRECTED else restore,
+            config.merge_at(depth),
+            unmerge,
             width,
             split=split,
         )
@@ -278,18 +289,18 @@ class Layout:
     def _projections(
         self, name: str, run: Run, attentions: dict[str, nn.Module]
     ) -> dict[str, dict[str, Projection]]:
-        context = self.config.context
+        keys_values = str(self.config.keys_values)
         found: dict[str, dict[str, Projection]] = {}
-        for attribute, attention in attentions.items() if context != "none" else ():
+        for attribute, attention in attentions.items() if keys_values != "dropped" else ():
             # Where only the product is looked at (rotary, cached), it does not matter who projects.
-            if not self.family.rotary or context == "fresh":
-                check_unfused(attention, f"{name}.{attribute}", context)
+            if not self.family.rotary or keys_values == "fresh":
+                check_unfused(attention, f"{name}.{attribute}", keys_values)
             width = width_of(attention, "to_k", "out_features")
             found[attribute] = {
                 key: Projection(f"{name}.{attribute}.{key}", run.level, width)
                 for key in ("to_k", "to_v")
             }
-            if context == "cached":
+            if keys_values == "cached":
                 self.projections += found[attribute].values()
         return found
 

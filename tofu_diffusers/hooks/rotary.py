@@ -35,10 +35,10 @@ PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "s
 
 @dataclass(eq=False)
 class RotarySite:
-    """State on an attention whose context is made around its product.
+    """State on an attention whose keys_values is made around its product.
 
     Args:
-        keys, values: What the session remembers of it (context "cached").
+        keys, values: What the session remembers of it (keys_values "cached").
         skip: How many rows at the end of the query projection's input are no queries.
     """
 
@@ -59,7 +59,7 @@ class RotarySite:
 
 @dataclass(eq=False)
 class QuerySite:
-    """State on the query projection of such an attention (context "fresh")."""
+    """State on the query projection of such an attention (keys_values "fresh")."""
 
     name: str
     rotary: RotarySite
@@ -124,14 +124,14 @@ class Product(TorchFunctionMode):
 
 
 def with_context(here: RotarySite, module: nn.Module, kwargs: dict[str, Any]) -> Any:
-    """Run an attention on the tokens that its site's plan keeps, with the context of the others.
+    """Run an attention on the tokens that its site's plan keeps, with the keys_values of the others.
 
     Raises:
         RuntimeError: if the attention's product is not `scaled_dot_product_attention`.
     """
     site, session = here.site, here.site.session
     plan = site.plan
-    if session.config.context == "fresh":
+    if session.keys_values == "fresh":
         if plan is None:
             return here.original(module, **kwargs)
         removed = site.inputs[here.attribute]
@@ -151,9 +151,9 @@ def with_context(here: RotarySite, module: nn.Module, kwargs: dict[str, Any]) ->
     here.skip = 0
     if product.calls == 0:
         raise RuntimeError(
-            f"{here.name} does not end in torch's scaled_dot_product_attention, where context "
-            f"{session.config.context!r} enters; call set_attention_backend('native') on the denoiser, or "
-            "use context='none'"
+            f"{here.name} does not end in torch's scaled_dot_product_attention, where keys_values "
+            f"{session.keys_values!r} enters; call set_attention_backend('native') on the denoiser, or "
+            "use keys_values='dropped'"
         )
     return out
 

@@ -3,7 +3,7 @@
 All are module-level functions with their state on the module, so that a deepcopy of a model carries its
 own. A block with tokens x, plan M and update f:
 
-    x + U(f(M x) - M x)        (U restores; ToMe for SD, arXiv 2303.17604, restores the update, not the state)
+    x + U(f(M x) - M x)        (U unmerges; ToMe for SD, arXiv 2303.17604, unmerges the update, not the state)
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..families.base import Kwargs
 from ..runtime.session import Session
 from ..runtime.units import Projection, Unit
 from ..tokens.gather import put_, take
-from ..tokens.merge import reduce
+from ..tokens.merge import merge_tokens
 from ..tokens.methods.base import Source
 from ..tokens.plan import Plan
 from ..tokens.statistics import key_norm, received_attention
-from ..tokens.unmerge import UpdateCache, restore, restore_onto
+from ..tokens.unmerge import UpdateCache, unmerge_onto, unmerge_tokens
 from ..tuning.probes import sensitivity
 from .patch import attach, bind, detach, state_of
 from .rotary import QuerySite, RotarySite, with_context
@@ -73,7 +73,7 @@ class Site:
         probe: Of the block, where importance is read with one; see `sensitivity`.
 
     While the block runs on kept tokens, `plan` says which, `whole` is what it would have been given, `inputs`
-    what its attentions would read of tokens that they are not given (context "fresh"), and `row` which row
+    what its attentions would read of tokens that they are not given (keys_values "fresh"), and `row` which row
     of the batch it is, if only one.
     """
 
@@ -117,7 +117,7 @@ class AttentionSite:
 
 @dataclass(eq=False)
 class ProjectionSite:
-    """State on the key or value projection of an attention (contexts "fresh" and "cached")."""
+    """State on the key or value projection of an attention (keys_values "fresh" and "cached")."""
 
     name: str
     attribute: str
@@ -181,11 +181,11 @@ def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     x = family.hidden(named)
     if first:
         plan = session.plan(unit, x, lambda images: importance_of(module, x, named, images))
-        folded = x if plan is None else reduce(x, plan, unit.fold)
-        session.opened = (x, folded, plan)
+        merged = x if plan is None else merge_tokens(x, plan, unit.merge)
+        session.opened = (x, merged, plan)
     else:
         assert session.opened is not None
-        plan, folded = session.opened[2], x
+        plan, merged = session.opened[2], x
     if plan is None:
         out = site.original(module, *args, **kwargs)
     else:
@@ -195,28 +195,28 @@ def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             lambda tokens, given: family.attention_inputs(module, tokens, given),
             named,
             x,
-            folded,
+            merged,
             plan,
             session.removed_by(unit),
         )
     if not last:
         return out
     assert session.opened is not None
-    entered, folded, _ = session.opened
+    entered, merged, _ = session.opened
     session.opened = None
     y = family.output(out)
     if plan is None:
         record_whole(session, unit, y, entered)
         return out
-    cache, update = cached_update(session, unit, y - folded)
-    full = restore_onto(
+    cache, update = cached_update(session, unit, y - merged)
+    full = unmerge_onto(
         entered,
         update,
         plan,
-        unit.restore,
+        unit.unmerge,
         # Pruned, exactly what the model computed, not x + (y - x).
-        computed=y.to(entered.dtype) if unit.fold == "prune" else None,
-        folded=folded,
+        computed=y.to(entered.dtype) if unit.merge == "prune" else None,
+        merged=merged,
         cache=cache,
         step=session.step,
         max_age=session.max_age,
@@ -257,8 +257,8 @@ def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = call(named)
         record_whole(session, unit, parts_of(out)[0][:, text:], None)
         return out
-    folded = reduce(x, plan, unit.fold)
-    reduced = torch.cat([before, folded], dim=1) if text else folded
+    merged = merge_tokens(x, plan, unit.merge)
+    reduced = torch.cat([before, merged], dim=1) if text else merged
     out = on_kept(
         site,
         call,
@@ -270,7 +270,7 @@ def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         session.removed_by(unit),
     )
     tokens, *others = parts_of(out)
-    full = restored(session, unit, plan, tokens[:, text:], x, folded).to(tokens.dtype)
+    full = unmerged(session, unit, plan, tokens[:, text:], x, merged).to(tokens.dtype)
     if text:
         full = torch.cat([tokens[:, :text], full], dim=1)
     if not isinstance(out, tuple):
@@ -298,7 +298,7 @@ def on_kept(
 
     Args:
         call: The module's own forward, on arguments by name.
-        inputs: (tokens, arguments) -> what the attentions read of these tokens (context "fresh").
+        inputs: (tokens, arguments) -> what the attentions read of these tokens (keys_values "fresh").
         x: All tokens [B, N, C].
         given: The kept ones [B, K, C], where the module takes it so behind the text.
         removed: Positions of the others, in rotary families.
@@ -308,12 +308,12 @@ def on_kept(
 
     def once(named: Kwargs, x: Tensor, given: Tensor, plan: Plan, removed: Tensor | None) -> Any:
         site.plan, site.whole = plan, x
-        if session.config.context == "fresh":
+        if session.keys_values == "fresh":
             if removed is None:
                 site.inputs = inputs(x, named)
             else:
                 site.inputs = inputs(take(x, removed), family.select(named, removed))
-        following = family.follow(named, plan, session.config.context, removed)
+        following = family.follow(named, plan, session.keys_values, removed)
         out = call(family.with_hidden(following, given))
         site.plan, site.whole, site.inputs = None, None, {}
         return out
@@ -376,7 +376,7 @@ def follow_projections(root: Root) -> None:
         ValueError: if keys and values are no longer projected by modules of their own (fused QKV).
     """
     for attention, attribute, state in root.projections:
-        check_unfused(attention, state.name, root.session.config.context)
+        check_unfused(attention, state.name, root.session.keys_values)
         current = getattr(attention, attribute)
         if state_of(current) is state:
             continue
@@ -388,20 +388,20 @@ def follow_projections(root: Root) -> None:
         attach(current, state.forward, state)
 
 
-def check_unfused(attention: nn.Module, name: str, context: str) -> None:
+def check_unfused(attention: nn.Module, name: str, keys_values: str) -> None:
     """Raise ValueError if queries, keys and values of all rows are not each projected by one module."""
     processor = type(getattr(attention, "processor", None)).__name__
     if processor.startswith("PAG"):
         raise ValueError(
             f"{name} projects the rows of perturbed-attention guidance apart from the others ({processor}), "
-            f"which context {context!r} cannot follow; use context='none', or scope='step'"
+            f"which keys_values {keys_values!r} cannot follow; use keys_values='dropped', or scope='step'"
         )
     # Attentions that cannot be unfused keep the flag when their processors are put back.
     flag = getattr(attention, "fused_projections", False)
     if "Fused" in processor or (flag and hasattr(attention, "unfuse_projections")):
         raise ValueError(
-            f"{name} has fused QKV projections, which hide the keys and values that context {context!r} "
-            "needs; call unfuse_qkv_projections() or use context='none'"
+            f"{name} has fused QKV projections, which hide the keys and values that keys_values {keys_values!r} "
+            "needs; call unfuse_qkv_projections() or use keys_values='dropped'"
         )
 
 
@@ -422,17 +422,17 @@ def cached_update(
     return cache, update if cache is None else update.to(cache.value.dtype)
 
 
-def restored(
-    session: Session, unit: Unit, plan: Plan, update: Tensor, x: Tensor, folded: Tensor
+def unmerged(
+    session: Session, unit: Unit, plan: Plan, update: Tensor, x: Tensor, merged: Tensor
 ) -> Tensor:
     """The update of every token from that of the kept ones.  [B, K, C] -> [B, N, C]"""
     cache, update = cached_update(session, unit, update)
-    return restore(
+    return unmerge_tokens(
         update,
         plan,
-        unit.restore,
+        unit.unmerge,
         x=x,
-        folded=folded,
+        merged=merged,
         cache=cache,
         step=session.step,
         max_age=session.max_age,
@@ -444,7 +444,7 @@ def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> dict[So
     site: Site = module.__dict__["_tofu"]
     session = site.session
     found: dict[Source, Tensor] = {}
-    for source in session.method.sources:
+    for source in session.method.sources if session.method is not None else ():
         if source == "gradient":
             assert site.probe is not None
             site.probe = site.probe.to(x.device)

@@ -1,7 +1,10 @@
-"""Measured defaults, one JSON file a family: what `apply_tofu(pipe, ratio=...)` does when told no more.
+"""Measured defaults, one JSON file a family: what `ratio=` and `speedup=` do when told no more.
 
-A profile's `status` is "measured" when `result` names the committed result it was chosen from, else
-"provisional". A family without a trained model at hand names the one whose profile it borrows (`like`).
+    tokens    options of TokenReduction: the best measured that reduces tokens at every step
+    speedup   the type and options of what was measured best at two times fewer FLOPs, whatever it is
+
+Each names the committed result it was chosen from; without one it is provisional. A family without a trained
+model at hand names the one whose profile it borrows (`like`).
 """
 
 from __future__ import annotations
@@ -12,37 +15,50 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from ..config import STEP_RESTORES, TofuConfig
+from ..config import CONFIGS, Config, TokenReduction
 
-# Options that a profile's `config` goes with where no scope is named; with any other `tokens` does.
-STEP_OPTIONS = frozenset(
-    {"ratio", "restore", "first_steps", "last_steps", "memory_limit", "family"}
-)
+MEMORYLESS: Mapping[str, Any] = {"method": "tofu"}
+"""Options of TokenReduction where there is no past to use: one call alone, or few steps."""
 
 
 @cache
 def profile(family: str) -> Mapping[str, Any]:
-    """A family's profile: `status`, `result`, `weights`, and fields of TofuConfig as `config` and `tokens`.
-
-    `config` is the default. `tokens` is the best that removes some tokens at every step; it is `config`
-    where that does. With `like`, all of them are that family's.
-    """
-    text = (files(__package__) / f"{family}.json").read_text(encoding="utf-8")
-    data: dict[str, Any] = json.loads(text)
+    """Read a family's profile: `weights`, `tokens` and `speedup`; with `like`, those of that family."""
+    path = files(__package__) / f"{family}.json"
+    if not path.is_file():
+        raise ValueError(
+            f"family {family!r} has no profile; add profiles/{family}.json, or name one by 'like'"
+        )
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if "like" in data:
         return {**profile(data["like"]), **data}
     return data
 
 
-def default_config(family: str, options: Mapping[str, Any]) -> TofuConfig:
-    """The configuration for these options: the family's profile, or a named method's own defaults."""
-    if "method" in options:
-        return TofuConfig(**options)
-    chosen = profile(family)
-    of_steps = (
-        STEP_OPTIONS.issuperset(options) and options.get("restore", "taylor") in STEP_RESTORES
-    )
-    if "scope" in options:
-        of_steps = options["scope"] == "step"
-    base = chosen["config"] if of_steps else chosen["tokens"]
-    return TofuConfig(**(dict(base) | dict(options)))
+def resolved(config: Config, family: str) -> Config:
+    """Fill in from the family's profile what a configuration leaves open.
+
+    Raises:
+        ValueError: if its options do not go with the profile's.
+    """
+    data = profile(family)
+    key = "tokens" if isinstance(config, TokenReduction) else "speedup"
+    return config.resolved(data[key]["options"])
+
+
+def fastest(family: str) -> type[Config]:
+    """The type of what was measured best for a given speed-up."""
+    name = profile(family)["speedup"]["type"]
+    return next(each for each in CONFIGS if each.__name__ == name)
+
+
+def origin(family: str, config: Config) -> str:
+    """Say whether a configuration in force is the family's profile, for a summary."""
+    key = "tokens" if isinstance(config, TokenReduction) else "speedup"
+    amount = {name: getattr(config, name) for name in ("ratio", "speedup") if hasattr(config, name)}
+    if config != resolved(type(config)(**amount), family):
+        return ""
+    data = profile(family)
+    status = "measured" if data[key]["result"] else "provisional"
+    whose = f"that of {data['like']}, " if "like" in data else ""
+    return f" (default profile, {whose}{status})"

@@ -25,7 +25,7 @@ def count(
     settings: Iterable[tuple[str, ...]],
     attached: Callable[[nn.Module], Session],
 ) -> dict[tuple[str, ...], int]:
-    """FLOPs of one forward of the denoiser for each setting of its units' ratios.
+    """Count the FLOPs of one computed forward of the denoiser for each setting of its units' ratios.
 
     Args:
         model: The denoiser; its class and config are used, not its weights.
@@ -58,6 +58,7 @@ def count(
 
 def _set(session: Session, setting: tuple[str, ...] | None) -> None:
     """Give the copy's units the ratios of a setting; None: whole."""
+    session.skip = False
     units = session.units
     for unit, ratio in zip(units, setting or ["0.0"] * len(units), strict=True):
         unit.ratio = ratio

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import CORRECTED
-from ..profiles import default_config, profile
+from ..profiles import origin
 from ..runtime.session import Session, StepRecord
 from ..runtime.units import Unit
 from .flops import count
@@ -26,11 +25,20 @@ class Row:
     denoiser: str
     name: str
     scope: str
-    fold: str
-    restore: str
+    merge: str
+    unmerge: str
     calls: int
     tokens_in: int
     tokens_kept: float
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """Steps of a denoiser whose steps are skipped, and how many of them it computed."""
+
+    denoiser: str
+    steps: int
+    computed: int
 
 
 @dataclass(frozen=True)
@@ -38,15 +46,17 @@ class Summary:
     """Result of `handle.summary()`; its str() is a table.
 
     Attributes:
-        rows: One a unit that tofu acts around.
+        rows: One a unit around which tokens are reduced.
+        steps: One a denoiser whose steps are skipped.
         flops_whole: FLOPs of the denoiser over the generation's steps without tofu.
         flops_run: The same with tofu.
         cache_bytes: Most that cached updates, keys and values took; freed when a generation ends.
         nominal: Whether no generation has run yet, and the figures are those of a typical one.
-        settings: One line on the configuration.
+        settings: A line on each configuration, and the family.
     """
 
     rows: tuple[Row, ...]
+    steps: tuple[StepCount, ...]
     flops_whole: int
     flops_run: int
     cache_bytes: int
@@ -54,18 +64,23 @@ class Summary:
     settings: str
 
     @property
+    def speedup(self) -> float:
+        """How many times fewer FLOPs of the denoiser: what was reached, not what was asked for."""
+        return self.flops_whole / self.flops_run
+
+    @property
     def flops_saved(self) -> float:
         """Share of the denoiser's FLOPs saved over the generation, in [0, 1)."""
         return 1.0 - self.flops_run / self.flops_whole
 
     def __str__(self) -> str:
-        header = ("site", "scope", "fold", "restore", "calls", "tokens", "kept")
+        header = ("site", "scope", "merge", "unmerge", "calls", "tokens", "kept")
         table = [
             (
                 r.name,
                 r.scope,
-                r.fold,
-                r.restore,
+                r.merge,
+                r.unmerge,
                 str(r.calls),
                 str(r.tokens_in),
                 f"{r.tokens_kept:.1f}",
@@ -77,6 +92,9 @@ class Summary:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in [header, *table]
         ]
+        if not table:
+            lines = []
+        lines += [f"{s.denoiser}: computed {s.computed} of {s.steps} steps" for s in self.steps]
         when = "nominal, no generation yet" if self.nominal else "last generation"
         lines += [
             self.settings,
@@ -92,7 +110,7 @@ def site_stats(session: Session) -> list[dict[str, Any]]:
     return [
         {
             "name": unit.name,
-            "scope": session.config.scope,
+            "scope": session.scope,
             "calls": calls,
             "tokens_in": calls * tokens,
             "tokens_kept": kept,
@@ -111,6 +129,7 @@ def summarise(
         attached: `attached(model, like=session)` puts the same tofu on a copy and returns its session.
     """
     rows: list[Row] = []
+    skips: list[StepCount] = []
     whole = run = held = 0
     nominal = not any(session.steps() for _, session in sessions)
     for model, session in sessions:
@@ -121,26 +140,30 @@ def summarise(
         if not steps:
             continue
         rows += _rows(type(model).__name__, session, steps)
+        if session.skipping is not None:
+            computed = sum(not step.skipped for step in steps)
+            skips.append(StepCount(type(model).__name__, len(steps), computed))
         weights = Counter[tuple[str, ...]]()
         for step in steps:
-            weights[step.ratios] += step.calls
+            if not step.skipped:
+                weights[step.ratios] += step.calls
         unreduced = tuple("0.0" for _ in session.units)
         counts = count(model, session, {*weights, unreduced}, partial(attached, like=session))
-        whole += counts[unreduced] * weights.total()
+        whole += counts[unreduced] * sum(step.calls for step in steps)
         run += sum(counts[setting] * calls for setting, calls in weights.items())
         held += session.held
-    return Summary(tuple(rows), whole, run, held, nominal, _settings(sessions[0][1]))
+    settings = "\n".join([*_settings(sessions[0][1]), f"family {sessions[0][1].family.name}"])
+    return Summary(tuple(rows), tuple(skips), whole, run, held, nominal, settings)
 
 
 def _rows(denoiser: str, session: Session, steps: list[StepRecord]) -> list[Row]:
-    scope, corrected = session.config.scope, session.corrections is not None
     return [
         Row(
             denoiser,
             unit.name,
-            scope,
-            unit.fold,
-            CORRECTED if corrected else unit.restore,
+            session.scope,
+            unit.merge,
+            unit.unmerge,
             calls,
             tokens,
             kept / calls,
@@ -151,6 +174,7 @@ def _rows(denoiser: str, session: Session, steps: list[StepRecord]) -> list[Row]
 
 def _counts(session: Session, steps: list[StepRecord]) -> Iterator[tuple[Unit, int, int, int]]:
     """Each unit in use, its calls, its tokens a call, and the tokens it kept over all calls."""
+    steps = [step for step in steps if not step.skipped]
     calls = sum(step.calls for step in steps)
     for i, unit in enumerate(session.units):
         if session.in_use(unit) and unit.level in session.grids:
@@ -161,28 +185,37 @@ def _counts(session: Session, steps: list[StepRecord]) -> Iterator[tuple[Unit, i
 
 def _nominal_steps(session: Session) -> list[StepRecord]:
     """The steps of a typical generation, without disturbing the session."""
-    if not session.config.needs_steps:
+    if not session.needs:
         return [StepRecord(1, tuple(unit.ratio for unit in session.units))]
-    index, done, noise = session.index, session.done, session.noise
+    index, done, noise, told = session.index, session.done, session.noise, session.told
     session.noise = [1.0 - i / NOMINAL_STEPS for i in range(NOMINAL_STEPS)]
     steps = []
+    session.done, session.told = 0, True
     for i in range(NOMINAL_STEPS):
-        session.index = session.done = i
+        session.index = i
         session._set_ratios()
-        steps.append(StepRecord(1, tuple(unit.ratio for unit in session.units)))
-    session.index, session.done, session.noise = index, done, noise
+        steps.append(StepRecord(1, tuple(unit.ratio for unit in session.units), session.skip))
+        session.done += not session.skip
+    session.index, session.done, session.noise, session.told = index, done, noise, told
     session._set_ratios()
     return steps
 
 
-def _settings(session: Session) -> str:
-    config, family = session.config, session.family.name
-    note = ""
-    if config == default_config(family, {"ratio": config.ratio}):
-        chosen = profile(family)
-        origin = f"that of {chosen['like']}, " if "like" in chosen else ""
-        note = f" (default profile, {origin}{chosen['status']})"
-    return (
-        f"ratio {config.ratio:g}, method {config.method}, context {config.context}, scope {config.scope}, "
-        f"family {family}{note}"
-    )
+def _settings(session: Session) -> list[str]:
+    """A line on each configuration, and where it is from."""
+    lines = []
+    if session.reduction is not None:
+        each: Any = session.reduction
+        corrected = ", corrector" if each.corrector else ""
+        lines.append(
+            f"TokenReduction: ratio {each.ratio:g}, method {each.method}, keys_values {each.keys_values}, "
+            f"scope {each.scope}{corrected}{origin(session.family.name, each)}"
+        )
+    if session.skipping is not None:
+        each = session.skipping
+        corrected = ", corrector" if each.corrector else ""
+        lines.append(
+            f"StepSkipping: speedup {each.speedup:g}, rule {each.rule}, {each.steps_needed} warm-up steps, "
+            f"order {each.order}{corrected}{origin(session.family.name, each)}"
+        )
+    return lines

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..config import CORRECTED, TofuConfig
+from ..config import Config, StepSkipping, TokenReduction
 from ..families.base import Family
 from ..hooks.patch import checkpoints_blocks, compiled_alone, hook_on
 from ..kernels.reference import normalise
 from ..steps.clock import is_watched, moves, noise_level, noise_levels, watch
 from ..steps.corrector import Corrections, Debt
 from ..steps.forecast import Predictions, with_prediction
-from ..steps.schedule import left_out
+from ..steps.rules import skipped_steps
 from ..tokens.grid import TokenGrid
 from ..tokens.methods import Evidence, Method
 from ..tokens.methods.base import Source
@@ -77,6 +77,7 @@ class StepRecord:
 
     calls: int
     ratios: tuple[str, ...]
+    skipped: bool = False
 
 
 @dataclass(eq=False)
@@ -84,21 +85,22 @@ class Session:
     """State of the generation that a denoiser is in.
 
     Args:
-        config: What to do.
+        reduction, skipping: What to do; one of them may be None.
         family: Of the denoiser.
         units: All units, in the order of execution; the forwards refer to the same objects.
-        projections: Key and value projections to remember (context "cached" only).
+        projections: Key and value projections to remember (keys_values "cached" only).
         held: Most bytes that cached updates, keys and values took in this generation.
         pipeline: Whose scheduler and guidance tell the step and the conditions.
         blocks: The modules that shrink.
     """
 
-    config: TofuConfig
+    reduction: TokenReduction | None
+    skipping: StepSkipping | None
     family: Family
     units: list[Unit]
     projections: list[Projection]
     pipeline: PipelineReference
-    method: Method = field(init=False)
+    method: Method | None = field(init=False)
     needs: list[str] = field(init=False)
     max_age: int | None = field(init=False)
     matched: bool = field(init=False)
@@ -112,6 +114,7 @@ class Session:
     told: bool = False
     conditions: str = "1"
     remembers: bool = False
+    skip: bool = False
     history: list[StepRecord] = field(default_factory=list)
     held: int = 0
     computed: dict[int, Tensor] = field(default_factory=dict)
@@ -141,34 +144,67 @@ class Session:
     corrections: Corrections | None = None
 
     def __post_init__(self) -> None:
-        self.method = self.config.make_method()
-        self.needs = self.config.needs_steps
-        # Where the choice of tokens keeps the bound, restores need not look for tokens beyond it.
-        bounded = self.method.name == "importance" and self.config.schedule.is_constant
-        self.max_age = None if bounded and self.config.reuse == 1 else self.config.max_age
-        if self.config.scope == "step":
-            self.predictions = Predictions(self.units[0].restore)
-        elif self.config.restore == CORRECTED:
-            self.corrections = Corrections()
-        # With a past of its own to build on, no removed token gets another's update.
-        own = all(unit.restore in ("temporal", "taylor") for unit in self.units)
-        inside = self.config.scope in ("block", "span")
-        self.matched = not (own and inside and self.max_age is None and self.whole_steps() > 0)
+        reduction, skipping = self.reduction, self.skipping
+        self.method = None if reduction is None else reduction.make_method()
+        self.needs = [] if reduction is None else reduction.needs_steps
+        if skipping is not None:
+            self.predictions = Predictions(skipping.order)
+            self.needs = (
+                [*self.needs, f"speedup {skipping.speedup:g}"]
+                if skipping.speedup > 1
+                else self.needs
+            )
+        self.max_age, self.matched = None, False
+        if reduction is not None and self.method is not None:
+            # Where the choice of tokens keeps the bound, unmerges need not look for tokens beyond it.
+            bounded = self.method.bounds_age and reduction.schedule.is_constant
+            self.max_age = None if bounded and reduction.reuse == 1 else reduction.max_age or None
+            # Where steps are skipped, this brings back what both left out.
+            if reduction.corrector:
+                self.corrections = Corrections()
+            # With a past of its own to build on, no removed token gets another's update.
+            own = all(unit.unmerge in ("temporal", "taylor") for unit in self.units)
+            inside = reduction.scope in ("block", "span")
+            self.matched = not (own and inside and self.max_age is None and self.warmup_steps() > 0)
         self.shelves = list(dict.fromkeys(unit.shelf for unit in self.units))
         self._set_ratios()
+
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        """What is in force, one of each workflow at most."""
+        return tuple(each for each in (self.reduction, self.skipping) if each is not None)
+
+    @property
+    def scope(self) -> str:
+        """Around what tokens shrink; "step" if steps are skipped and nothing else is done."""
+        return "step" if self.reduction is None else str(self.reduction.scope)
+
+    @property
+    def keys_values(self) -> str:
+        """What attention sees of removed tokens."""
+        return "dropped" if self.reduction is None else str(self.reduction.keys_values)
+
+    @property
+    def memory_limit(self) -> float | None:
+        """The smaller of the limits in GiB, if there is one."""
+        limits = [limit for config in self.configs if (limit := config.memory_limit) is not None]
+        return min(limits, default=None)
 
     # ---- between calls -------------------------------------------------------------------------
 
     def follow(self, scheduler: Any) -> None:
         """Start the generation that a scheduler has set its timesteps for."""
         self.begin(noise_levels(scheduler))
-        if self.looks_back is not None and self.config.restore == CORRECTED:
+        if self.looks_back is not None:
             self.looks_back.begin(moves(scheduler))
 
     @property
     def looks_back(self) -> Predictions | Corrections | None:
-        """What may change a prediction by how far earlier steps went."""
-        return self.corrections if self.predictions is None else self.predictions
+        """What changes a prediction by how far earlier steps went, if anything does."""
+        if self.corrections is not None:
+            return self.corrections
+        corrects = self.skipping is not None and self.skipping.corrector and self.skipping.order > 0
+        return self.predictions if corrects else None
 
     def begin(self, noise: list[float], conditions: int | None = None) -> None:
         """Start a generation whose steps have these noise levels (1 = pure noise)."""
@@ -209,22 +245,38 @@ class Session:
         self._go_to(index)
 
     def _warn_of_few(self) -> None:
-        steps, whole = len(self.noise), self.whole_steps()
-        if steps <= FEW_STEPS and whole and self.config.ratio > 0:
+        steps, whole = len(self.noise), self.warmup_steps()
+        reduces = self.reduction is not None and self.reduction.ratio > 0
+        if steps <= FEW_STEPS and whole and reduces:
             warnings.warn(
-                f"{steps} steps, of which {min(steps, whole)} run whole: little is left to save; "
-                "with so few steps choose a method and restore without memory (method='tome')",
+                f"{steps} steps, of which {min(steps, whole)} compute all tokens: little is left to save; "
+                "with so few steps choose a method and unmerge without memory (method='tofu')",
                 stacklevel=2,
             )
+        if self.skipping is not None and self.skipping.speedup > 1:
+            computed = steps - len(self.skipped_steps())
+            if steps / max(1, computed) < self.skipping.speedup - 1e-6:
+                warnings.warn(
+                    f"speedup {self.skipping.speedup:g} is not reached: {computed} of {steps} steps must be "
+                    f"computed ({steps / max(1, computed):.2f}x); lower warmup_steps or cooldown_steps, or "
+                    "ask for more steps",
+                    stacklevel=2,
+                )
 
-    def whole_steps(self) -> int:
-        """How many steps at the start run whole: as asked, and until there is evidence and context."""
-        return max(
-            self.config.first_steps,
-            self.method.warmup,
-            int(self.config.context == "cached"),
-            self.predictions.needed if self.predictions is not None else 0,
-        )
+    def warmup_steps(self) -> int:
+        """How many steps at the start compute all tokens: as asked, and until there is evidence."""
+        if self.reduction is None or self.method is None:
+            return 0
+        cached = int(self.keys_values == "cached")
+        return max(self.reduction.warmup_steps or 0, self.method.warmup, cached)
+
+    def skipped_steps(self) -> set[int]:
+        """Which steps of this generation the denoiser is not run at."""
+        config, total = self.skipping, len(self.noise)
+        if config is None or config.speedup == 1:
+            return set()
+        first, last = config.steps_needed, total - config.cooldown_steps
+        return skipped_steps(str(config.rule), total, config.speedup, first, last)
 
     def steps(self) -> list[StepRecord]:
         """The steps of the last generation, the running one included."""
@@ -291,7 +343,7 @@ class Session:
         self.index = index
         self.told = index < len(self.noise)
         self.calls = 0
-        if index % self.config.reuse == 0:
+        if self.reduction is None or index % self.reduction.reuse == 0:
             self._forget_plans()
         if self.step is None:
             self.step = torch.full((), float(index))
@@ -300,35 +352,39 @@ class Session:
         self._set_ratios()
 
     def _set_ratios(self) -> None:
-        config = self.config
         total = len(self.noise)
-        first, last = self.whole_steps(), total - config.last_steps
+        noise = self.noise[min(self.index, total - 1)] if total else 1.0
+        self.skip = self.remembers = False
+        if self.skipping is not None:
+            ready = self.done >= self.skipping.steps_needed
+            self.skip = self.told and ready and self.index in self.skipped_steps()
+        reduction = self.reduction
+        if reduction is None:
+            return
+        first, last = self.warmup_steps(), total - reduction.cooldown_steps
         whole = bool(total) and (self.done < first or self.index >= last)
         self.remembers = not whole and first > 0
-        noise = self.noise[min(self.index, total - 1)] if total else 1.0
-        if self.predictions is not None:
-            skipped = left_out(range(first, last), config.ratio)
-            self.units[0].ratio = "1.0" if not whole and self.index in skipped else "0.0"
-            return
         for unit in self.units:
-            unit.ratio = str(0.0 if whole else config.ratio_at(1.0 - noise, unit.depth))
+            unit.ratio = str(0.0 if whole else reduction.ratio_at(1.0 - noise, unit.depth))
 
     def _record(self) -> StepRecord:
-        return StepRecord(self.calls, tuple("0.0" if self.blind else u.ratio for u in self.units))
+        ratios = tuple("0.0" if self.blind else unit.ratio for unit in self.units)
+        return StepRecord(self.calls, ratios, self.leaves_out())
 
     def _note_step(self) -> None:
         if self.calls:
             self.history.append(self._record())
             self._count_computed()
-            self.done += 1
+            self.done += not self.leaves_out()
             self._look_back()
 
     def _count_computed(self) -> None:
         """Add to every token's count of steps at which it was computed, by the first plan of its level."""
+        levels = {shelf.level: shelf for shelf in reversed(self.shelves)} or dict.fromkeys([0])
         for level, grid in self.grids.items():
-            shelf = next((shelf for shelf in self.shelves if shelf.level == level), None)
-            if shelf is None or self.step is None:
+            if level not in levels or self.step is None:
                 continue
+            shelf = levels[level]
             counts = self.computed.get(level)
             if counts is None:
                 counts = torch.zeros(self.images, grid.tokens, device=self.step.device)
@@ -336,7 +392,7 @@ class Session:
             counts = self.computed[level] = counts[: self.images]
             if self.leaves_out():
                 continue
-            kept = shelf.kept()
+            kept = shelf.kept() if shelf is not None else []
             if kept:
                 counts.scatter_add_(1, kept[0], torch.ones_like(kept[0], dtype=counts.dtype))
             else:
@@ -355,7 +411,7 @@ class Session:
         if not torch.compiler.is_compiling():
             self._find_scheduler(named)
         sample: Tensor = named[self.family.sample_name]
-        refusal = self.family.refusal(self.config.scope, named)
+        refusal = self.family.refusal(self.scope, named)
         if refusal is not None:
             raise ValueError(refusal)
         self._look_for_splits(model, named)
@@ -384,7 +440,8 @@ class Session:
         self.groups = batch // self.images if batch % self.images == 0 else 1
         self.grids = self._grids(model, named)
         # One plan fits all rows if it is one image's, if images share it, or if only the seed decides.
-        alike = self.images == 1 or self.config.share_plan or self.method.same_for_all
+        alike = self.images == 1 or self.reduction is None or self.reduction.share_plan
+        alike = alike or (self.method is not None and self.method.same_for_all)
         self.one_by_one = self.family.shared_positions and not alike
         if not self.blind:
             self._check_reach()
@@ -402,16 +459,22 @@ class Session:
         if self.looks_back is not None:
             self.looks_back.to(sample.device)
         if self.predictions is not None and self.condition not in self.predictions.past:
-            self.units[0].ratio = "0.0"
+            self.skip = False
 
     def leaves_out(self) -> bool:
-        """Whether the denoiser does not run at this step (scope "step")."""
-        return self.predictions is not None and self.units[0].ratio == "1.0"
+        """Whether the denoiser does not run at this step."""
+        return self.skip
 
     def predicted(self, return_dict: bool) -> Any:
         """What the denoiser would return at a step that leaves it out."""
         assert self.predictions is not None and self.step is not None
-        return self.predictions.restored(self.condition, self.step, return_dict)
+        out = self.predictions.forecast(self.condition, self.step, return_dict)
+        if self._settles and self.corrections is not None:
+            # No token is computed; what the latents get is noted for when it is.
+            maps = self._maps(out[0])
+            none = torch.zeros_like(maps[:, :1], dtype=torch.bool)
+            self.corrections.settled(self.condition, maps, none, self.step)
+        return out
 
     def conditional(self, x: Tensor, images: int) -> Tensor:
         """The conditional rows of a batch.  [B, ...] -> [I, ...]"""
@@ -442,7 +505,8 @@ class Session:
 
     def removal(self, tokens: int, ratio: str) -> int:
         """How many of a grid's tokens go at a ratio; none of a grid smaller than `min_tokens`."""
-        return 0 if tokens < self.config.min_tokens else int(tokens * float(ratio))
+        least = 0 if self.reduction is None else self.reduction.min_tokens
+        return 0 if tokens < least else int(tokens * float(ratio))
 
     def in_use(self, unit: Unit) -> bool:
         """Whether the unit shrinks in this call: some only where runs are split, some only where not."""
@@ -474,7 +538,7 @@ class Session:
                 shelf.plans[key] = self._make_plan(unit, metric, remove, importance)
             plan = shelf.plans[key].surrounded(grid.text_before, grid.text_after)
             shelf.plans[whole] = plan.repeat(self.groups) if self.groups > 1 else plan
-            if self.family.rotary and self.config.context == "fresh":
+            if self.family.rotary and self.keys_values == "fresh":
                 shelf.removed[whole] = shelf.plans[whole].removed()
         return shelf.plans[whole]
 
@@ -484,9 +548,9 @@ class Session:
         return unit.shelf.removed.get(f"{remove}/{self.groups}")
 
     def update_cache(self, unit: Unit) -> UpdateCache | None:
-        """The unit's cached updates under this condition, if its restore has any."""
+        """The unit's cached updates under this condition, if its unmerge has any."""
         # Nothing else depends on the condition: compiled, it must not be looked at without need.
-        return unit.updates.get(self.condition) if unit.restore in CACHED else None
+        return unit.updates.get(self.condition) if unit.unmerge in CACHED else None
 
     def context_cache(self, projection: Projection) -> Tensor | None:
         """The projection's remembered rows [B, N, C] under this condition."""
@@ -501,7 +565,8 @@ class Session:
         if self.predictions is not None and self.step is not None:
             if self.condition not in self.predictions.past:
                 self._check_limit(self._bytes() + self.predictions.nbytes_for(out[0]))
-            out = self.predictions.record(self.condition, out, self.step)
+            corrects = self.looks_back is self.predictions
+            out = self.predictions.record(self.condition, out, self.step, corrects)
             self.held = max(self.held, self._bytes())
         if self.tracker is not None and self.step is not None:
             self._track(out, self.tracker, self.step)
@@ -564,6 +629,8 @@ class Session:
         remove: int,
         importance: Callable[[int], dict[Source, Tensor]],
     ) -> Plan:
+        method = self.method
+        assert method is not None
         with torch.no_grad():
             grid = self.grids[unit.level]
             start = grid.text_before
@@ -579,7 +646,7 @@ class Session:
                     )
             for source, score in importance(self.images).items():
                 scores[source] = score[:, start : start + grid.tokens]
-            if self.config.share_plan and self.images > 1:
+            if self.reduction is not None and self.reduction.share_plan and self.images > 1:
                 # Side by side, the cosine of two tokens is the mean of their cosines in every image.
                 rows = normalise(rows).transpose(0, 1).flatten(1)[None]
                 age = age[:1] if age is not None else None
@@ -588,15 +655,15 @@ class Session:
                 metric=rows,
                 grid=grid,
                 remove=remove,
-                depth=unit.depth if self.method.reads_depth else 0.0,
+                depth=unit.depth if method.reads_depth else 0.0,
                 step=self.step if self.told else None,
                 age=age,
                 importance=scores,
-                seed=self.config.seed,
+                seed=0 if self.reduction is None else self.reduction.seed,
                 matched=self.matched,
                 constants=self.constants,
             )
-            plan = self.method.plan(evidence)
+            plan = method.plan(evidence)
             return plan if plan.kept.shape[0] == self.images else plan.repeat(self.images)
 
     def _stand_alone(self) -> None:
@@ -616,13 +683,13 @@ class Session:
         for block in self.blocks:
             hook = hook_on(block)
             reason = reason or (None if hook is None else f"the diffusers hook {hook!r}")
-        if reason is not None and self.config.scope == "span":
+        if reason is not None and self.scope == "span":
             raise ValueError(
                 f"scope 'span' cannot run with {reason}, which acts between the blocks of a "
                 "span; use scope='block'"
             )
         # Compiled one by one, blocks share a graph only if none of them is the first or last of something.
-        alone = self.config.scope == "block" and any(map(compiled_alone, self.blocks))
+        alone = self.scope == "block" and any(map(compiled_alone, self.blocks))
         self.split = reason is not None or alone
 
     def _find_scheduler(self, named: dict[str, Any]) -> None:
@@ -658,12 +725,12 @@ class Session:
         for level, ratio in sorted({(unit.level, unit.ratio) for unit in self.units}):
             grid = self.grids[level]
             remove = self.removal(grid.tokens, ratio)
-            most = self.method.max_remove(grid) if remove else 0
+            most = self.method.max_remove(grid) if remove and self.method is not None else 0
             if remove > most:
                 raise ValueError(
                     f"ratio {float(ratio):g} would remove {remove} of {grid.tokens} tokens on the "
                     f"{grid.height}x{grid.width} grid of level {level}, but method "
-                    f"{self.config.method!r} can remove at most {most} there "
+                    f"{self.reduction and self.reduction.method!r} can remove at most {most} there "
                     f"(ratio {most / grid.tokens:.3f}); lower the ratio, change the "
                     "method's options, or leave small grids whole with min_tokens"
                 )
@@ -671,7 +738,7 @@ class Session:
     def _make_room(self, sample: Tensor) -> None:
         """Allocate what this condition needs, unless that passes the limit."""
         batch = sample.shape[0]
-        units = [unit for unit in self.units if unit.restore in CACHED and self.in_use(unit)]
+        units = [unit for unit in self.units if unit.unmerge in CACHED and self.in_use(unit)]
         for unit in units:
             unit.updates.pop(self.condition, None)
         for projection in self.projections:
@@ -681,11 +748,10 @@ class Session:
         if self.predictions is not None:
             # How much room a prediction takes shows when there is one.
             self.predictions.past.pop(self.condition, None)
-            return
         needed = self._bytes()
         for unit in units:
             tokens = self.grids[unit.level].total
-            needed += UpdateCache.nbytes_for(unit.restore, batch, tokens, unit.width, sample.dtype)
+            needed += UpdateCache.nbytes_for(unit.unmerge, batch, tokens, unit.width, sample.dtype)
         for projection in self.projections:
             tokens = self.grids[projection.level].total
             needed += batch * tokens * projection.width * sample.element_size()
@@ -695,13 +761,13 @@ class Session:
         for unit in units:
             tokens = self.grids[unit.level].total
             unit.updates[self.condition] = UpdateCache.empty(
-                unit.restore, batch, tokens, unit.width, sample.dtype, sample.device
+                unit.unmerge, batch, tokens, unit.width, sample.dtype, sample.device
             )
         for projection in self.projections:
             tokens = self.grids[projection.level].total
             projection.rows[self.condition] = sample.new_zeros(batch, tokens, projection.width)
         self.held = max(self.held, needed)
-        if self.tracker is None and self.told and self.method.sources:
+        if self.tracker is None and self.told and self.method is not None and self.method.sources:
             levels = {shelf.level for shelf in self.shelves}
             grids = {level: grid for level, grid in self.grids.items() if level in levels}
             if self.family.packed:
@@ -709,16 +775,16 @@ class Session:
             self.tracker = Tracker(self.method.sources, self.images, grids, sample.device)
 
     def _check_limit(self, needed: int) -> None:
-        limit = self.config.memory_limit
+        limit = self.memory_limit
         if limit is not None and needed > limit * GIB:
             raise MemoryError(
                 f"caches need {needed / GIB:.3g} GiB, above memory_limit {limit:g} GiB; "
-                "raise it, use context 'fresh' or 'none', restore 'copy', or a smaller batch"
+                "raise it, use keys_values 'fresh' or 'dropped', unmerge 'copy', or a smaller batch"
             )
 
     def _bytes(self) -> int:
         """Held now in cached updates and cached keys and values."""
         updates = [cache.nbytes for unit in self.units for cache in unit.updates.values()]
         rows = [rows for projection in self.projections for rows in projection.rows.values()]
-        kept = self.looks_back.nbytes if self.looks_back is not None else 0
+        kept = sum(each.nbytes for each in (self.predictions, self.corrections) if each is not None)
         return kept + sum(updates) + sum(each.numel() * each.element_size() for each in rows)

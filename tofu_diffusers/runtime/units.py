@@ -45,7 +45,7 @@ class Unit:
         level: Of the token grid.
         shelf: Where its plans are, shared with other units.
         depth: Position in the denoiser, in [0, 1].
-        fold, restore: Names, resolved for this depth.
+        merge, unmerge: Names, resolved for this depth.
         width: Channels of its tokens.
         split: True: used only where runs are run block by block; False: only where not; None: always.
         ratio: This step's ratio. A string because Dynamo makes a changing number symbolic, but guards on
@@ -57,8 +57,8 @@ class Unit:
     level: int
     shelf: Shelf
     depth: float
-    fold: str
-    restore: str
+    merge: str
+    unmerge: str
     width: int
     split: bool | None = None
     ratio: str = "0.0"
@@ -67,7 +67,7 @@ class Unit:
 
 @dataclass(eq=False)
 class Projection:
-    """A key or value projection whose rows the session remembers (context "cached")."""
+    """A key or value projection whose rows the session remembers (keys_values "cached")."""
 
     name: str
     level: int

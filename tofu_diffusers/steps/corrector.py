@@ -1,4 +1,4 @@
-"""What removed tokens lacked, given back when they are computed again (restore "corrected")."""
+"""What removed tokens lacked, given back when they are computed again (unmerge "corrected")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a denoiser predicted at the steps before, for the steps at which it does not run (scope "step")."""
+"""Forecasts what a denoiser would return at the steps at which it is skipped, from what it returned before."""
 
 from __future__ import annotations
 
@@ -34,31 +34,26 @@ class Predictions:
 
     The first order of TaylorSeer (arXiv 2503.06923), on the prediction instead of on every layer.
 
-    "corrected" also looks back. At the first step that runs after a rest, what was extrapolated can be
+    The corrector looks back. At the first step that is computed after a skip, what was extrapolated can be
     interpolated; how far the latents went wrong in between is known, and that step's prediction is changed
     such that it brings them back: a predictor and a corrector, as solvers of equations have them (and FoCa,
     arXiv 2508.16211, for features inside the denoiser). The prediction that is remembered stays as it was.
 
     Args:
-        restore: "temporal" (repeat the last), "taylor" (extrapolate the last two) or "corrected".
+        order: 0 repeats the last prediction, 1 extrapolates the last two.
         moves: Of the steps of this generation; None: nothing is corrected.
-        weights: Of their rests, see `rest_weights`.
+        weights: Of their skips, see `rest_weights`.
     """
 
-    restore: str
+    order: int
     past: dict[str, Past] = field(default_factory=dict)
     moves: list[float] | None = None
     weights: Tensor | None = None
 
     @property
-    def needed(self) -> int:
-        """Steps that must run before one can be left out."""
-        return 1 if self.restore == "temporal" else 2
-
-    @property
     def kept(self) -> str:
-        """The restore whose cache is kept."""
-        return "temporal" if self.restore == "temporal" else "taylor"
+        """The unmerge whose cache is kept."""
+        return "taylor" if self.order else "temporal"
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +75,7 @@ class Predictions:
         if self.weights is not None and self.weights.device != device:
             self.weights = self.weights.to(device)
 
-    def record(self, condition: str, out: Any, step: Tensor) -> Any:
+    def record(self, condition: str, out: Any, step: Tensor, corrects: bool = True) -> Any:
         """Remember what the denoiser returned, a tuple or an output with the prediction first.
 
         Returns:
@@ -93,7 +88,7 @@ class Predictions:
             kind = Transformer2DModelOutput if isinstance(out, tuple) else type(out)
             self.past[condition] = Past(cache, out[0].shape, kind)
         cache = self.past[condition].cache
-        if self.weights is None or cache.slope is None:
+        if not corrects or self.weights is None or cache.slope is None:
             cache.record(rows, step)
             return out
         last = cache.last.long().clamp(min=0)
@@ -105,7 +100,7 @@ class Predictions:
         prediction = (wide(rows) + lacking).to(rows.dtype).view(out[0].shape)
         return with_prediction(out, prediction)
 
-    def restored(self, condition: str, step: Tensor, return_dict: bool) -> Any:
+    def forecast(self, condition: str, step: Tensor, return_dict: bool) -> Any:
         """What the denoiser would return at this step."""
         past = self.past[condition]
         rows = own_update(self.kept, past.cache, step, past.cache.value.dtype)

@@ -100,30 +100,6 @@ def quantise(factor: float) -> float:
     return round(factor * QUANTA) / QUANTA
 
 
-def left_out(steps: range, ratio: float) -> set[int]:
-    """Which of these steps are left out: in rests as short as they can be, the longer ones late.
-
-    A prediction far from the last computed one is worse than two near it, and an early one is worse than
-    a late one, because all later steps build on it. The last of the steps is always computed.
-
-    Args:
-        steps: Those that may be left out.
-        ratio: The share of them that is.
-    """
-    removed = min(round(ratio * len(steps)), len(steps) - 1)
-    if removed <= 0:
-        return set()
-    computed = len(steps) - removed
-    rest, longer = divmod(removed, computed)
-    skipped: set[int] = set()
-    step = steps.start
-    for i in range(computed):
-        length = rest + (i >= computed - longer)
-        skipped.update(range(step, step + length))
-        step += length + 1
-    return skipped
-
-
 def _interpolate(points: Sequence[tuple[float, float]], position: float) -> float:
     if position <= points[0][0]:
         return points[0][1]

@@ -1,4 +1,4 @@
-"""What a kept token becomes when others fold into it: itself, the group's mean, or MLERP.
+"""What a kept token becomes when others merge into it: itself, the group's mean, or MLERP.
 
 MLERP keeps the length that averaging loses (ToFu, arXiv 2312.01026):
 x* = xbar / ||xbar|| * max_k ||x_k||, with the mean and the maximum over the whole group.
@@ -59,34 +59,34 @@ def _in_triton(x: Tensor, plan: Plan, eps: float | None) -> Tensor:
 
     order, offsets = members(plan.assign, plan.kept.shape[1])
     if eps is None:
-        mean: Tensor = torch.ops.tofu.fold_mean(x, order, offsets)
+        mean: Tensor = torch.ops.tofu.merge_mean(x, order, offsets)
         return mean
-    mlerp: Tensor = torch.ops.tofu.fold_mlerp(x, order, offsets, eps)
+    mlerp: Tensor = torch.ops.tofu.merge_mlerp(x, order, offsets, eps)
     return mlerp
 
 
-FOLDS: dict[str, Callable[[Tensor, Plan], Tensor]] = {"prune": prune, "mean": mean, "mlerp": mlerp}
+MERGES: dict[str, Callable[[Tensor, Plan], Tensor]] = {"prune": prune, "mean": mean, "mlerp": mlerp}
 
 
-def reduce(x: Tensor, plan: Plan, fold: str = "mean") -> Tensor:
-    """Fold the tokens of x into the kept ones.
+def merge_tokens(x: Tensor, plan: Plan, merge: str = "mean") -> Tensor:
+    """Merge the tokens of x into the kept ones.
 
     Args:
         x: [B, N, C], any float dtype; sums run in float32 (float64 for float64).
         plan: of the same B and N.
-        fold: a key of `FOLDS`.
+        merge: a key of `MERGES`.
 
     Returns:
         [B, K, C] of x's dtype.
 
     Raises:
-        ValueError: unknown fold, or a plan for another batch or number of tokens.
+        ValueError: unknown merge, or a plan for another batch or number of tokens.
     """
-    if fold not in FOLDS:
-        raise ValueError(f"unknown fold {fold!r}; choose one of {', '.join(FOLDS)}")
+    if merge not in MERGES:
+        raise ValueError(f"unknown merge {merge!r}; choose one of {', '.join(MERGES)}")
     if x.shape[:2] != plan.assign.shape:
         raise ValueError(
             f"x is {tuple(x.shape)} but the plan is for {tuple(plan.assign.shape)} "
             "[batch, tokens]; make the plan from this input, or tile it with plan.repeat"
         )
-    return FOLDS[fold](x, plan)
+    return MERGES[merge](x, plan)

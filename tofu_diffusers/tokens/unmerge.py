@@ -1,10 +1,10 @@
 """What a removed token gets back: its group's update, or a guess from its own past ones.
 
-What is restored is the update d = f(Mx) - Mx, never the state: every token keeps its own residual
+What is unmerged is the update d = f(Mx) - Mx, never the state: every token keeps its own residual
 stream. For the removed token i with kept match m, at step t, last computed at step t':
 
     copy      d_i = d_m
-    mlerp     d_i = d_m * ||x_i|| / ||x_merged||              (inverse of the fold)
+    mlerp     d_i = d_m * ||x_i|| / ||x_merged||              (inverse of the merge)
     temporal  d_i = d_i(t')                                    (ToCa, RAS)
     taylor    d_i = d_i(t') + (t - t') * slope_i               (slope of its last two)
     blend     d_i = d_i(t-1) + (d_m(t) - d_m(t-1))
@@ -24,8 +24,7 @@ from ..kernels.reference import scale_of, wide
 from .gather import put_, take
 from .plan import Plan
 
-# Of a site: "corrected" is of the prediction.
-SITE_RESTORES = ("copy", "mlerp", "temporal", "taylor", "blend")
+UNMERGES = ("copy", "mlerp", "temporal", "taylor", "blend")
 CACHED = frozenset({"temporal", "taylor", "blend"})
 
 
@@ -54,28 +53,28 @@ class UpdateCache:
     @classmethod
     def empty(
         cls,
-        restore: str,
+        unmerge: str,
         batch: int,
         tokens: int,
         channels: int,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> UpdateCache:
-        """A cache that knows nothing yet, for one of the `CACHED` restores."""
-        if restore not in CACHED:
+        """A cache that knows nothing yet, for one of the `CACHED` unmerges."""
+        if unmerge not in CACHED:
             raise ValueError(
-                f"restore {restore!r} needs no cache; those that do: {', '.join(sorted(CACHED))}"
+                f"unmerge {unmerge!r} needs no cache; those that do: {', '.join(sorted(CACHED))}"
             )
         value = torch.zeros(batch, tokens, channels, dtype=dtype, device=device)
         last = torch.full((batch, tokens), -1.0, dtype=torch.float32, device=device)
-        return cls(value, torch.zeros_like(value) if restore == "taylor" else None, last)
+        return cls(value, torch.zeros_like(value) if unmerge == "taylor" else None, last)
 
     @staticmethod
-    def nbytes_for(restore: str, batch: int, tokens: int, channels: int, dtype: torch.dtype) -> int:
-        """Bytes that `empty` would take; 0 for a restore without a cache."""
-        if restore not in CACHED:
+    def nbytes_for(unmerge: str, batch: int, tokens: int, channels: int, dtype: torch.dtype) -> int:
+        """Bytes that `empty` would take; 0 for a unmerge without a cache."""
+        if unmerge not in CACHED:
             return 0
-        tensors = 2 if restore == "taylor" else 1
+        tensors = 2 if unmerge == "taylor" else 1
         return batch * tokens * (tensors * channels * dtype.itemsize + torch.float32.itemsize)
 
     @property
@@ -123,13 +122,13 @@ class UpdateCache:
                 put_(self.slope, kept, slope)
 
 
-def _rescaled(update: Tensor, plan: Plan, x: Tensor, folded: Tensor) -> Tensor:
+def _rescaled(update: Tensor, plan: Plan, x: Tensor, merged: Tensor) -> Tensor:
     """The inverse of MLERP: rho_i = ||x_i|| / ||x_merged||.  [B, K, C] -> [B, N, C]
 
     Capped at the group's size: without opposed tokens neither MLERP (rho <= 1) nor a mean asks
     for more, and with them the quotient has no bound.
     """
-    x, y = wide(x), wide(folded)
+    x, y = wide(x), wide(merged)
     # Norms as scale * norm, divided part by part: neither may be representable by itself.
     x_scale, y_scale = scale_of(x), plan.spread(scale_of(y))
     x_norm = (x / x_scale).norm(dim=-1, keepdim=True)
@@ -141,24 +140,24 @@ def _rescaled(update: Tensor, plan: Plan, x: Tensor, folded: Tensor) -> Tensor:
     return (plan.spread(wide(update)) * rho).to(update.dtype)
 
 
-def own_update(how: str, cache: UpdateCache, step: Tensor, dtype: torch.dtype) -> Tensor:
+def own_update(kind: str, cache: UpdateCache, step: Tensor, dtype: torch.dtype) -> Tensor:
     """Each token's own last update, extrapolated for taylor and else repeated.  -> [B, N, C], a copy"""
-    if how == "temporal" or cache.slope is None:
+    if kind == "temporal" or cache.slope is None:
         return cache.value.to(dtype, copy=True)
     age = step.to(torch.float32) - cache.last
     return _fit(torch.addcmul(wide(cache.value), age[..., None], wide(cache.slope)), dtype)
 
 
 def _from_past(
-    how: str, copied: Tensor, plan: Plan, cache: UpdateCache, step: Tensor, max_age: int | None
+    kind: str, copied: Tensor, plan: Plan, cache: UpdateCache, step: Tensor, max_age: int | None
 ) -> Tensor:
     """Each removed token's own update as its cache has it, else the copy.  -> [B, N, C]"""
     age = step.to(torch.float32) - cache.last
     known = cache.last >= 0
     if max_age is not None:
         known = known & (age <= max_age)
-    if how != "blend":
-        own = own_update(how, cache, step, copied.dtype)
+    if kind != "blend":
+        own = own_update(kind, cache, step, copied.dtype)
     else:
         before = plan.spread(plan.rows(cache.value))
         own = _fit(wide(cache.value) + (wide(copied) - wide(before)), copied.dtype)
@@ -167,23 +166,23 @@ def _from_past(
     return torch.where((known & ~plan.is_kept())[..., None], own, copied)
 
 
-def _fits(update: Tensor, cache: UpdateCache, step: Tensor, how: str) -> bool:
+def _fits(update: Tensor, cache: UpdateCache, step: Tensor, kind: str) -> bool:
     """Whether the kernel takes this update and this cache."""
     alike = update.dtype == cache.value.dtype and step.device == cache.value.device
-    return alike and (cache.slope is not None) == (how == "taylor")
+    return alike and (cache.slope is not None) == (kind == "taylor")
 
 
 def _cached_in_one_launch(
     update: Tensor,
     plan: Plan,
-    how: str,
+    kind: str,
     cache: UpdateCache,
     step: Tensor,
     max_age: int | None,
     x: Tensor | None,
     computed: Tensor | None,
 ) -> Tensor:
-    full: Tensor = torch.ops.tofu.restore_cached(
+    full: Tensor = torch.ops.tofu.unmerge_cached(
         update,
         plan.kept,
         plan.assign,
@@ -191,7 +190,7 @@ def _cached_in_one_launch(
         cache.slope,
         cache.last,
         step,
-        how,
+        kind,
         max_age,
         x,
         computed,
@@ -199,61 +198,61 @@ def _cached_in_one_launch(
     return full
 
 
-def restore_onto(
+def unmerge_onto(
     x: Tensor,
     update: Tensor,
     plan: Plan,
-    how: str,
+    kind: str,
     *,
     computed: Tensor | None,
-    folded: Tensor | None = None,
+    merged: Tensor | None = None,
     cache: UpdateCache | None = None,
     step: Tensor | None = None,
     max_age: int | None = None,
 ) -> Tensor:
-    """x plus what `restore` gives, and at the kept tokens exactly what was computed.
+    """x plus what `unmerge` gives, and at the kept tokens exactly what was computed.
 
     Args:
         computed: [B, K, C] of x's dtype, what the kept tokens become instead of x plus their update (which
             rounds); None: x plus their update.
-        x, update, plan, how, folded, cache, step, max_age: as of `restore`.
+        x, update, plan, kind, merged, cache, step, max_age: as of `unmerge`.
 
     Returns:
         [B, N, C] of x's dtype.
 
     Raises:
-        ValueError: as `restore`.
+        ValueError: as `unmerge`.
     """
     if one_launch(x, update):
-        if how == "copy":
-            copied: Tensor = torch.ops.tofu.restore_copy(
+        if kind == "copy":
+            copied: Tensor = torch.ops.tofu.unmerge_copy(
                 x, update, plan.kept, plan.assign, computed
             )
             return copied
         if (
-            how in CACHED
+            kind in CACHED
             and cache is not None
             and step is not None
-            and _fits(update, cache, step, how)
+            and _fits(update, cache, step, kind)
         ):
-            return _cached_in_one_launch(update, plan, how, cache, step, max_age, x, computed)
-    restored = restore(
-        update, plan, how, x=x, folded=folded, cache=cache, step=step, max_age=max_age
+            return _cached_in_one_launch(update, plan, kind, cache, step, max_age, x, computed)
+    unmerged = unmerge_tokens(
+        update, plan, kind, x=x, merged=merged, cache=cache, step=step, max_age=max_age
     )
     # In place: nobody else holds it, and on a CPU to make room for as much again costs more than the sum.
-    full = restored.to(x.dtype).add_(x)
+    full = unmerged.to(x.dtype).add_(x)
     if computed is not None:
         put_(full, plan.kept, computed)
     return full
 
 
-def restore(
+def unmerge_tokens(
     update: Tensor,
     plan: Plan,
-    how: str = "copy",
+    kind: str = "copy",
     *,
     x: Tensor | None = None,
-    folded: Tensor | None = None,
+    merged: Tensor | None = None,
     cache: UpdateCache | None = None,
     step: Tensor | None = None,
     max_age: int | None = None,
@@ -263,8 +262,8 @@ def restore(
     Args:
         update: [B, K, C].
         plan: the plan that x was reduced with.
-        how: one of `SITE_RESTORES`.
-        x, folded: the input before [B, N, C] and after [B, K, C] folding; mlerp needs both.
+        kind: one of `UNMERGES`.
+        x, merged: the input before [B, N, C] and after [B, K, C] merging; mlerp needs both.
         cache: of this span and condition; the cached forms need it.
         step: 0-d float32 tensor, the current step; the cached forms need it.
         max_age: a cached update older than this many steps is not used; None: no limit.
@@ -275,45 +274,45 @@ def restore(
     Raises:
         ValueError: unknown form, a missing argument, or shapes that do not belong together.
     """
-    if how not in SITE_RESTORES:
-        raise ValueError(f"unknown restore {how!r}; choose one of {', '.join(SITE_RESTORES)}")
+    if kind not in UNMERGES:
+        raise ValueError(f"unknown unmerge {kind!r}; choose one of {', '.join(UNMERGES)}")
     if update.shape[:2] != plan.kept.shape:
         raise ValueError(
             f"update is {tuple(update.shape)} but the plan keeps {tuple(plan.kept.shape)} "
-            "[batch, tokens]; restore with the plan that reduced the input"
+            "[batch, tokens]; unmerge with the plan that reduced the input"
         )
-    if how == "mlerp":
-        if x is None or folded is None:
-            missing = "x" if x is None else "folded"
+    if kind == "mlerp":
+        if x is None or merged is None:
+            missing = "x" if x is None else "merged"
             raise ValueError(
-                f"restore 'mlerp' needs {missing}: it rescales by ||x|| / ||folded||; "
-                "pass the input before and after reduce"
+                f"unmerge 'mlerp' needs {missing}: it rescales by ||x|| / ||merged||; "
+                "pass the input before and after merge_tokens"
             )
-        return _rescaled(update, plan, x, folded)
-    if how == "copy":
+        return _rescaled(update, plan, x, merged)
+    if kind == "copy":
         return plan.spread(update)
     if cache is None or step is None:
         missing = "cache" if cache is None else "step"
         raise ValueError(
-            f"restore {how!r} needs {missing}: it reuses updates of earlier steps; "
+            f"unmerge {kind!r} needs {missing}: it reuses updates of earlier steps; "
             "pass an UpdateCache and the step, or choose copy"
         )
     shape = (*plan.assign.shape, update.shape[2])
     if cache.value.shape != shape:
         raise ValueError(
-            f"the cache is {tuple(cache.value.shape)} but the restored update is "
+            f"the cache is {tuple(cache.value.shape)} but the unmerged update is "
             f"{shape}; keep one cache for each span and condition"
         )
-    if how == "taylor" and cache.slope is None:
-        raise ValueError("restore 'taylor' needs a cache with slopes; make it by empty('taylor')")
-    if _fits(update, cache, step, how) and one_launch(update, cache.value):
-        return _cached_in_one_launch(update, plan, how, cache, step, max_age, None, None)
-    if cache.complete and max_age is None and how != "blend":
-        full = own_update(how, cache, step, update.dtype)
+    if kind == "taylor" and cache.slope is None:
+        raise ValueError("unmerge 'taylor' needs a cache with slopes; make it by empty('taylor')")
+    if _fits(update, cache, step, kind) and one_launch(update, cache.value):
+        return _cached_in_one_launch(update, plan, kind, cache, step, max_age, None, None)
+    if cache.complete and max_age is None and kind != "blend":
+        full = own_update(kind, cache, step, update.dtype)
         put_(full, plan.kept, update)
     else:
-        full = _from_past(how, plan.spread(update), plan, cache, step, max_age)
+        full = _from_past(kind, plan.spread(update), plan, cache, step, max_age)
     cache.record(update, step, plan.kept)
-    if how == "blend":  # the next step builds on what this one used, for removed tokens too
+    if kind == "blend":  # the next step builds on what this one used, for removed tokens too
         cache.value.copy_(full)
     return full

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..api import apply_tofu, only_denoiser, remove_tofu
-from ..config import TofuConfig
+from ..config import TokenReduction
 from ..hooks.patch import state_of
 from ..runtime.session import Session
 from ..steps.schedule import Schedule
@@ -32,7 +32,7 @@ class Learned:
         constant_error: That of the given configuration.
     """
 
-    config: TofuConfig
+    config: TokenReduction
     error: float
     constant_error: float
 
@@ -52,7 +52,8 @@ class Work:
         Raises:
             ValueError: if all did.
         """
-        whole, last = session.whole_steps(), len(session.noise) - session.config.last_steps
+        assert session.reduction is not None
+        whole, last = session.warmup_steps(), len(session.noise) - session.reduction.cooldown_steps
         if whole >= last:
             raise ValueError(
                 f"all {len(session.noise)} steps run whole, so there is nothing to learn; ask for more than "
@@ -66,7 +67,7 @@ class Work:
             tuple(float(session.grids[unit.level].tokens * unit.width**2) for unit in units),
         )
 
-    def removed(self, config: TofuConfig) -> float:
+    def removed(self, config: TokenReduction) -> float:
         """The share of the work that a configuration leaves out."""
         total = 0.0
         for position in self.positions:
@@ -78,7 +79,7 @@ class Work:
 def learn_schedule(
     pipe: Any,
     prompts: Sequence[Any],
-    config: TofuConfig,
+    config: TokenReduction,
     *,
     most: float | None = None,
     rounds: int = 6,
@@ -94,14 +95,14 @@ def learn_schedule(
     Williams 1992, with normalised rewards). Takes (rounds * candidates + 2) generations of every prompt.
 
     Example:
-        >>> config = TofuConfig(method="tome", ratio=0.4)
+        >>> config = TokenReduction(method="tome", ratio=0.4)
         >>> learned = learn_schedule(pipe, ["a cat", "a red apple"], config, num_inference_steps=20)
         >>> apply_tofu(pipe, learned.config)
 
     Args:
         pipe: A pipeline with one denoiser, without tofu.
         prompts: Each what the pipeline takes as its first argument.
-        config: What to spread; with constant schedules, and not of scope "step".
+        config: What to spread; with a method and constant schedules.
         most: The largest ratio anywhere; None: halfway between the ratio and what the method can reach.
         rounds: Updates of the policy.
         candidates: Drawn in each round, two or more.
@@ -124,7 +125,7 @@ def learn_schedule(
     model = only_denoiser(pipe, config.family)
     wanted = generated()
 
-    def error(tried: TofuConfig) -> tuple[float, Work]:
+    def error(tried: TokenReduction) -> tuple[float, Work]:
         apply_tofu(pipe, tried)
         try:
             pairs = zip(generated(), wanted, strict=True)
@@ -161,10 +162,10 @@ def follow_rewards(
     return mean
 
 
-def spread(config: TofuConfig, most: float, logits: Tensor, work: Work) -> TofuConfig:
+def spread(config: TokenReduction, most: float, logits: Tensor, work: Work) -> TokenReduction:
     """The configuration with these schedules, leaving out no less than before: by the least such shift."""
 
-    def at(shift: float) -> TofuConfig:
+    def at(shift: float) -> TokenReduction:
         factors = torch.sigmoid(logits + shift).tolist()
         noise, depth = factors[:LEVELS], factors[LEVELS:]
         return config.replace(ratio=most, schedule=_evenly(noise), depth_schedule=_evenly(depth))
@@ -188,7 +189,7 @@ def _evenly(factors: Sequence[float]) -> Schedule:
 
 def _check(
     prompts: Sequence[Any],
-    config: TofuConfig,
+    config: TokenReduction,
     most: float,
     highest: float,
     rounds: int,
@@ -196,10 +197,8 @@ def _check(
 ) -> None:
     if not prompts:
         raise ValueError("no prompts to learn from; give at least one")
-    if config.scope == "step":
-        raise ValueError(
-            "scope 'step' has no schedule to learn: it leaves out steps; use scope='block'"
-        )
+    if not config.is_resolved:
+        raise ValueError("the configuration names no method; name one, such as method='tome'")
     if not (config.schedule.is_constant and config.depth_schedule.is_constant):
         raise ValueError("the configuration has schedules already; give one with constant ones")
     if not 0 < config.ratio < most <= highest or most >= 1:

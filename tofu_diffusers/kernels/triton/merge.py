@@ -3,7 +3,7 @@
     mean   xbar = 1/n sum_k x_k
     mlerp  xbar / max(||xbar||, eps max_k ||x_k||) * max_k ||x_k||       (ToFu, arXiv 2312.01026)
 
-`fold.mean` and `fold.mlerp` are the definition. Tokens are listed group by group, so that one program adds
+`merge.mean` and `merge.mlerp` are the definition. Tokens are listed group by group, so that one program adds
 a group's members in their order: no atomics, and the same bits every time.
 """
 
@@ -22,7 +22,7 @@ from ._tiles import row_warps
 def members(assign: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The tokens group by group, ascending in each, and where each group starts.
 
-    In plain torch and apart from the folds: a graph that folds twice by one plan sorts once.
+    In plain torch and apart from the merges: a graph that merges twice by one plan sorts once.
 
     Args:
         assign: [B, N] int64, each token's group.
@@ -135,10 +135,10 @@ def _mlerp(
 
 
 @torch.library.custom_op(
-    "tofu::fold_mean", mutates_args=(), schema="(Tensor x, Tensor order, Tensor offsets) -> Tensor"
+    "tofu::merge_mean", mutates_args=(), schema="(Tensor x, Tensor order, Tensor offsets) -> Tensor"
 )
-def fold_mean(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """`fold.mean` of the groups that `members` lists.  [B, N, C], any strides -> [B, K, C]"""
+def merge_mean(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """`merge.mean` of the groups that `members` lists.  [B, N, C], any strides -> [B, K, C]"""
     (batch, tokens, channels), groups = x.shape, offsets.shape[1] - 1
     out = x.new_empty(batch, groups, channels)
     _mean[(groups, batch)](
@@ -156,12 +156,12 @@ def fold_mean(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
-    "tofu::fold_mlerp",
+    "tofu::merge_mlerp",
     mutates_args=(),
     schema="(Tensor x, Tensor order, Tensor offsets, float eps) -> Tensor",
 )
-def fold_mlerp(x: Tensor, order: Tensor, offsets: Tensor, eps: float) -> Tensor:
-    """`fold.mlerp` of the groups that `members` lists; eps is `fold.EPS`."""
+def merge_mlerp(x: Tensor, order: Tensor, offsets: Tensor, eps: float) -> Tensor:
+    """`merge.mlerp` of the groups that `members` lists; eps is `merge.EPS`."""
     (batch, tokens, channels), groups = x.shape, offsets.shape[1] - 1
     out = x.new_empty(batch, groups, channels)
     _mlerp[(groups, batch)](
@@ -180,11 +180,11 @@ def fold_mlerp(x: Tensor, order: Tensor, offsets: Tensor, eps: float) -> Tensor:
     return out
 
 
-@torch.library.register_fake("tofu::fold_mean")
+@torch.library.register_fake("tofu::merge_mean")
 def _(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], offsets.shape[1] - 1, x.shape[2])
 
 
-@torch.library.register_fake("tofu::fold_mlerp")
+@torch.library.register_fake("tofu::merge_mlerp")
 def _(x: Tensor, order: Tensor, offsets: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape[0], offsets.shape[1] - 1, x.shape[2])

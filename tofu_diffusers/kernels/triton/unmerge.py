@@ -6,7 +6,7 @@
     blend     y_i = x_i + v_i + (d_m - v_m)
     kept      y_i = x_i + d_i, or what was computed for it, exactly
 
-`restore.restore` with `UpdateCache.record` is the definition, and where a token has no past that may be used
+`unmerge.unmerge` with `UpdateCache.record` is the definition, and where a token has no past that may be used
 the result is the copy. A program owns its tokens: it reads and rewrites their rows of the cache, and no
 others', so the cache changes in place. Only blend looks at another row, and gets it from before the launch.
 """
@@ -177,11 +177,11 @@ def _launch(
 
 
 @torch.library.custom_op(
-    "tofu::restore_copy",
+    "tofu::unmerge_copy",
     mutates_args=(),
     schema="(Tensor x, Tensor update, Tensor kept, Tensor assign, Tensor? computed) -> Tensor",
 )
-def restore_copy(
+def unmerge_copy(
     x: Tensor, update: Tensor, kept: Tensor, assign: Tensor, computed: Tensor | None
 ) -> Tensor:
     """x plus every token's copy of its kept token's update.
@@ -198,20 +198,20 @@ def restore_copy(
     return _launch(update, kept, assign, x, computed)
 
 
-@torch.library.register_fake("tofu::restore_copy")
+@torch.library.register_fake("tofu::unmerge_copy")
 def _(x: Tensor, update: Tensor, kept: Tensor, assign: Tensor, computed: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op(
-    "tofu::restore_cached",
+    "tofu::unmerge_cached",
     mutates_args=("value", "slope", "last"),
     schema=(
         "(Tensor update, Tensor kept, Tensor assign, Tensor(a!) value, Tensor(b!)? slope, "
         "Tensor(c!) last, Tensor step, str how, float? max_age, Tensor? x, Tensor? computed) -> Tensor"
     ),
 )
-def restore_cached(
+def unmerge_cached(
     update: Tensor,
     kept: Tensor,
     assign: Tensor,
@@ -233,7 +233,7 @@ def restore_cached(
         how: one of `FORMS`.
         max_age: a cached update older than this many steps is not used; None: no limit.
         x: [B, N, C] to add to; None: the update alone is returned.
-        computed: as of `restore_copy`.
+        computed: as of `unmerge_copy`.
 
     Returns:
         [B, N, C] of x's dtype, without x of the update's.
@@ -241,7 +241,7 @@ def restore_cached(
     return _launch(update, kept, assign, x, computed, (value, slope, last, step), how, max_age)
 
 
-@torch.library.register_fake("tofu::restore_cached")
+@torch.library.register_fake("tofu::unmerge_cached")
 def _(
     update: Tensor,
     kept: Tensor,

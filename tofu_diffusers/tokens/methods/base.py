@@ -77,6 +77,9 @@ class Method(ABC):
     same_for_all: ClassVar[bool] = False
     """Whether the same tokens are kept in every image, because only the seed decides."""
 
+    bounds_age: ClassVar[bool] = False
+    """Whether the method has an option `max_age` and lets no token wait longer."""
+
     @property
     def sources(self) -> tuple[Source, ...]:
         """What `Evidence.importance` must hold; none: the method does not read it."""
@@ -96,12 +99,12 @@ class Method(ABC):
         """The most tokens that can be removed on this very grid."""
         return grid.tokens - 1
 
-    def fold(self, depth: float) -> str:
-        """The fold that belongs to the method at a depth."""
+    def merge(self, depth: float) -> str:
+        """The merge that belongs to the method at a depth."""
         return "prune"
 
-    def restore(self, depth: float) -> str:
-        """The restore that belongs to the method at a depth."""
+    def unmerge(self, depth: float) -> str:
+        """The unmerge that belongs to the method at a depth."""
         return "copy"
 
     def plan(self, evidence: Evidence) -> Plan:

@@ -37,6 +37,7 @@ class Importance(Method):
     """
 
     name = "importance"
+    bounds_age = True
 
     source: Source | Mapping[Source, float] = "change"
     probe: str | None = None
@@ -90,7 +91,7 @@ class Importance(Method):
         least = 1 if self.max_age is None else -(-grid.tokens // self.max_age)
         return grid.tokens - least
 
-    def restore(self, depth: float) -> str:
+    def unmerge(self, depth: float) -> str:
         return "taylor"
 
     def choose(self, evidence: Evidence) -> Plan:

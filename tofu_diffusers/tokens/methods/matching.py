@@ -118,12 +118,12 @@ def assign_to_kept(evidence: Evidence, keep: Tensor, window: Window | None) -> P
     return make_plan(keep, everyone.scatter(1, others, position), count)
 
 
-def folding(evidence: Evidence, sources: Tensor, folds: Tensor, position: Tensor) -> Plan:
-    """The plan in which some tokens fold into their matches and all others are kept.
+def merging(evidence: Evidence, sources: Tensor, merges: Tensor, position: Tensor) -> Plan:
+    """The plan in which some tokens merge into their matches and all others are kept.
 
     Args:
-        sources: [B, M] int64, positions of those that may fold.
-        folds: [B, M] bool, which of them do, `evidence.remove` a row. Of equally similar pairs
+        sources: [B, M] int64, positions of those that may merge.
+        merges: [B, M] bool, which of them do, `evidence.remove` a row. Of equally similar pairs
             `highest` names the earlier.
         position: [B, M] int64, of their matches, none of them a source.
     """
@@ -131,7 +131,7 @@ def folding(evidence: Evidence, sources: Tensor, folds: Tensor, position: Tensor
     keep = torch.ones(batch, tokens, dtype=torch.bool, device=sources.device)
     match = torch.zeros(batch, tokens, dtype=torch.int64, device=sources.device)
     return make_plan(
-        keep.scatter(1, sources, ~folds),
+        keep.scatter(1, sources, ~merges),
         match.scatter(1, sources, position),
         tokens - evidence.remove,
     )

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from ..grid import TokenGrid
 from ..plan import Plan, highest
 from .base import Evidence, Method, register
-from .matching import as_window, energies, folding, match
+from .matching import as_window, energies, match, merging
 
 
 @register
 @dataclass(frozen=True)
 class Pitome(Method):
-    """The 2k tokens of highest energy, in that order, go by turns to A and B; A folds into B.
+    """The 2k tokens of highest energy, in that order, go by turns to A and B; A merges into B.
 
     The others, of low energy, are protected. The margin shrinks with depth: m = margin * (1 - l/L).
 
@@ -24,7 +24,7 @@ class Pitome(Method):
         margin: of the similarity, at depth 0; from 0 to 1. The paper has 0.9, its code 0.75.
         alpha: weight of the push of tokens less similar than the margin.
         protect: False lets all tokens take part (the paper's ablation): A and B are the halves
-            of the whole order, and the k best pairs fold.
+            of the whole order, and the k best pairs merge.
         window: energy and matching only inside tiles: an int, or (frames, rows, columns)
             with None for a whole side.
     """
@@ -54,7 +54,7 @@ class Pitome(Method):
     def max_remove(self, grid: TokenGrid) -> int:
         return grid.tokens // 2
 
-    def fold(self, depth: float) -> str:
+    def merge(self, depth: float) -> str:
         return "mean"
 
     def choose(self, evidence: Evidence) -> Plan:
@@ -67,4 +67,4 @@ class Pitome(Method):
         # B in token order, so that of equally similar tokens the earlier one is the match.
         a, b = order[:, 0::2], order[:, 1::2].sort(dim=1).values
         value, position = match(evidence, a, b, as_window(self.window))
-        return folding(evidence, a, highest(value, k), position)
+        return merging(evidence, a, highest(value, k), position)

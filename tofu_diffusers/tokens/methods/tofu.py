@@ -1,6 +1,6 @@
 """Prune where the network bends, merge where it is near linear: Token Fusion.
 
-ToFu (WACV 2024, arXiv 2312.01026): one matching, and by depth the fold prune or MLERP.
+ToFu (WACV 2024, arXiv 2312.01026): one matching, and by depth the merge prune or MLERP.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Tofu(Tome):
         if not number or not 0 <= self.switch <= 1:
             raise ValueError(f"switch is {self.switch!r}; give a depth from 0 to 1")
 
-    def fold(self, depth: float) -> str:
+    def merge(self, depth: float) -> str:
         return "prune" if depth < self.switch else "mlerp"
 
-    def restore(self, depth: float) -> str:
+    def unmerge(self, depth: float) -> str:
         return "copy" if depth < self.switch else "mlerp"

@@ -15,13 +15,13 @@ from ..grid import TokenGrid
 from ..plan import Plan, complement, highest
 from ..random_bits import uniform
 from .base import Evidence, Method, as_sides, register
-from .matching import as_window, folding, match
+from .matching import as_window, match, merging
 
 
 @register
 @dataclass(frozen=True)
 class Tome(Method):
-    """One token of every whole cell is a destination, the rest are sources; the best pairs fold.
+    """One token of every whole cell is a destination, the rest are sources; the best pairs merge.
 
     Rows and columns left over at the end of a side belong to no cell: they are sources only.
 
@@ -72,7 +72,7 @@ class Tome(Method):
             [s // c for s, c in zip(grid.sides, self._cell(grid), strict=True)]
         )
 
-    def fold(self, depth: float) -> str:
+    def merge(self, depth: float) -> str:
         return "mean"
 
     def destinations(self, evidence: Evidence) -> Tensor:
@@ -106,4 +106,4 @@ class Tome(Method):
             targets, sources = evidence.once(("cells", cell), lambda: self._sides(evidence))
         targets, sources = targets.expand(batch, -1), sources.expand(batch, -1)
         value, position = match(evidence, sources, targets, as_window(self.window))
-        return folding(evidence, sources, highest(value, evidence.remove), position)
+        return merging(evidence, sources, highest(value, evidence.remove), position)

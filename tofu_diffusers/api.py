@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config import CONFIGS, Config, StepSkipping, TokenReduction, one_of
 from .families import find_family, known_classes
-from .hooks.layout import Layout
+from .hooks.layout import Layout, attach_root
 from .hooks.patch import (
     changed_by_tomesd,
     check_within_reach,
@@ -19,7 +19,7 @@ from .hooks.patch import (
     unwrap,
 )
 from .hooks.sites import Root
-from .profiles import fastest, resolved
+from .profiles import MEMORYLESS, fastest, resolved
 from .report.summary import Summary, site_stats, summarise
 from .runtime.session import PipelineReference, Session
 from .steps.clock import unwatch, watch
@@ -47,8 +47,8 @@ def apply_tofu(
         target: A pipeline (all its denoisers), a modular pipeline, or a denoiser, compiled or not.
         configs: A TokenReduction, a StepSkipping, or one of each: then tokens are reduced in the steps that
             are computed.
-        ratio: Fraction of the image tokens removed: `TokenReduction(ratio=ratio, **options)`. Higher is faster
-            and drifts more.
+        ratio: Fraction of the image tokens removed: `TokenReduction(ratio=ratio, **options)`. Higher is
+            faster and drifts more.
         speedup: How many times fewer FLOPs of the denoiser, at least: by the type that measured best for the
             family (`StepSkipping` today), with these options. Higher is faster and drifts more.
         options: Further options of that type; with configs they replace those of the one that has them.
@@ -77,34 +77,44 @@ def apply_tofu(
         wanted = asked
         if not wanted:
             workflow = fastest(kind.name)
-            workflow.check_field_names(options)
+            for name in options:
+                if name not in workflow.field_names():
+                    raise ValueError(
+                        f"option {name!r} is one of TokenReduction, and speedup asks for {workflow.__name__} "
+                        f"with family {kind.name!r}; leave it out, or give TokenReduction(...), "
+                        f"StepSkipping(speedup={speedup})"
+                    )
             wanted = (workflow(speedup=speedup, **options),)  # type: ignore[call-arg]
-        chosen = {type(each): resolved(each, kind.name) for each in wanted}
-        reduction, skipping = chosen.get(TokenReduction), chosen.get(StepSkipping)
-        layout = Layout(model, kind, reduction)  # type: ignore[arg-type]
-        plans.append((model, kind, reduction, skipping, layout))
+        layouts = [(each, Layout(model, kind, each[0])) for each in _ways(wanted, kind.name)]
+        plans.append((model, kind, layouts))
     remove_tofu(target)
-    sessions = []
+    roots: list[tuple[nn.Module, Root]] = []
     try:
-        for model, kind, reduction, skipping, layout in plans:
-            session = Session(
-                reduction,  # type: ignore[arg-type]
-                skipping,  # type: ignore[arg-type]
-                kind,
-                layout.units,
-                layout.projections,
-                PipelineReference(pipeline),
-            )
-            sessions.append((model, session))
-            layout.attach(model, session)
+        for model, kind, layouts in plans:
+            reference = PipelineReference(pipeline)
+            sessions = [
+                Session(
+                    *way,
+                    kind,
+                    layout.units,
+                    layout.projections,
+                    reference,
+                    stands_in=i > 0,
+                    has_stand_in=i == 0 and len(layouts) > 1,
+                )
+                for i, (way, layout) in enumerate(layouts)
+            ]
+            pairs = [(each, layout) for each, (_, layout) in zip(sessions, layouts, strict=True)]
+            roots.append((model, attach_root(model, pairs)))
             scheduler = getattr(pipeline, "scheduler", None)
             if scheduler is not None:
-                watch(scheduler, session)
+                for session in sessions:
+                    watch(scheduler, session)
     except BaseException:
-        for model, session in sessions:
-            _remove(model, session)
+        for model, root in roots:
+            _remove(model, root)
         raise
-    return Handle(sessions)
+    return Handle(roots)
 
 
 def remove_tofu(target: Any) -> None:
@@ -124,19 +134,24 @@ def remove_tofu(target: Any) -> None:
     ]:
         root = state_of(model)
         if isinstance(root, Root):
-            _remove(model, root.session)
+            _remove(model, root)
 
 
 class Handle:
     """What `apply_tofu` returns. As a context manager it removes tofu at the end."""
 
-    def __init__(self, sessions: list[tuple[nn.Module, Session]]) -> None:
-        self._sessions = sessions
+    def __init__(self, roots: list[tuple[nn.Module, Root]]) -> None:
+        self._roots = roots
+
+    @property
+    def _sessions(self) -> list[tuple[nn.Module, Session]]:
+        """Of each denoiser, what is in force in its last call."""
+        return [(model, root.session) for model, root in self._roots]
 
     @property
     def configs(self) -> tuple[Config, ...]:
-        """What is in force, with nothing left open: one of each workflow at most (of the first denoiser)."""
-        return self._sessions[0][1].configs
+        """What was asked for, with nothing left open: one of each workflow at most (the first denoiser's)."""
+        return self._roots[0][1].layouts[0][0].configs
 
     @property
     def removed(self) -> bool:
@@ -207,7 +222,7 @@ class Handle:
             raise ValueError(f"step {index} is not one of {total} steps; count from 0")
         if conditions < 1:
             raise ValueError(f"conditions {conditions} is below 1")
-        for _, session in self._sessions:
+        for session in self._all:
             session.tell(index, total, conditions)
 
     def reset(self) -> None:
@@ -219,7 +234,7 @@ class Handle:
             RuntimeError: if the handle was removed.
         """
         self._check()
-        for _, session in self._sessions:
+        for session in self._all:
             session.begin([], conditions=1)  # without asking the pipeline, which may be gone
 
     def remove(self) -> None:
@@ -229,10 +244,14 @@ class Handle:
             RuntimeError: if the handle was already removed.
         """
         self._check()
-        for model, session in self._sessions:
+        for model, root in self._roots:
             # Of several denoisers one may have been given another tofu since.
-            if not session.removed:
-                _remove(model, session)
+            if not root.session.removed:
+                _remove(model, root)
+
+    @property
+    def _all(self) -> list[Session]:
+        return [session for _, root in self._roots for session, _ in root.layouts]
 
     def _check(self) -> None:
         if self.removed:
@@ -362,12 +381,33 @@ def _attached(model: nn.Module, like: Session) -> Session:
     return handle._sessions[0][1]
 
 
-def _remove(model: nn.Module, session: Session) -> None:
+def _ways(
+    wanted: tuple[Config, ...], family: str
+) -> list[tuple[TokenReduction | None, StepSkipping | None]]:
+    """What was asked for, and where a family's profile that needs a past was taken, what does without."""
+    full = [resolved(each, family) for each in wanted]
+    reduction = next((each for each in full if isinstance(each, TokenReduction)), None)
+    skipping = next((each for each in full if isinstance(each, StepSkipping)), None)
+    ways: list[Any] = [(reduction, skipping)]
+    asked = next((each for each in wanted if isinstance(each, TokenReduction)), None)
+    if asked is None or asked.is_resolved or skipping is not None or not reduction:
+        return ways
+    try:
+        memoryless: TokenReduction = asked.replace(**MEMORYLESS)
+    except ValueError:  # its options ask for a past themselves, or for more than this method can do
+        return ways
+    if reduction.needs_steps and not memoryless.needs_steps:
+        ways.append((memoryless, None))
+    return ways
+
+
+def _remove(model: nn.Module, root: Root) -> None:
     modules = [module for module in model.modules() if state_of(module) is not None]
     for module in modules:
         check_within_reach(module)
     for module in modules:
         detach(module)
-    unwatch(session)
-    session.forget()
-    session.removed = True
+    for session, _ in root.layouts:
+        unwatch(session)
+        session.forget()
+        session.removed = True

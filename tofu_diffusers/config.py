@@ -221,9 +221,8 @@ class TokenReduction(Config):
         # As JSON has them, so that a configuration read back is equal.
         options = {name: _plain(value) for name, value in dict(self.method_options).items()}
         object.__setattr__(self, "method_options", options)
-        for name, valid in {
-            "merge": MERGES, "unmerge": UNMERGES, "scope": SCOPES, "keys_values": KEYS_VALUES, "share": SHARES,
-        }.items():  # fmt: skip
+        choices = {"merge": MERGES, "unmerge": UNMERGES, "scope": SCOPES, "share": SHARES}
+        for name, valid in (choices | {"keys_values": KEYS_VALUES}).items():
             if getattr(self, name) is not None:
                 one_of(name, getattr(self, name), valid)
         for name in ("corrector", "share_plan"):

@@ -94,8 +94,8 @@ class Family(ABC):
     def attention_inputs(self, block: nn.Module, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:
         """What each self-attention of the block would read if it were given the tokens x [B, M, C].
 
-        Token-wise, so that it can be asked for any tokens: keys_values "fresh" projects the keys and values of
-        removed tokens from it.
+        Token-wise, so that it can be asked for any tokens: keys_values "fresh" projects the keys and values
+        of removed tokens from it.
 
         Raises:
             ValueError: if this block's normalisation is not known.

@@ -53,6 +53,16 @@ class Laid:
     projections: dict[str, dict[str, Projection]]
 
 
+def attach_root(model: nn.Module, layouts: list[tuple[Session, Layout]]) -> Root:
+    """Put the forwards on a denoiser, of the first session and its layout."""
+    session, layout = layouts[0]
+    names = parameters_of(model)
+    root = Root(session, type(model).forward, root_forward, names, layouts=list(layouts))
+    attach(model, root_forward, root)
+    layout.attach_blocks(session, root)
+    return root
+
+
 class Layout:
     """The units of one denoiser under one configuration; none where no tokens are reduced.
 
@@ -92,10 +102,8 @@ class Layout:
         widths = {laid.name: laid.alone.width for laid in self._blocks}
         self._probes = {} if probe is None else load_probes(probe, widths)
 
-    def attach(self, model: nn.Module, session: Session) -> None:
-        """Put the forwards on the denoiser's modules, with this session."""
-        root = Root(session, type(model).forward, root_forward, parameters_of(model))
-        attach(model, root_forward, root)
+    def attach_blocks(self, session: Session, root: Root) -> None:
+        """Put the forwards on the modules inside the denoiser, with this session."""
         session.blocks = [laid.block for laid in self._blocks]
         on_attention = self._on_attention
         forward = observed_block_forward if on_attention else block_forward

@@ -36,7 +36,10 @@ class Root:
     """State on the denoiser itself.
 
     Args:
+        session: Whose forwards are on the blocks now.
         names: Its forward's parameters, in order.
+        layouts: Sessions with what puts their forwards on the blocks: the one that was asked for, and where
+            that needs a past, one without.
         projections: (attention, attribute, state) of every projection that has one.
     """
 
@@ -44,6 +47,7 @@ class Root:
     original: Callable[..., Any]
     forward: Callable[..., Any]
     names: tuple[str, ...]
+    layouts: list[tuple[Session, Any]] = field(default_factory=list)
     projections: list[tuple[nn.Module, str, ProjectionSite | QuerySite]] = field(
         default_factory=list
     )
@@ -73,8 +77,8 @@ class Site:
         probe: Of the block, where importance is read with one; see `sensitivity`.
 
     While the block runs on kept tokens, `plan` says which, `whole` is what it would have been given, `inputs`
-    what its attentions would read of tokens that they are not given (keys_values "fresh"), and `row` which row
-    of the batch it is, if only one.
+    what its attentions would read of tokens that they are not given (keys_values "fresh"), and `row` which
+    row of the batch it is, if only one.
     """
 
     name: str
@@ -140,10 +144,11 @@ class NormSite:
 def root_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The denoiser's forward, with the session told where it begins and ends."""
     root: Root = module.__dict__["_tofu"]
-    session = root.session
-    if not torch.compiler.is_compiling():
-        follow_projections(root)
     named = bind(root.names, args, kwargs)
+    if not torch.compiler.is_compiling():
+        choose_layout(root, module, named)
+        follow_projections(root)
+    session = root.session
     session.enter(module, named)
     if session.leaves_out():
         return session.predicted(named.get("return_dict", True))
@@ -153,6 +158,29 @@ def root_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     else:
         out = unbroken(root, module, args, kwargs)
     return session.leave(out)
+
+
+def choose_layout(root: Root, module: nn.Module, named: Kwargs) -> None:
+    """Put on the forwards without memory where there is no past to use, and those asked for elsewhere.
+
+    There is none in a generation of few steps, and in one call of a bare denoiser whose steps nobody tells.
+    """
+    if len(root.layouts) == 1:
+        return
+    (asked, _), (memoryless, _) = root.layouts
+    asked.find_scheduler(named)
+    wanted = asked if asked.has_past else memoryless
+    if wanted is root.session:
+        return
+    for part in module.modules():
+        if part is not module and state_of(part) is not None:
+            detach(part)
+    root.session.forget()
+    root.projections.clear()
+    root.session = wanted
+    for session, layout in root.layouts:
+        if session is wanted:
+            layout.attach_blocks(session, root)
 
 
 def unbroken(root: Root, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
@@ -394,14 +422,14 @@ def check_unfused(attention: nn.Module, name: str, keys_values: str) -> None:
     if processor.startswith("PAG"):
         raise ValueError(
             f"{name} projects the rows of perturbed-attention guidance apart from the others ({processor}), "
-            f"which keys_values {keys_values!r} cannot follow; use keys_values='dropped', or scope='step'"
+            f"which keys_values {keys_values!r} cannot follow; use keys_values='dropped', or StepSkipping"
         )
     # Attentions that cannot be unfused keep the flag when their processors are put back.
     flag = getattr(attention, "fused_projections", False)
     if "Fused" in processor or (flag and hasattr(attention, "unfuse_projections")):
         raise ValueError(
-            f"{name} has fused QKV projections, which hide the keys and values that keys_values {keys_values!r} "
-            "needs; call unfuse_qkv_projections() or use keys_values='dropped'"
+            f"{name} has fused QKV projections, which hide what keys_values {keys_values!r} needs; call "
+            "unfuse_qkv_projections() or use keys_values='dropped'"
         )
 
 

@@ -210,6 +210,7 @@ def _settings(session: Session) -> list[str]:
         lines.append(
             f"TokenReduction: ratio {each.ratio:g}, method {each.method}, keys_values {each.keys_values}, "
             f"scope {each.scope}{corrected}{origin(session.family.name, each)}"
+            f"{' (without memory: few steps, or one call alone)' if session.stands_in else ''}"
         )
     if session.skipping is not None:
         each = session.skipping

@@ -106,6 +106,10 @@ class Session:
     matched: bool = field(init=False)
     blocks: list[nn.Module] = field(default_factory=list)
     removed: bool = False
+    stands_in: bool = False
+    """Whether this is what runs without memory, for one that was asked for."""
+    has_stand_in: bool = False
+    """Whether another one runs without memory where there is no past."""
 
     # Between calls.
     index: int = 0
@@ -244,9 +248,16 @@ class Session:
             self._note_step()
         self._go_to(index)
 
+    @property
+    def has_past(self) -> bool:
+        """Whether a call can build on earlier ones: its step is known, and steps are not few."""
+        if self.told:
+            return len(self.noise) > FEW_STEPS
+        return self.pipeline.given
+
     def _warn_of_few(self) -> None:
         steps, whole = len(self.noise), self.warmup_steps()
-        reduces = self.reduction is not None and self.reduction.ratio > 0
+        reduces = self.reduction is not None and self.reduction.ratio > 0 and not self.has_stand_in
         if steps <= FEW_STEPS and whole and reduces:
             warnings.warn(
                 f"{steps} steps, of which {min(steps, whole)} compute all tokens: little is left to save; "
@@ -409,7 +420,7 @@ class Session:
             MemoryError: if the caches would exceed `memory_limit`.
         """
         if not torch.compiler.is_compiling():
-            self._find_scheduler(named)
+            self.find_scheduler(named)
         sample: Tensor = named[self.family.sample_name]
         refusal = self.family.refusal(self.scope, named)
         if refusal is not None:
@@ -692,7 +703,7 @@ class Session:
         alone = self.scope == "block" and any(map(compiled_alone, self.blocks))
         self.split = reason is not None or alone
 
-    def _find_scheduler(self, named: dict[str, Any]) -> None:
+    def find_scheduler(self, named: dict[str, Any]) -> None:
         """Follow a scheduler swapped after apply_tofu, and see which of its steps are really run."""
         pipeline = self.pipeline.get()
         scheduler = getattr(pipeline, "scheduler", None)

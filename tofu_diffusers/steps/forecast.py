@@ -1,4 +1,4 @@
-"""Forecasts what a denoiser would return at the steps at which it is skipped, from what it returned before."""
+"""Forecasts what a denoiser would return at skipped steps, from what it returned before."""
 
 from __future__ import annotations
 

@@ -10,8 +10,7 @@ import math
 from collections.abc import Callable
 
 SkipRule = Callable[[range, int], set[int]]
-"""(steps that may be skipped, how many of them are computed: 1 or more, fewer than there are) -> those that are
-skipped; so many are computed."""
+"""(steps that may be skipped, how many of them are computed: at least 1, fewer than all) -> those skipped."""
 
 SKIP_RULES: dict[str, SkipRule] = {}
 

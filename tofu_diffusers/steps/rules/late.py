@@ -1,7 +1,7 @@
 """Skip rule "late": skips as short as they can be, the longer ones late, and the last step computed.
 
-A forecast far from the last computed step is worse than two near it, and an early one is worse than a late one,
-because all later steps build on it.
+A forecast far from the last computed step is worse than two near it, and an early one is worse than a late
+one, because all later steps build on it.
 """
 
 from __future__ import annotations

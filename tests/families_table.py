@@ -1,6 +1,6 @@
-"""The README's table of families, from what the tiny denoisers of the tests really do.
+"""The table of families in docs/models.md, from what the tiny denoisers of the tests really do.
 
-`python -m tests.families_table` rebuilds it; a test holds the README to it.
+`python -m tests.families_table` rebuilds it; a test holds the document to it.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests import tiny
 from tofu_diffusers import FAMILIES, apply_tofu
 from tofu_diffusers.config import KEYS_VALUES, SCOPES
 
-README = Path(__file__).parent.parent / "README.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 MARKS = ("<!-- families: python -m tests.families_table -->", "<!-- /families -->")
 BUILDERS = {
     "unet": (tiny.tiny_sd, tiny.tiny_sdxl),
@@ -87,9 +87,9 @@ def table() -> str:
 
 
 def main() -> None:
-    before, rest = README.read_text(encoding="utf-8").split(MARKS[0])
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    README.write_text(f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}", encoding="utf-8")
+    DOCUMENT.write_text(f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,20 +14,45 @@ from diffusers import DiffusionPipeline
 
 from eval.__main__ import COMMANDS
 from tests.tiny import tiny_sd, tiny_sdxl
-from tofu_diffusers import MERGES, METHODS, UNMERGES, TokenReduction, apply_tofu
-from tofu_diffusers.config import KEYS_VALUES, SCOPES
+from tofu_diffusers import (
+    KEYS_VALUES,
+    MERGES,
+    METHODS,
+    SCOPES,
+    SKIP_RULES,
+    UNMERGES,
+    StepSkipping,
+    TokenReduction,
+    apply_tofu,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = (
+    "quickstart", "choosing", "models", "how_it_works", "evaluation", "tuning", "limits", "extending", "results",
+    "speed", "papers",
+)  # fmt: skip
+DOCUMENTS = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{guide}.md" for guide in GUIDES))
+}
 
 
 def fenced(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    pattern = rf"^```{language}\n(.*?)^```$"
+    found = (re.findall(pattern, text, re.DOTALL | re.MULTILINE) for text in DOCUMENTS.values())
+    return [snippet for each in found for snippet in each]
 
 
 def commands() -> list[str]:
-    lines = "\n".join(fenced("bash")).splitlines()
-    return [line for line in lines if line.strip()]
+    """Commands of all documents; those that go on over several lines as one."""
+    found, waiting = [], ""
+    for line in "\n".join(fenced("bash")).replace("\\\n", " ").splitlines():
+        waiting = f"{waiting} {line}".strip()
+        if waiting and waiting.count("'") % 2 == 0:
+            found.append(waiting)
+            waiting = ""
+    return found
 
 
 def first_lines(snippet: str) -> str:
@@ -62,7 +87,7 @@ def stand_ins(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("snippet", fenced("python"), ids=first_lines)
 def test_python_runs(snippet, stand_ins):
-    exec(compile(snippet, "README.md", "exec"), stand_ins)
+    exec(compile(snippet, "a document", "exec"), stand_ins)
 
 
 @pytest.mark.parametrize("line", commands())
@@ -82,12 +107,28 @@ def test_commands_exist(line):
             importlib.import_module(COMMANDS[words[3]][0]).add_arguments(parser)
             parser.parse_args(words[4:])
     else:
-        assert words == ["pip", "install", "."], f"nothing checks this command: {line}"
+        assert words[:2] == ["pip", "install"], f"nothing checks this command: {line}"
+        extra = re.fullmatch(r"\.(?:\[(\w+)\])?", words[2])
+        assert extra and words[3:] == [], line
+        if extra[1]:
+            project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+            assert re.search(rf"^{extra[1]} = \[", project, flags=re.MULTILINE)
 
 
 def test_the_tables_name_all_there_is():
-    for name in [*METHODS, *MERGES, *UNMERGES, *SCOPES, *KEYS_VALUES]:
-        assert re.search(rf"^\| `{name}` \|", README, flags=re.MULTILINE), name
+    for name in [*METHODS, *MERGES, *UNMERGES, *SCOPES, *KEYS_VALUES, *SKIP_RULES]:
+        choosing = DOCUMENTS["docs/choosing.md"]
+        assert re.search(rf"^\| `{name}` \|", choosing, flags=re.MULTILINE), name
+    for option in StepSkipping().field_names():
+        if option not in ("memory_limit", "family"):
+            assert f"| `{option}` |" in DOCUMENTS["docs/choosing.md"], option
+
+
+def test_the_readme_is_short_and_names_every_guide():
+    assert len(README.splitlines()) <= 150
+    for guide in GUIDES:
+        assert f"](docs/{guide}.md)" in README, guide
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} == {*GUIDES}
 
 
 def test_ci_runs_the_readme_test_command():
@@ -96,8 +137,15 @@ def test_ci_runs_the_readme_test_command():
     assert "make test" in "\n".join(commands())
 
 
-def test_links_to_files_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for name in ("LICENSE", "NOTICE", "constraints.txt"):
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_to_files_lead_somewhere(name):
+    folder = (ROOT / name).parent
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", DOCUMENTS[name]):
+        assert (folder / target).exists(), target
+
+
+def test_python_versions_are_said_the_same_everywhere():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'requires-python = ">=3.10"' in project
+    said = {version for text in DOCUMENTS.values() for version in re.findall(r"Python (3\.\d+)", text)}
+    assert said == {"3.10"}

@@ -2,12 +2,13 @@
 
 The same sites on their first K tokens:
 
-- scope "block" without context: the blocks run on x[:, :K], and what they do not see is put behind what they
-  return. Nothing chooses, merges or unmerges; of tofu's work there is only one concatenation a run of blocks.
-- otherwise (a context keeps the keys of all tokens, an attention is inside a block): tofu itself with a plan
-  made once that keeps the first K tokens, pruned, unmerged by a copy. Still in it are the taking of K rows,
-  of rotary rows where there are any, what the context itself keeps, and one pass over the tokens that writes
-  the copies: less than any other way to unmerge, not nothing.
+- scope "block" with keys_values "dropped": the blocks run on x[:, :K], and what they do not see is put
+  behind what they return. Nothing chooses, merges or unmerges; of tofu's work there is only one concatenation
+  a stack of blocks.
+- otherwise (attention sees the keys and values of all tokens, or is itself what shrinks): tofu itself with a
+  plan made once that keeps the first K tokens, pruned, unmerged by a copy. Still in it are the taking of K
+  rows, of rotary rows where there are any, the keys and values themselves, and one pass over the tokens that
+  writes the copies: less than any other way to unmerge, not nothing.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _cut(block: Any, family: Any, ratio: float, held: Held, first: bool, last: b
             kept = tokens - int(tokens * ratio)
             plan = first_plan(x.shape[0], tokens, kept, x.device)
             # Rotary rows, once a run: they are the same for all of its blocks.
-            following = family.follow(named, plan, "none", None)
+            following = family.follow(named, plan, "dropped", None)
             held.cut = {name: v for name, v in following.items() if v is not named.get(name)}
             x, held.rest = x[:, :kept], x[:, kept:]
         out = inner(**family.with_hidden({**named, **held.cut}, x))

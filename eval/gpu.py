@@ -94,7 +94,7 @@ def sync(job: Job) -> str | None:
                     lane.step()
                 waits = waiting(lane.forward, device)
             if waits:
-                found.append(f"{case.model} {cell.kind} {cell.context}".strip() + f": {waits}")
+                found.append(f"{case.model} {cell.kind} {cell.keys_values}".strip() + f": {waits}")
             if waits and cell.kind == "unreduced":
                 break  # the model itself waits, so nothing can be said of tofu
     if device.type != "cuda":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eval.suite import Bench, Cell
 from eval.suite_models import SUITES, free_memory, here
+from tofu_diffusers import KEYS_VALUES
 
 CHECKED = 0.03
 """Most that outputs may differ, |kernels - reference| / |reference|: bfloat16, a few blocks deep."""
@@ -24,12 +25,12 @@ def save_predictions(suite: str, count: int, path: str) -> None:
     found = {}
     for case in SUITES[suite][:count]:
         bench = Bench(case.shallow(), device, dtype)
-        for context in ("dropped", "fresh", "cached"):
-            cell = Cell("tofu", 0.5, "block", context, "random")
+        for keys_values in KEYS_VALUES:
+            cell = Cell("tofu", 0.5, "block", keys_values, "random")
             with bench.applied(cell, *bench.models[0]) as lane:
                 for _ in range(CHECKED_STEPS):
                     out = lane.forward()
-            found[f"{case.model} {case.size} {context}"] = out.float().cpu()
+            found[f"{case.model} {case.size} {keys_values}"] = out.float().cpu()
         free_memory()
     torch.save(found, path)
 

@@ -136,7 +136,7 @@ class Manifest:
             raise ValueError(f"{folder} is no run folder: it holds no {NAME}") from None
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"cannot read {path}: {error}; unmerge it, or generate into another folder"
+                f"cannot read {path}: {error}; restore it, or generate into another folder"
             ) from error
 
     def save(self, folder: str | Path) -> None:

@@ -35,7 +35,7 @@ def operations(tokens: int) -> dict[str, Operation]:
 
     "match" finds the best kept token of all removed ones (method random, whose own choice costs next to
     nothing); "energy" is PiToMe's, and a match behind it; both over the whole grid and inside windows.
-    Folds and unmerges take a plan drawn at random, whose groups lie as far apart as those of such a match.
+    Merges and unmerges take a plan drawn at random, whose groups lie as far apart as those of such a match.
     """
     device, dtype = here()
     draw = torch.Generator(device).manual_seed(tokens)

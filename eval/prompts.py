@@ -2,7 +2,7 @@
 
 >>> from eval.prompts import load_prompts
 >>> load_prompts("emoji")[:3]
-['a red apple', 'a smiling face', 'a castle']
+['a red apple', 'a smiling face', 'a blue car']
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import unicodedata
 from pathlib import Path
 
-# `emoji`: 512 prompts in words that the embedded pipelines were trained on, in sixteens of the same mix:
-# two faces, animals and foods each, three objects, a plant or the sky, a vehicle, a person, something to
-# wear, and three of a colour and an object. So the first n are as fair a sample as all of them.
+# `emoji`: 336 prompts in words that the embedded pipelines were trained on, of all kinds from the start, and
+# about two of sixteen of a colour and an object. So the first n are as fair a sample as all of them.
 # `emoji-captions`: 2,560 in random order, as many as distances of sets need, each of a picture that the
 # embedded pipelines were trained on (`pipelines.emoji.prompts`).
 BUILT_IN = {

@@ -19,7 +19,7 @@ from eval.baselines import (
     scheduler_like,
     step_cached,
 )
-from tofu_diffusers import Handle, apply_tofu
+from tofu_diffusers import Config, Handle, StepSkipping, TokenReduction, apply_tofu
 
 KINDS = (
     "unreduced",
@@ -69,11 +69,11 @@ class Setting:
 
     Args:
         name: Of its folder and rows: letters, digits and "-_.+=".
-        kind: "unreduced"; "tofu" (options of apply_tofu); "fewer_steps" (steps; scheduler: None or
-            "multistep"); "step_cache" (total, computed, first, order); "tomesd" (its own options); "pab"
-            (skip, first, last); "taylorseer" (interval, first, order, modules); "first_block_cache"
-            (threshold); "deepcache" (interval, branch); "stack" (of: settings as dictionaries, the first
-            innermost).
+        kind: "unreduced"; "tofu" (options of apply_tofu: ratio or speedup, and more of that workflow);
+            "fewer_steps" (steps; scheduler: None or "multistep"); "step_cache" (total, computed, first,
+            order); "tomesd" (its own options); "pab" (skip, first, last); "taylorseer" (interval, first,
+            order, modules); "first_block_cache" (threshold); "deepcache" (interval, branch); "stack" (of:
+            settings as dictionaries, the first innermost).
         options: Of the kind.
 
     Raises:
@@ -139,6 +139,15 @@ class Applied:
 
     call: dict[str, Any] = field(default_factory=dict)
     handles: list[Handle] = field(default_factory=list)
+
+
+def config_of(options: Mapping[str, Any]) -> Config:
+    """The configuration that these options of kind "tofu" ask for, as far as they say.
+
+    Raises:
+        TypeError, ValueError: if they are none of it.
+    """
+    return StepSkipping(**options) if "speedup" in options else TokenReduction(**options)
 
 
 def _fewer_steps(*, steps: int, scheduler: str | None = None) -> int:

@@ -36,7 +36,7 @@ from tofu_diffusers import Handle, apply_tofu
 
 STEPS = 12
 CASES = 2  # of a suite: its first transformer and its first UNet
-TOFU = Cell("tofu", 0.5, "block", "none", "tome")
+TOFU = Cell("tofu", 0.5, "block", "dropped", "tome")
 PACKAGES = {"deepcache": "DeepCache", "int8": "torchao"}
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 

@@ -5,7 +5,7 @@
 
 Stages: `grid`, every valid combination of method, merge, unmerge, scope, keys_values and ratio; `front`, the
 better ones with what they must beat; `lengths`, the best in 10, 20 and 50 steps with theirs; `plans`, plans
-shared by more blocks and steps; `samplers`, the default with what it must beat, for a `--scheduler`.
+shared by more blocks and steps; `samplers`, step skipping with what it must beat, for a `--scheduler`.
 
 Drift is the PSNR to the unreduced picture of the same prompt and seed, savings are counted FLOPs. No picture
 is kept and no time taken: `eval sweep` does both, for few settings. Stopped anywhere, the same command goes
@@ -35,12 +35,14 @@ from eval.scores import psnr_db
 from eval.settings import Setting, known_saving
 from eval.speed import UNREDUCED, Bench, one_batch
 from eval.sweep import others
-from tofu_diffusers import KEYS_VALUES, MERGES, METHODS, UNMERGES, SCOPES, TokenReduction
+from tofu_diffusers import KEYS_VALUES, MERGES, METHODS, SCOPES, UNMERGES, TokenReduction
 
 # The middle one first: what is worth what shows before the grid is whole.
 RATIOS = (0.5, 0.25, 0.75)
 # As in every row of the grid: what the choice by change needs, and the bound of extrapolation.
 GRID = {"warmup_steps": 2, "max_age": 8}
+CORRECTED = "corrected"
+"""In names: unmerge "taylor" with the corrector."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ def tofu(name: str, **options: Any) -> Setting:
 def grid(steps: int) -> Iterator[Trial]:
     """Every valid combination; a method's own merge (by depth for ToFu) is called "own".
 
-    ToFu is there with its own merge only: with a merge and a unmerge given, it is ToMe with them.
+    ToFu is there with its own merge only: with a merge and an unmerge given, it is ToMe with them. The
+    corrector is there with unmerge "taylor" only; that pair is called "corrected".
     """
     for ratio, method, merge, how, scope, keys_values in itertools.product(
-        RATIOS, sorted(METHODS), [*MERGES, "own"], UNMERGES, SCOPES, KEYS_VALUES
+        RATIOS, sorted(METHODS), [*MERGES, "own"], [*UNMERGES, CORRECTED], SCOPES, KEYS_VALUES
     ):
         own = merge == "own"
         # Apart from ToFu's, a method's own merge is one of the others.
@@ -71,7 +74,8 @@ def grid(steps: int) -> Iterator[Trial]:
         options = {
             "method": method,
             "merge": None if own else merge,
-            "unmerge": how,
+            "unmerge": "taylor" if how == CORRECTED else how,
+            "corrector": how == CORRECTED,
             "scope": scope,
             "keys_values": keys_values,
             "ratio": ratio,
@@ -81,9 +85,8 @@ def grid(steps: int) -> Iterator[Trial]:
             TokenReduction(**options)
         except ValueError:
             continue
-        yield Trial(
-            tofu(f"{method}-{merge}-{how}-{scope}-{keys_values}-{ratio:g}", **options), steps
-        )
+        seen = "none" if keys_values == "dropped" else keys_values
+        yield Trial(tofu(f"{method}-{merge}-{how}-{scope}-{seen}-{ratio:g}", **options), steps)
 
 
 # The best known of those that remove some tokens at every step, and what it is made of.
@@ -91,6 +94,7 @@ TOKENS = {
     "method": "importance",
     "merge": "prune",
     "unmerge": "taylor",
+    "corrector": False,
     "keys_values": "fresh",
     "share": "resolution",
     "max_age": 8,
@@ -105,29 +109,31 @@ SPEEDS = (1.5, 2, 3)
 
 
 def matched(steps: int, speeds: Sequence[float] = SPEEDS) -> Iterator[Trial]:
-    """Scope "step" and what it must beat, at so many times fewer FLOPs.
+    """Step skipping and what it must beat, at so many times fewer FLOPs.
 
-    Scope "step" leaves out none of the first two, or of the first four; "corrected" looks back too.
     Whole-step caching computes steps evenly spread after the first two ("line"), or after the first
     quarter ("late").
     """
     for count in (round(steps / speed) for speed in speeds):
         cache = {"total": steps, "computed": count, "order": 1}
-        for whole in (2, 4):
-            if whole < count:
-                share = round((steps - count) / (steps - whole), 4)
-                name = f"step-{count}" if whole == 2 else f"step-{count}-first{whole}"
-                options = {"scope": "step", "ratio": share, "warmup_steps": whole}
-                yield Trial(tofu(name, **options, unmerge="taylor"), steps)
-                yield Trial(
-                    tofu(f"{name}-corrected", **options, unmerge="taylor", corrector=True), steps
-                )
+        yield from skipping(steps, count)
         for setting in (
             Setting(f"line-{count}", "step_cache", {**cache, "first": 2}),
             Setting(f"late-{count}", "step_cache", {**cache, "first": max(2, steps // 4)}),
             Setting(f"steps-{count}", "fewer_steps", {"steps": count}),
         ):
             yield Trial(setting, steps)
+
+
+def skipping(steps: int, count: int) -> Iterator[Trial]:
+    """So many of the steps computed, the first two or four among them, with the corrector and without."""
+    for whole, corrector in itertools.product((2, 4), (False, True)):
+        if whole >= count:
+            continue
+        options = {"warmup_steps": whole, "rule": "late", "order": 1, "corrector": corrector}
+        first = "" if whole == 2 else f"-first{whole}"
+        name = f"step-{count}{first}{'-corrected' if corrector else ''}"
+        yield Trial(tofu(name, speedup=steps / count, **options), steps)
 
 
 def rivals(steps: int) -> Iterator[Trial]:
@@ -145,7 +151,9 @@ def samplers(steps: int) -> Iterator[Trial]:
 
 
 def tokens(steps: int) -> Iterator[Trial]:
-    """The same as `TOKENS`, in both contexts at two ratios; "corrected" too, and then by turns ("due")."""
+    """`TOKENS` with fresh and with cached keys and values, at two ratios; with the corrector ("corrected"),
+    and then by turns too ("due").
+    """
     for ratio in (0.5, 0.75):
         for keys_values in ("fresh", "cached"):
             name = f"tokens-{keys_values}-{ratio:g}"
@@ -156,7 +164,7 @@ def tokens(steps: int) -> Iterator[Trial]:
                 "warmup_steps": steps // 4,
             }
             yield Trial(tofu(name, **options), steps)
-            corrected = {**options, "unmerge": "taylor", "corrector": True}
+            corrected = {**options, "corrector": True}
             yield Trial(tofu(f"{name}-corrected", **corrected), steps)
             if keys_values == "fresh":
                 yield Trial(tofu(f"{name}-due", **corrected, method_options=DUE), steps)
@@ -183,7 +191,7 @@ def front(steps: int) -> Iterator[Trial]:
             tofu(f"tokens-{source}-0.5", **half, method_options={"source": source})
             for source in ("cfg", "attention", "key_norm")
         ),
-        tofu("tokens-none-0.5", **{**half, "keys_values": "none"}),
+        tofu("tokens-none-0.5", **{**half, "keys_values": "dropped"}),
         Setting(f"stack-{count}", "stack", {"of": [each.to_dict() for each in both]}),
         *(tofu(f"{method}-0.5", method=method, ratio=0.5) for method in ("tofu", "tome", "pitome")),
         tofu("random-0.5", method="random", ratio=0.5),
@@ -200,14 +208,15 @@ def lengths(steps: int) -> Iterator[Trial]:
 
 
 def plans(steps: int) -> Iterator[Trial]:
-    """One plan a block, a run of blocks or a level, made at every step or kept for some."""
+    """One plan a block, a stack of blocks or a resolution, made at every step or kept for some."""
     kinds = {
         "tome": {"method": "tome", "ratio": 0.5},
         "tokens": {**TOKENS, "ratio": 0.5, "warmup_steps": steps // 4},
     }
     for kind, options in kinds.items():
-        for share in ("block", "stack", "resolution"):
-            yield Trial(tofu(f"{kind}-{share}", **{**options, "share": share}), steps)
+        # What rows were first named by.
+        for word, share in (("block", "block"), ("run", "stack"), ("level", "resolution")):
+            yield Trial(tofu(f"{kind}-{word}", **{**options, "share": share}), steps)
         for reuse in (2, 5):
             more = {"share": "resolution", "reuse": reuse}
             yield Trial(tofu(f"{kind}-level-reuse{reuse}", **{**options, **more}), steps)

@@ -28,7 +28,7 @@ from eval.speed import spread
 from eval.suite_models import SUITES, Case, free_memory, here, twin
 from eval.suite_rows import KEY, SAME, append_row, as_text, line, read_rows
 from pipelines.timer import Timer
-from tofu_diffusers import Handle, apply_tofu
+from tofu_diffusers import Handle, TokenReduction, apply_tofu
 
 STEPS = 1000  # of the generation that is never finished
 REDUCED = 2  # warm-up steps with fewer tokens, the first of which makes what later ones find
@@ -76,21 +76,21 @@ class Cell:
         )
 
 
-def _contexts(ratio: float) -> list[Cell]:
-    """Scope "block" at a ratio, with each keys_values."""
+def _each_keys_values(ratio: float) -> list[Cell]:
+    """Scope "block" at a ratio, with each `keys_values`."""
     return [
         Cell("tofu", ratio, "block", keys_values, "importance")
         for keys_values in ("dropped", "fresh", "cached")
     ]
 
 
-FIRST_CELLS = (Cell("unreduced"), *_contexts(0.5))
+FIRST_CELLS = (Cell("unreduced"), *_each_keys_values(0.5))
 MORE_CELLS = (
-    *_contexts(0.25),
-    *_contexts(0.75),
-    Cell("tofu", 0.5, "block", "none", "tome"),
-    Cell("tofu", 0.5, "attention", "none", "tome"),
-    Cell("tomesd", 0.5, "attention", "none", "tomesd"),
+    *_each_keys_values(0.25),
+    *_each_keys_values(0.75),
+    Cell("tofu", 0.5, "block", "dropped", "tome"),
+    Cell("tofu", 0.5, "attention", "dropped", "tome"),
+    Cell("tomesd", 0.5, "attention", "dropped", "tomesd"),
 )
 
 
@@ -132,9 +132,10 @@ class Lane:
         """How many steps at the start are not reduced."""
         if self.handle is None:
             return 0
-        config = self.handle.config
+        (config,) = self.handle.configs
+        assert isinstance(config, TokenReduction)
         cached = int(config.keys_values == "cached")
-        return max(config.warmup_steps, config.make_method().warmup, cached)
+        return max(config.warmup_steps or 0, config.make_method().warmup, cached)
 
 
 @dataclass
@@ -178,7 +179,7 @@ class Bench:
             for bound in cell.bounds:
                 bounds.append(self._applied(stack, bound))
                 self._prepare(plain, bounds[-1], bound, compiled)
-            # What the ceiling's keys_values keeps is not tofu's.
+            # What the ceiling keeps for its keys_values is not tofu's.
             held = self._allocated() - before
             ours, whole, flops = self._applied(stack, cell), self._whole_flops(), 0.0
             if cell.kind == "tomesd":

@@ -2,11 +2,11 @@
 
     python -m eval sweep --pipeline unet --n 8 --ratios 0.25 0.5 --methods default tome tofu --out runs/a
 
-Generates, scores, times and reports; stopped anywhere, the same command goes on. Beside the methods run
-random pruning at the same ratios, fewer steps (with the pipeline's scheduler and a second-order multistep
-one) and whole-step caching (repeated, extrapolated) at the counted FLOPs of each method, and what other
-packages offer: diffusers' Pyramid Attention Broadcast; tomesd and DeepCache for UNets; for transformers
-diffusers' TaylorSeer and, where it runs, First Block Cache.
+Generates, scores, times and reports; stopped anywhere, the same command goes on. Beside the methods run step
+skipping at each speed-up, random pruning at the same ratios, fewer steps (with the pipeline's scheduler and
+a second-order multistep one) and whole-step caching (repeated, extrapolated) at the counted FLOPs of each,
+and what other packages offer: diffusers' Pyramid Attention Broadcast; tomesd and DeepCache for UNets; for
+transformers diffusers' TaylorSeer and, where it runs, First Block Cache.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHOWN = 4  # pictures of every setting in the report
 
 
 def tofu_settings(methods: Sequence[str], ratios: Iterable[float]) -> list[Setting]:
-    """Each method at each ratio, and random pruning; "default" is the denoiser's profile.
+    """Each method at each ratio, and random pruning; "default" is the denoiser's token profile.
 
     Raises:
         ValueError: on an unknown method.
@@ -56,6 +56,15 @@ def tofu_settings(methods: Sequence[str], ratios: Iterable[float]) -> list[Setti
         for ratio in sorted(set(ratios))
         if ratio > 0
         for method in dict.fromkeys([*methods, FLOOR])
+    ]
+
+
+def skip_settings(speedups: Iterable[float]) -> list[Setting]:
+    """The denoiser's profile at each speed-up."""
+    return [
+        Setting(f"speedup-{speedup:g}", "tofu", {"speedup": speedup})
+        for speedup in sorted(set(speedups))
+        if speedup > 1
     ]
 
 
@@ -160,10 +169,15 @@ class Sweep:
         )
 
     def overlay(self, setting: Setting, count: int) -> None:
-        """Into the run's kept/: its first pictures, dark where tokens were computed less often."""
+        """Into the run's kept/: its first pictures, dark where tokens were computed less often.
+
+        Where steps are skipped all tokens are computed equally often, and there is nothing to see.
+        """
         folder = self.folder / setting.name / "kept"
         count = min(count, self.batch_size, len(self.prompts))
-        if setting.kind != "tofu" or all((folder / image_name(i)).exists() for i in range(count)):
+        if setting.kind != "tofu" or "speedup" in setting.options:
+            return
+        if all((folder / image_name(i)).exists() for i in range(count)):
             return
         folder.mkdir(exist_ok=True)
         with apply_tofu(self.loaded.pipe, **setting.options) as handle:
@@ -272,13 +286,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         default=[DEFAULT, "tofu", "tome", "pitome"],
-        help=f"{DEFAULT} is the denoiser's profile (%(default)s)",
+        help=f"{DEFAULT} is the denoiser's token profile (%(default)s)",
+    )
+    parser.add_argument(
+        "--speedups", type=float, nargs="*", default=[2.0], help="of step skipping (%(default)s)"
     )
     parser.add_argument(
         "--setting",
         nargs="+",
-        help="exactly these instead of methods, ratios and what they must beat: name, kind and options "
-        "as JSON, or a file with them, each",
+        help="exactly these instead of methods, ratios, speed-ups and what they must beat: name, kind and "
+        "options as JSON, or a file with them, each",
     )
     scores.add_scoring_arguments(parser)
     parser.add_argument(
@@ -291,10 +308,13 @@ def main(args: argparse.Namespace) -> None:
     wrong = [ratio for ratio in args.ratios if not 0 <= ratio < 1]
     if wrong:
         raise ValueError(f"ratio {wrong[0]} is outside [0, 1)")
+    wrong = [speedup for speedup in args.speedups if not speedup >= 1]
+    if wrong:
+        raise ValueError(f"speedup {wrong[0]} is below 1")
     chosen = (
         [generate.setting_of(text) for text in args.setting]
         if args.setting
-        else tofu_settings(args.methods, args.ratios)
+        else tofu_settings(args.methods, args.ratios) + skip_settings(args.speedups)
     )
     if args.rounds < 0:
         raise ValueError(f"--rounds {args.rounds} is below 0, which times nothing")

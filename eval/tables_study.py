@@ -14,7 +14,8 @@ from eval.bootstrap import difference, of_mean
 from eval.jsonl import read
 from eval.manifest import ROOT
 from eval.report import interval, versions
-from tofu_diffusers import profile
+from eval.settings import config_of
+from tofu_diffusers.profiles import resolved
 
 FAMILY = {"unet": "unet", "mmdit": "sd3"}
 RESULTS = {name: ROOT / "eval" / "results" / f"study_{name}.jsonl" for name in FAMILY}
@@ -51,12 +52,12 @@ def described(row: Row) -> str:
     if kind != "tofu":
         numbers = ", ".join(f"{name} {value}" for name, value in options.items())
         return f"{kind}, {numbers}"
-    if options.get("scope") == "step":
-        run = round(steps / row["flops_ratio"])
-        how = ", corrected" if options.get("unmerge") == "corrected" else ""
+    corrector = ", corrector" if options.get("corrector") else ""
+    if "speedup" in options:
+        computed = round(steps / row["flops_ratio"])
         return (
-            f"scope `step`{how}, ratio {options['ratio']:.2f}, {options['warmup_steps']} whole steps: "
-            f"{run} of {steps} steps run"
+            f"step skipping{corrector}, speedup {options['speedup']:.2f}, {options['warmup_steps']} warm-up "
+            f"steps: {computed} of {steps} steps computed"
         )
     if "keys_values" in options:
         how_chosen = options.get("method_options", {})
@@ -66,8 +67,8 @@ def described(row: Row) -> str:
         if how_chosen.get("age_exponent", 0) > 2:
             how = f"by turns, then {how}"
         return (
-            f"tokens {how}, {options['unmerge']}, keys_values {options['keys_values']}, "
-            f"ratio {options['ratio']:g}, {options['warmup_steps']} whole steps"
+            f"tokens {how}, {options['unmerge']}{corrector}, keys_values {options['keys_values']}, "
+            f"ratio {options['ratio']:g}, {options['warmup_steps']} warm-up steps"
         )
     return f"{options['method']}, ratio {options['ratio']:g}"
 
@@ -112,7 +113,8 @@ def drift_table(model: str, stage: str) -> str:
 
 
 LENGTHS = (10, 20, 50)
-# In the order of the README: the default at two savings, what else removes tokens, what must be beaten.
+# In the order of the README: the profile's step skipping at two savings, what removes tokens, what must be
+# beaten.
 SHORT = (
     "step-17-corrected", "step-17-first4-corrected", "step-12-corrected", "step-12-first4-corrected",
     "tokens-fresh-0.5-due", "tokens-fresh-0.5-corrected", "tokens-fresh-0.5", "tokens-cached-0.5-corrected",
@@ -126,12 +128,12 @@ FURTHEST = (
 
 
 def chosen(model: str, stage: str, names: Iterable[str]) -> dict[str, Row]:
-    """Rows by name, in this order, as far as there are; of scope "step" only the pipeline's default."""
+    """Rows by name, in this order, as far as there are; of step skipping only the profile's."""
     rows = named(model, stage)
     return {
         name: rows[name]
         for name in names
-        if name in rows and (not name.startswith("step-") or is_default(model, rows[name]))
+        if name in rows and (not name.startswith("step-") or is_profile(model, rows[name]))
     }
 
 
@@ -148,8 +150,8 @@ def short_table(stage: str) -> str:
         for model, rows in found.items():
             if name not in rows:
                 continue
-            default = f"**default**, {name.split('-')[1]} of 25 steps run"
-            label = default if name.startswith("step-") else described(rows[name])
+            profile_row = f"**`speedup=`**, {name.split('-')[1]} of 25 steps computed"
+            label = profile_row if name.startswith("step-") else described(rows[name])
             shown.setdefault(label, {})[model] = rows[name]
     return side_by_side(shown)
 
@@ -200,14 +202,14 @@ def side_by_side(shown: Mapping[str, Mapping[str, Row]]) -> str:
 
 
 def lengths_table(stage: str) -> str:
-    """Scope "step" in short, usual and long generations, and what has the same FLOPs."""
+    """Step skipping in short, usual and long generations, and what has the same FLOPs."""
     return beside_rivals(
         (model, "", rows_of(model, stage.format(steps))) for model in RESULTS for steps in LENGTHS
     )
 
 
 def samplers_table(stage: str) -> str:
-    """Scope "step" with other samplers, and what has the same FLOPs."""
+    """Step skipping with other samplers, and what has the same FLOPs."""
     found: dict[tuple[str, str], list[Row]] = {}
     for model, path in RESULTS.items():
         for row in read(path):
@@ -217,13 +219,13 @@ def samplers_table(stage: str) -> str:
 
 
 def beside_rivals(groups: Iterable[tuple[str, str, Sequence[Row]]]) -> str:
-    """A line for every row of scope "step" that is a default's, beside what has the same FLOPs.
+    """A line for every row of step skipping that is a profile's, beside what has the same FLOPs.
 
     Args:
         groups: A model, what else to say of it, and rows that belong together.
     """
     lines = [
-        "| | FLOPs | scope `step` | first quarter whole, then evenly | evenly | fewer steps |",
+        "| | FLOPs | step skipping | first quarter whole, then evenly | evenly | fewer steps |",
         "|---|---|---|---|---|---|",
     ]
     every = []
@@ -231,7 +233,7 @@ def beside_rivals(groups: Iterable[tuple[str, str, Sequence[Row]]]) -> str:
         every += rows
         names = by_name(rows)
         for name, row in sorted(names.items(), key=lambda item: item[1]["flops_ratio"]):
-            if not is_default(model, row):
+            if not is_profile(model, row):
                 continue
             count = name.split("-")[1]
             beside = [row, *(names[f"{rival}-{count}"] for rival in ("late", "line", "steps"))]
@@ -308,39 +310,42 @@ def kept_table(
     return "\n".join([circumstances(every), "", *lines])
 
 
-def is_default(model: str, row: Row) -> bool:
-    """Whether a row is of the pipeline's profile, at whatever ratio."""
-    options = {k: v for k, v in row["setting"]["options"].items() if k != "ratio"}
-    mine: bool = options == profile(FAMILY[model])["config"]
-    return mine
+def is_profile(model: str, row: Row) -> bool:
+    """Whether a row is what the pipeline's profile does for `speedup=`, whatever the speed-up."""
+    setting = row["setting"]
+    if setting["kind"] != "tofu" or "speedup" not in setting["options"]:
+        return False
+    config = config_of(setting["options"])
+    chosen = type(config)(speedup=setting["options"]["speedup"])
+    return config == resolved(chosen, FAMILY[model])
 
 
-# What has the same FLOPs, by the names of its settings: "line-12" beside "step-12". A default has a twin that
-# is not corrected.
+# What has the same FLOPs, by the names of its settings: "line-12" beside "step-12". That of a profile has a
+# twin without corrector.
 RIVALS = {
     "steps": "fewer steps",
     "multistep": "fewer steps, DPM-Solver++",
-    "line": "steps left out evenly",
+    "line": "steps skipped evenly",
     "late": "evenly after the first quarter",
     "repeat": "evenly, repeated",
-    "": "not corrected",
+    "": "without corrector",
 }
 
 
 def ahead_table(stage: str) -> str:
-    """By how much the default, scope "step", is ahead of what has the same FLOPs, image by image."""
+    """By how much the profile's step skipping is ahead of what has the same FLOPs, image by image."""
     lines = []
     for model in RESULTS:
         rows = named(model, stage)
         for name, row in rows.items():
-            if not is_default(model, row):
+            if not is_profile(model, row):
                 continue
             count = name.split("-")[1]
             others = [
                 rows.get(f"{rival}-{count}" if rival else name.removesuffix("-corrected"))
                 for rival in RIVALS
             ]
-            label = f"`{model}`, {count} of {row['steps']} steps run"
+            label = f"`{model}`, {count} of {row['steps']} steps computed"
             lines.append(ahead_line(label, model, row, others))
     return "\n".join([*ahead_head(RIVALS.values()), *lines])
 
@@ -374,7 +379,7 @@ TURNS_RIVALS = ("steps", "line", "late")
 
 
 def turns_table(stage: str) -> str:
-    """By how much single tokens by turns are ahead of the choice by change, and of steps left out."""
+    """By how much single tokens by turns are ahead of the choice by change, and of steps skipped."""
     lines = []
     for model, name, count in TURNS:
         rows = named(model, stage)
@@ -418,9 +423,9 @@ QUESTIONS = (
     ("unmerge", "temporal", "copy"),
     ("unmerge", "taylor", "temporal"),
     ("unmerge", "blend", "temporal"),
-    ("unmerge", "corrected", "taylor"),
-    ("keys_values", "fresh", "none"),
-    ("keys_values", "cached", "none"),
+    ("corrector", "True", "False"),
+    ("keys_values", "fresh", "dropped"),
+    ("keys_values", "cached", "dropped"),
     ("keys_values", "fresh", "cached"),
     ("scope", "block", "attention"),
     ("method", "importance", "random"),

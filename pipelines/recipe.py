@@ -23,8 +23,11 @@ from diffusers.utils.export_utils import export_to_video
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
-from tofu_diffusers import apply_tofu, default_config
+from tofu_diffusers import TokenReduction, apply_tofu
+from tofu_diffusers.profiles import fastest, resolved
 
+RATIO = 0.5
+"""Of the tokens, where neither a ratio nor a speed-up is asked for."""
 CHOICES = ("method", "merge", "unmerge", "scope", "keys_values")
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_TYPES = (".gif", ".webp", ".mp4")
@@ -52,7 +55,7 @@ class Recipe:
     Args:
         description: What --help says first: the recipe's docstring.
         pipelines: The classes that a model's pipeline may be of.
-        family: Of the denoiser: its profile holds where no method is named.
+        family: Of the denoiser: its profile says what no option does.
         model: Hub name of the default model.
         steps: Its usual number of denoising steps.
         gpu_dtype: Of the weights on a GPU, or one for each component; a CPU computes in float32.
@@ -94,7 +97,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(f"cannot load {args.model}: {error}")
     try:
-        handle = apply_tofu(pipe, ratio=args.ratio, **chosen(args))
+        handle = apply_tofu(pipe, **chosen(args))
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,15 +123,37 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def add_choices(parser: argparse.ArgumentParser) -> None:
-    """Options for the fields of TokenReduction that a command line offers; `chosen` reads them."""
+def add_choices(parser: argparse.ArgumentParser, default: str = f"--ratio {RATIO:g}") -> None:
+    """Options for `apply_tofu` that a command line offers; `chosen` reads them.
+
+    Args:
+        default: What it does without any of them, in words.
+    """
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--ratio", type=float, help=f"fraction of the tokens removed (default: {default})"
+    )
+    amount.add_argument(
+        "--speedup",
+        type=float,
+        help="how many times fewer FLOPs of the denoiser, instead of a ratio: skips steps",
+    )
     for name in CHOICES:
-        parser.add_argument(f"--{name}", help="default: the family's profile")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", help="of the tokens; default: the family's profile"
+        )
 
 
 def chosen(args: argparse.Namespace) -> dict[str, Any]:
-    """The options given for `apply_tofu`; what was not given is left to the family's profile."""
-    return {name: value for name in CHOICES if (value := getattr(args, name)) is not None}
+    """The options for `apply_tofu`; what they leave open is up to the family's profile."""
+    options = given(args)
+    return options if "speedup" in options else {"ratio": RATIO} | options
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the options of `add_choices` that were given."""
+    options = {name: getattr(args, name) for name in ("ratio", "speedup", *CHOICES)}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _parser(recipe: Recipe) -> argparse.ArgumentParser:
@@ -140,9 +165,6 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     )
     apple = "a photograph of a red apple on a wooden table"
     parser.add_argument("--prompt", default=apple, help="(%(default)s)")
-    parser.add_argument(
-        "--ratio", type=float, default=0.5, help="fraction of tokens removed (%(default)s)"
-    )
     add_choices(parser)
     pixels = _whole(recipe.multiple, recipe.multiple)
     for name in ("height", "width"):
@@ -210,7 +232,15 @@ def _check_out(out: Path, types: Sequence[str]) -> None:
 
 def _check_options(args: argparse.Namespace, family: str) -> None:
     """Refuse what `apply_tofu` would refuse of these options, but before the model is loaded."""
-    default_config(family, chosen(args) | {"ratio": args.ratio})
+    options = chosen(args)
+    kind = fastest(family) if "speedup" in options else TokenReduction
+    for name in options:
+        if name not in kind.field_names():
+            raise ValueError(
+                f"--{name.replace('_', '-')} is of token reduction, and --speedup skips steps; leave it out, "
+                "or give --ratio instead"
+            )
+    resolved(kind(**options), family)
 
 
 def _load(recipe: Recipe, model: str, on_gpu: bool, offload: bool) -> Any:

@@ -834,9 +834,55 @@ def test_command_end_to_end(model, tmp_path, capsys):
         assert words in output
     grid = Image.open(tmp_path / "grid.png")
     assert grid.width > 2 * 128 and grid.height > 128
+    # Two columns, labelled with what was asked for.
+    label = "ratio=0.5 method=tome unmerge=copy"
+    assert re.search(rf"^ +unreduced +{label}$", output, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("arguments", [["--ratio", "1.5"], ["--method", "tomee"]])
+def test_command_shows_both_workflows_beside_the_unreduced_picture(tmp_path, capsys):
+    from pipelines.emoji.__main__ import main
+
+    assert main(["a red apple", "a blue car", "--steps", "10", "--out", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    table = output[re.search(r"^ +unreduced", output, flags=re.MULTILINE).start() :].splitlines()
+    assert table[0].split() == ["unreduced", "ratio=0.5", "speedup=2"]
+    number, times = r"([\d.,]+)", r"\(([\d.]+)x\)"
+    found = {line[:24].strip(): line[24:] for line in table[1:5]}
+    three = rf" +{number} +{number} {times} +{number} {times}"
+    assert re.fullmatch(three, found["mean step, ms"])
+    whole, _, ratio, _, speedup = map(float, re.fullmatch(three, found["denoiser GFLOPs"]).groups())
+    assert whole > 0 and 1.1 < ratio < 2.0 and speedup == 2.0
+    assert found["denoiser FLOPs saved"].split()[1] == "50.0%"
+    tokens, kept = (
+        int(each.replace(",", "")) for each in found["tokens through the sites"].split()
+    )
+    assert 0.5 * tokens < kept < tokens
+    drift = [re.fullmatch(rf"PSNR, dB +{number} +{number}   (.+)", line) for line in table[5:7]]
+    assert [each[3] for each in drift] == ["a red apple", "a blue car"]
+    assert all(20 < float(each[i]) < 60 for each in drift for i in (1, 2))
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.width > 3 * 128 and grid.height > 2 * 128
+
+
+def test_command_takes_a_speedup_instead_of_a_ratio(tmp_path, capsys):
+    from pipelines.emoji.__main__ import main
+
+    options = ["--speedup", "1.5", "--steps", "6", "--out", str(tmp_path)]
+    assert main(["a red apple", *options]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^ +unreduced +speedup=1.5$", output, flags=re.MULTILINE)
+    assert "computed 4 of 6 steps" in output and "ratio=0.5" not in output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--ratio", "1.5"],
+        ["--method", "tomee"],
+        ["--speedup", "0.5"],
+        ["--speedup", "2", "--method", "tome"],
+    ],
+)
 def test_command_refuses_bad_input_without_a_traceback(arguments, capsys):
     from pipelines.emoji.__main__ import main
 

@@ -345,14 +345,14 @@ def test_other_versions_are_noted_once_and_only_if_they_made_an_image(
         assert returned.continued_with == (newer,) and returned.provenance == here
 
 
-def test_a_run_refused_before_its_first_image_leaves_the_mergeer_free(loaded, tmp_path):
+def test_a_run_refused_before_its_first_image_leaves_the_folder_free(loaded, tmp_path):
     with pytest.raises(ValueError, match="63"):
         make(loaded, tmp_path, call={**CALL, "height": 63})
     make(loaded, tmp_path)
     assert len(images(tmp_path)) == 5
 
 
-def test_a_mergeer_of_something_else_is_refused(loaded, tmp_path):
+def test_a_folder_of_something_else_is_refused(loaded, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"holds 1 entries such as thesis\.tex, but no manifest"):
         make(loaded, tmp_path)
@@ -440,7 +440,7 @@ def test_the_bar_counts_what_was_there_but_not_in_the_rate(
 # Pipelines
 
 
-def test_a_mergeer_is_named_and_hashed(saved, loaded, tmp_path):
+def test_a_folder_is_named_and_hashed(saved, loaded, tmp_path):
     assert loaded.name == "tiny" and loaded.dtype == "float32"
     copied = Path(shutil.copytree(saved, tmp_path / "tiny"))
     assert load(str(copied), device="cpu").identity() == loaded.identity()

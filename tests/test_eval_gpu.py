@@ -93,7 +93,7 @@ def test_only_a_clean_run_of_tests_passes():
         assert not gpu.passed(line)
 
 
-def test_packages_of_a_mergeer_are_installed_without_a_network(tmp_path, monkeypatch):
+def test_packages_of_a_folder_are_installed_without_a_network(tmp_path, monkeypatch):
     wheels, out, started = tmp_path / "wheels", tmp_path / "out", []
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "carried-1.0-py3-none-any.whl", "w") as wheel:

@@ -314,7 +314,7 @@ def test_what_is_missing_has_its_reason_in_its_place(tmp_path):
         assert reason in text
 
 
-def test_scores_and_run_mergeers_may_be_missing(tmp_path):
+def test_scores_and_run_folders_may_be_missing(tmp_path):
     sweep = make_sweep(tmp_path / "sweep")
     (sweep / "scores" / "tome-0.5.json").unlink()
     assert report.grid(sweep, rows(), prompts=1)[0][2][2].caption == "not scored"

@@ -18,6 +18,7 @@ CACHE = {"name": "b", "kind": "step_cache", "options": {"total": 7, "computed": 
 STEPS = 7  # odd: what counts on from generation to generation begins the second one elsewhere
 SETTINGS = [
     Setting("tofu", "tofu", {"ratio": 0.5}),
+    Setting("skipping", "tofu", {"speedup": 1.5, "warmup_steps": 2, "rule": "late", "order": 0}),
     Setting("steps", "fewer_steps", {"steps": 5}),
     Setting("multistep", "fewer_steps", {"steps": 5, "scheduler": "multistep"}),
     Setting("repeat", "step_cache", {"total": 7, "computed": 5, "order": 0}),

@@ -14,16 +14,17 @@ from eval.__main__ import main
 from eval.bootstrap import difference, of_mean
 from eval.generate import Loaded
 from eval.jsonl import read
-from eval.settings import Setting
+from eval.settings import Setting, config_of
 from eval.speed import UNREDUCED, Bench
 from eval.study import Study, Trial
 from tofu_diffusers import (
-    KEYS_VALUES,
     FAMILIES,
+    KEYS_VALUES,
     MERGES,
     METHODS,
-    UNMERGES,
     SCOPES,
+    UNMERGES,
+    StepSkipping,
     TokenReduction,
     profile,
 )
@@ -46,11 +47,15 @@ def test_the_grid_is_every_valid_combination_and_no_other():
     given = {json.dumps(setting.options, sort_keys=True) for setting in settings}
     assert len(given) == len(settings)
     valid = 0
-    names = ("method", "merge", "unmerge", "scope", "keys_values", "ratio")
+    names = ("method", "merge", "unmerge", "corrector", "scope", "keys_values", "ratio")
     others = set(METHODS) - {"tofu"}
-    for values in itertools.product(others, MERGES, UNMERGES, SCOPES, KEYS_VALUES, study.RATIOS):
+    choices = (others, MERGES, UNMERGES, (False, True), SCOPES, KEYS_VALUES, study.RATIOS)
+    for values in itertools.product(*choices):
+        options = dict(zip(names, values, strict=True))
+        if options["corrector"] and options["unmerge"] != "taylor":
+            continue
         try:
-            TokenReduction(**dict(zip(names, values, strict=True)))
+            TokenReduction(**options)
         except ValueError:
             continue
         valid += 1
@@ -62,9 +67,12 @@ def test_the_grid_is_every_valid_combination_and_no_other():
 def test_what_the_grid_leaves_out_is_tome_by_another_name():
     made = tiny_study(prompts=1)
     whole, _ = made.pictures(Trial(UNREDUCED, 4))
-    for merge, how in [("mean", "copy"), ("mlerp", "mlerp"), *(("prune", how) for how in UNMERGES)]:
+    pairs = [("mean", "copy"), ("mlerp", "mlerp"), *(("prune", how) for how in UNMERGES)]
+    combinations = [{"merge": merge, "unmerge": how} for merge, how in pairs]
+    combinations.append({"merge": "prune", "unmerge": "taylor", "corrector": True})
+    for options in combinations:
         tofu, tome = (
-            study.tofu(name, method=name, merge=merge, unmerge=how, ratio=0.5, **study.GRID)
+            study.tofu(name, method=name, ratio=0.5, **options, **study.GRID)
             for name in ("tofu", "tome")
         )
         pictures, _ = made.pictures(Trial(tofu, 4))
@@ -80,7 +88,7 @@ def test_settings_of_every_stage_can_be_made(stage):
     for trial in trials:
         for part in trial.setting.parts():
             if part.kind == "tofu":
-                TokenReduction(**part.options)
+                config_of(part.options)
 
 
 def test_a_row_says_what_was_saved_and_lost():
@@ -89,7 +97,7 @@ def test_a_row_says_what_was_saved_and_lost():
     settings = [
         Setting("steps", "fewer_steps", {"steps": 8}),
         Setting("line", "step_cache", cache),
-        study.tofu("step", scope="step", ratio=0.4, warmup_steps=2),
+        study.tofu("step", speedup=1.5, warmup_steps=2, rule="late"),
         study.tofu("tome", method="tome", ratio=0.5),
         study.tofu("tokens", **study.TOKENS, ratio=0.5, warmup_steps=2),
         Setting("pab", "pab", {"skip": 2}),
@@ -156,7 +164,8 @@ def test_no_setting_hangs_on_a_profile():
     given = [setting["options"] for setting in settings if setting["kind"] == "tofu"]
     assert len(given) > 1000
     for options in given:
-        assert "method" in options or {"scope", "unmerge", "warmup_steps"} <= {*options}, options
+        assert "method" in options or {"speedup", "rule", "warmup_steps"} <= {*options}, options
+        assert config_of(options).is_resolved
 
 
 def test_rows_made_otherwise_are_not_mixed(command, capsys):
@@ -241,17 +250,29 @@ def test_the_committed_grid_is_whole(model):
     assert {(row["n"], len(row["psnr_db"])) for row in rows} == {(32, 32)}
 
 
+@pytest.mark.parametrize("workflow", ["tokens", "speedup"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_measured_profile_is_that_of_its_row(family):
-    chosen = profile(family)
+def test_a_measured_profile_is_that_of_its_row(family, workflow):
+    chosen = profile(family)[workflow]
     file, row_id = chosen["result"].split("#")
     (row,) = [each for each in read(ROOT / file) if each["id"] == row_id]
-    assert row["weights"] == chosen["weights"]
-    options = {k: v for k, v in row["setting"]["options"].items() if k != "ratio"}
-    assert TokenReduction(**options) == TokenReduction(**chosen["config"])
-    # Nothing that was measured on the same pictures saves as much and surely drifts less.
+    assert row["weights"] == profile(family)["weights"]
+    config = config_of(row["setting"]["options"])
+    kind = {"TokenReduction": TokenReduction, "StepSkipping": StepSkipping}
+    assert type(config) is kind[chosen.get("type", "TokenReduction")]
+    amount = {n: getattr(config, n) for n in ("ratio", "speedup") if hasattr(config, n)}
+    assert config == type(config)(**amount, **chosen["options"])
+    # Nothing that was measured on the same pictures saves as much and surely drifts less; of tokens: nothing
+    # that removes some at every step.
     place = row_id.rpartition("/")[0]
     rivals = [each for each in read(ROOT / file) if each["id"].startswith(place + "/")]
+    if workflow == "tokens":
+        rivals = [
+            each
+            for each in rivals
+            if each["setting"]["kind"] in ("tofu", "tomesd")
+            and "speedup" not in each["setting"]["options"]
+        ]
     mine = of_mean(row["psnr_db"])
     better = [
         each["id"]
@@ -262,9 +283,41 @@ def test_a_measured_profile_is_that_of_its_row(family):
     assert len(rivals) > 10 and better == []
 
 
-def test_every_committed_row_is_of_the_weights_at_hand():
+def files_of(model):
+    """The committed files of figures of an embedded pipeline."""
+    return [
+        tables.RESULTS[model],
+        tables_study.QUALITY[model],
+        tables_study.DISTANCES[model],
+        tables.SPEEDS[model],
+    ]
+
+
+def weights_in(path):
+    """All that the rows of a file are of."""
+    if path.suffix == ".jsonl":
+        return {each["weights"] for each in read(path)}
+    data = json.loads(path.read_text())
+    if "about" in data:
+        return {data["about"]["pipeline"]["weights"]}
+    return {each["weights"] for each in data["rows"]}
+
+
+@pytest.mark.parametrize("model", tables.RESULTS)
+def test_all_committed_rows_are_of_the_same_weights(model):
+    (weights,) = {each for path in files_of(model) for each in weights_in(path)}
+    assert profile(tables_study.FAMILY[model])["weights"] == weights
+
+
+@pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_say_if_their_figures_are_of_earlier_weights(path):
     from pipelines.emoji import weights_hash
 
-    for model, path in tables.RESULTS.items():
-        for each in read(Path(path)):
-            assert each["weights"] == weights_hash(model), each["id"]
+    text = path.read_text(encoding="utf-8")
+    top = " ".join(text.partition("<!-- table: ")[0].split())  # above all tables
+    for model in tables.RESULTS:
+        (weights,) = weights_in(tables.RESULTS[model])
+        files = [f"{path.name}#" for path in files_of(model)]
+        if weights != weights_hash(model) and any(name in text for name in (weights, *files)):
+            assert "earlier weights of the embedded pipelines" in top
+            assert f"{model} {weights}" in top

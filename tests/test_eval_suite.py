@@ -284,9 +284,9 @@ def test_the_table_puts_a_row_beside_its_ceiling(out):
         ("A", Cell("tofu", 0.5, "block", "dropped", "tome"), TIMES),
     )
     assert lines == [
-        "| A 8x8, eager | 4,096 | block, none, importance | 0.5 | 1.90x | 2.00x | 1.50x (1.40 to 1.60) | "
+        "| A 8x8, eager | 4,096 | block, dropped, importance | 0.5 | 1.90x | 2.00x | 1.50x (1.40 to 1.60) | "
         "75% (70% to 80%) | 1,234 |",
-        "| A 8x8, eager | 4,096 | block, none, tome | 0.5 | 1.90x |  | 1.50x (1.40 to 1.60) |  |  |",
+        "| A 8x8, eager | 4,096 | block, dropped, tome | 0.5 | 1.90x |  | 1.50x (1.40 to 1.60) |  |  |",
     ]
 
 
@@ -329,10 +329,12 @@ def test_the_table_says_why_something_was_not_measured(out):
         ),
     )
     assert lines[:2] == [
-        "| A 8x8, eager | 4,096 | tomesd, attention, none | 0.5 | n/a: merges nothing | | | | |",
-        "| A 8x8, eager |  | block, none, x | 0.5 | failed: a\\|b | | | | |",
+        "| A 8x8, eager | 4,096 | tomesd, attention, dropped | 0.5 | n/a: merges nothing | | | | |",
+        "| A 8x8, eager |  | block, dropped, x | 0.5 | failed: a\\|b | | | | |",
     ]
-    assert lines[2].startswith("| B 8x8, eager (1 and 2 of 9 layers) | 4,096 | block, none, tome |")
+    assert lines[2].startswith(
+        "| B 8x8, eager (1 and 2 of 9 layers) | 4,096 | block, dropped, tome |"
+    )
 
 
 def test_the_table_reads_what_a_suite_writes(out):
@@ -341,7 +343,7 @@ def test_the_table_reads_what_a_suite_writes(out):
     row = read_rows(out)[-1]
     share = f"{float(row['share']):.0%}"
     assert line.startswith(
-        f"| {row['model']} {row['size']}, eager | 36 | block, none, importance | 0.5 |"
+        f"| {row['model']} {row['size']}, eager | 36 | block, dropped, importance | 0.5 |"
     )
     assert f"| {share} (" in line
     assert {text.count("|") for text in suite_table(out).splitlines()[2:]} == {10}

@@ -8,9 +8,12 @@ import pytest
 
 from eval import generate, scores, sweep
 from eval.__main__ import main
+from eval.prompts import load_prompts
 from eval.settings import Setting
-from eval.sweep import baselines, others, tofu_settings
+from eval.sweep import baselines, others, skip_settings, tofu_settings
 from tests import tiny
+
+PROMPTS = len(load_prompts("emoji"))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def test_a_sweep_from_one_command_and_again_after_a_stop(folder, tmp_path, monke
     rows = json.loads((out / "results.json").read_text())["rows"]
     names = [row["setting"]["name"] for row in rows]
     assert names[:3] == ["unreduced", "default-0.5", "random-0.5"]
-    assert {"tomesd-0.5", "pab-2", "deepcache-2"} <= set(names)
+    assert {"speedup-2", "tomesd-0.5", "pab-2", "deepcache-2"} <= set(names)
     kinds = {row["setting"]["kind"] for row in rows}
     assert kinds == {"unreduced", "tofu", "tomesd", "pab", "deepcache", "fewer_steps", "step_cache"}
     for row in rows:
@@ -79,6 +82,7 @@ def test_a_sweep_from_one_command_and_again_after_a_stop(folder, tmp_path, monke
         "00000.png",
         "00001.png",
     ]
+    assert not (out / "speedup-2" / "kept").exists()
     page = (out / "report.html").read_text()
     assert all(name in page for name in names)
     results, first = (out / "results.json").read_bytes(), (out / "speed.json").read_bytes()
@@ -119,6 +123,9 @@ def test_every_ratio_has_its_floor_and_zero_is_the_reference():
     ]
     assert settings[0].options == {"ratio": 0.25}
     assert settings[1].options == {"ratio": 0.25, "method": "tome"}
+    settings = skip_settings([2.0, 1.0, 1.5, 2.0])
+    assert [s.name for s in settings] == ["speedup-1.5", "speedup-2"]
+    assert settings[0].options == {"speedup": 1.5}
 
 
 def test_other_packages_are_asked_for_what_they_can():
@@ -135,12 +142,13 @@ def test_other_packages_are_asked_for_what_they_can():
     ("words", "message"),
     [
         (["--ratios", "1.5"], "ratio 1.5 is outside"),
+        (["--speedups", "0.5"], "speedup 0.5 is below 1"),
         (["--methods", "magic"], "unknown method 'magic'; choose from default"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--pipeline", "/nowhere/model"], "/nowhere/model"),
         (["--rounds", "-1"], "--rounds -1 is below 0"),
         (["--steps", "0"], "--steps 0 is below 1"),
-        (["-n", "1"], "1 prompts asked for of 512; choose 2 to 512"),
+        (["-n", "1"], f"1 prompts asked for of {PROMPTS}; choose 2 to {PROMPTS}"),
         (
             ["--setting", '{"name": "a", "kind": "deepcache"}'],
             "missing a required argument: 'interval'",

@@ -69,10 +69,31 @@ def test_generates_and_reports(recipe, build, tmp_path, capsys, on_cpu):
     assert f"{out}: {'5 frames of ' if recipe.video else ''}96 x 128 pixels" in printed
 
     chosen = ["--method", "tome", "--merge", "prune", "--scope", "span", "--unmerge", "temporal"]
-    assert run(recipe, [*argv, *chosen, "--keys_values", "cached"]) == 0
+    assert run(recipe, [*argv, *chosen, "--keys-values", "cached"]) == 0
     printed = capsys.readouterr().out
     for word in ("tome", "prune", "span", "temporal", "cached"):
         assert word in printed
+
+
+@every_recipe
+def test_a_speedup_skips_steps(recipe, build, tmp_path, capsys, on_cpu):
+    build().save_pretrained(tmp_path / "model")
+    out = tmp_path / ("video.gif" if recipe.video else "image.png")
+    argv = ["--model", str(tmp_path / "model"), "--prompt", "a cat", "--steps", "8"]
+    argv += ["--height", "128", "--width", "96", "--out", str(out), "--speedup", "1.6"]
+    assert run(recipe, [*argv, *(["--frames", "5"] if recipe.video else [])]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (96, 128)
+    printed = capsys.readouterr().out
+    assert "computed 5 of 8 steps" in printed and "StepSkipping: speedup 1.6" in printed
+    assert "37.5 % saved (1.60x)" in printed
+
+
+def test_half_of_the_tokens_go_unless_told_otherwise(tmp_path, capsys, on_cpu):
+    tiny_sd().save_pretrained(tmp_path / "model")
+    argv = ["--model", str(tmp_path / "model"), "--steps", "2", "--out", str(tmp_path / "a.png")]
+    assert run(sd15.RECIPE, argv) == 0
+    assert "TokenReduction: ratio 0.5" in capsys.readouterr().out
 
 
 def test_the_seed_makes_the_picture(tmp_path, on_cpu):
@@ -207,12 +228,22 @@ def test_help_is_a_command_with_its_options(name, monkeypatch, capsys):
     recipe, _ = RECIPES[name]
     assert f"python -m pipelines.{name} --prompt" in printed
     assert recipe.model in "".join(printed.split())
-    for option in ("--ratio", "--method", "--height", "--steps", "--offload", "--out"):
+    for option in (
+        "--ratio",
+        "--speedup",
+        "--method",
+        "--merge",
+        "--unmerge",
+        "--scope",
+        "--keys-values",
+    ):
+        assert option in printed
+    for option in ("--height", "--steps", "--offload", "--out"):
         assert option in printed
     assert ("--frames" in printed) == (recipe.video is not None)
 
 
-def test_a_mergeer_that_is_no_pipeline(tmp_path, capsys):
+def test_a_folder_that_is_no_pipeline(tmp_path, capsys):
     assert "holds no model_index.json" in refusal(capsys, sd15.RECIPE, "--model", str(tmp_path))
 
 
@@ -237,6 +268,9 @@ def test_the_pipeline_of_another_recipe(recipe, build, tmp_path, capsys):
     ("argv", "words"),
     [
         (["--ratio", "1.5"], "ratio 1.5 is outside"),
+        (["--speedup", "0.5"], "speedup 0.5 is below 1"),
+        (["--speedup", "2", "--ratio", "0.5"], "--ratio: not allowed with argument --speedup"),
+        (["--speedup", "2", "--keys-values", "fresh"], "--keys-values is of token reduction"),
         (["--method", "tomme"], "did you mean 'tome'"),
         (["--ratio", "0.9", "--method", "tome"], "exceeds 0.75"),
         (

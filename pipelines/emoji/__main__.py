@@ -1,10 +1,15 @@
-"""Generate with and without tofu, side by side: `python -m pipelines.emoji "a red apple"`."""
+"""Generate with and without tofu, side by side: `python -m pipelines.emoji "a red apple"`.
+
+Half of the tokens (ratio=0.5) and half of the FLOPs (speedup=2) beside the unreduced picture, or what the
+options ask for.
+"""
 
 import argparse
 import math
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +19,12 @@ from PIL import Image
 
 from pipelines.emoji import MODELS, denoiser, load_pipeline
 from pipelines.emoji.sheet import sheet
-from pipelines.recipe import add_choices, chosen
+from pipelines.recipe import add_choices, chosen, given
 from pipelines.timer import Timer
-from tofu_diffusers import apply_tofu
+from tofu_diffusers import Summary, apply_tofu
 
 PROMPTS = ["a red apple", "a smiling face", "a blue car"]
+WAYS = ({"ratio": 0.5}, {"speedup": 2.0})
 
 
 def psnr(image: Image.Image, reference: Image.Image) -> float:
@@ -39,65 +45,126 @@ def generate(pipe: Any, prompt: str, args: argparse.Namespace, label: str) -> Im
     return image
 
 
-def compare(pipe: Any, args: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Each prompt both ways, in turn, from the same seed; a table and a picture."""
-    label = f"tofu r={args.ratio:g} {args.method or ''}".strip()
-    plain, reduced = Timer(denoiser(pipe)), Timer(denoiser(pipe))
-    rows, quality = [], []
+@dataclass
+class Column:
+    """One way to generate: what it is called, what is asked of tofu, and what came of it."""
+
+    label: str
+    options: dict[str, Any] | None
+    timer: Timer
+    pictures: list[Image.Image] = field(default_factory=list)
+    summary: Summary | None = None
+    sites: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, pipe: Any, prompt: str, args: argparse.Namespace) -> None:
+        if self.options is None:
+            with self.timer:
+                self.pictures.append(generate(pipe, prompt, args, self.label))
+            return
+        with apply_tofu(pipe, **self.options) as handle:
+            with self.timer:
+                self.pictures.append(generate(pipe, prompt, args, self.label))
+            self.summary, self.sites = handle.summary(), handle.stats()
+
+    def forget(self) -> None:
+        self.pictures.clear()
+        self.timer.marks.clear()
+
+    def tokens(self, key: str) -> str:
+        """Through all sites of a generation; nothing where no tokens are reduced."""
+        return f"{sum(site[key] for site in self.sites):,}" if self.sites else ""
+
+    def step_ms(self) -> float:
+        """The mean: skipped steps take next to nothing, the others all of their time."""
+        return statistics.fmean(self.timer.calls_ms())
+
+
+def label_of(options: dict[str, Any]) -> str:
+    """What is asked for, in words."""
+    return " ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in options.items()
+    )
+
+
+def compare(pipe: Any, args: argparse.Namespace, ways: Sequence[dict[str, Any]]) -> None:
+    """Each prompt unreduced and in each way, in turn, from the same seed; a picture and a table."""
+    plain = Column("unreduced", None, Timer(denoiser(pipe)))
+    columns = [
+        plain,
+        *(Column(label_of(options), options, Timer(denoiser(pipe))) for options in ways),
+    ]
     for i, prompt in enumerate([args.prompts[0], *args.prompts]):
-        with plain:
-            whole = generate(pipe, prompt, args, "unreduced")
-        with apply_tofu(pipe, ratio=args.ratio, **options) as handle:
-            with reduced:
-                fewer = generate(pipe, prompt, args, label)
-            summary, sites = handle.summary(), handle.stats()
-        if i == 0:  # the first pair warms up
-            plain.marks.clear()
-            reduced.marks.clear()
-            continue
-        rows.append([whole, fewer])
-        quality.append(psnr(fewer, whole))
+        for column in columns:
+            column.add(pipe, prompt, args)
+            if i == 0:  # warms up
+                column.forget()
 
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "grid.png"
-    labels = [[prompt, ""] for prompt in args.prompts]
-    sheet(rows, labels, ["unreduced", label]).save(path)
-
-    print(summary)
-    whole_ms, fewer_ms = plain.calls_ms(), reduced.calls_ms()
-    # The mean: steps that are left out take next to nothing, the others all of their time.
-    before, after = statistics.fmean(whole_ms), statistics.fmean(fewer_ms)
-    tokens, kept = (sum(site[key] for site in sites) for key in ("tokens_in", "tokens_kept"))
-    print(f"\n{'':24}{'unreduced':>12}{label:>24}")
-    print(f"{'mean step, ms':24}{before:12.1f}{after:24.1f}   {before / after:.2f}x")
-    print(f"{'tokens through the sites':24}{tokens:12,}{kept:24,}")
-    print(f"{'denoiser FLOPs saved':24}{'':12}{summary.flops_saved:24.1%}")
-    for prompt, value in zip(args.prompts, quality, strict=True):
-        print(f"{'PSNR, dB':24}{'':12}{value:24.2f}   {prompt}")
+    rows = list(zip(*(column.pictures for column in columns), strict=True))
+    labels = [[prompt, *[""] * len(ways)] for prompt in args.prompts]
+    sheet(rows, labels, [column.label for column in columns]).save(path)
+    for column in columns[1:]:
+        print(f"{column.label}\n{column.summary}\n")
+    print("\n".join(table(columns, args.prompts)))
     print(f"\n{path}")
+
+
+def table(columns: Sequence[Column], prompts: Sequence[str]) -> list[str]:
+    """Of each column the mean step time, the counted FLOPs of a generation, and PSNR to the first."""
+    plain, *others = columns
+    widths = [max(20, len(column.label)) for column in columns]
+
+    def row(name: str, cells: Sequence[str]) -> str:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return "  ".join([name.ljust(24), *padded]).rstrip()
+
+    base = plain.step_ms()
+    summaries = [each.summary for each in others if each.summary is not None]
+    times = [f"{each.step_ms():.1f} ({base / each.step_ms():.2f}x)" for each in others]
+    flops = [f"{each.flops_run / 1e9:.2f} ({each.speedup:.2f}x)" for each in summaries]
+    saved = [f"{each.flops_saved:.1%}" for each in summaries]
+    lines = [
+        row("", [column.label for column in columns]),
+        row("mean step, ms", [f"{base:.1f}", *times]),
+        row(
+            "tokens through the sites",
+            [
+                next((all_in for each in others if (all_in := each.tokens("tokens_in"))), ""),
+                *(each.tokens("tokens_kept") for each in others),
+            ],
+        ),
+        row("denoiser GFLOPs", [f"{summaries[0].flops_whole / 1e9:.2f}", *flops]),
+        row("denoiser FLOPs saved", ["", *saved]),
+    ]
+    for i, prompt in enumerate(prompts):
+        drift = [f"{psnr(each.pictures[i], plain.pictures[i]):.2f}" for each in others]
+        lines.append(f"{row('PSNR, dB', ['', *drift])}   {prompt}")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """A mistake in the arguments ends with exit code 2."""
     parser = argparse.ArgumentParser(prog="pipelines.emoji", description=__doc__)
     parser.add_argument("prompts", nargs="*", default=PROMPTS, help=f"default: {PROMPTS}")
-    parser.add_argument("--ratio", type=float, default=0.5, help="fraction of tokens removed")
-    add_choices(parser)
+    add_choices(parser, "both --ratio 0.5 and --speedup 2")
     parser.add_argument("--model", choices=sorted(MODELS), default="unet")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (%(default)s)")
     args = parser.parse_args(argv)
-    options = chosen(args)
+    ways = [chosen(args)] if given(args) else list(WAYS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
     try:
         pipe = load_pipeline(args.model, dtype).to(device)
-        apply_tofu(pipe, ratio=args.ratio, **options).remove()  # refuse before generating
+        for options in ways:
+            apply_tofu(pipe, **options).remove()  # refuse before generating
     except (FileNotFoundError, TypeError, ValueError) as error:
         parser.error(str(error))
-    compare(pipe, args, options)
+    compare(pipe, args, ways)
     return 0
 
 

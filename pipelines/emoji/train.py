@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=data.WORK, help="data, checkpoints, log")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    torch.set_flush_denormal(True)  # averages of squares that fade away are slow to add
     emoji, device = data.load(args.work / "emoji.npz"), torch.device(args.device)
     for stage in (*SHARES, "export") if args.stage == "all" else (args.stage,):
         if stage == "export":

@@ -30,19 +30,17 @@ HEADER = ("denoiser", "pipelines", "grid", *(f"`{scope}`" for scope in SCOPES), 
 @torch.no_grad()
 def runs(model: Any, inputs: dict[str, Any], scope: str, keys_values: str) -> bool:
     """Whether the denoiser takes this combination; if it does, tokens must go and numbers be finite."""
-    # Of whole steps there must be two before one can be left out, and the last never is.
-    by_scope = {"step": (4, {"warmup_steps": 2})}
-    steps, options = by_scope.get(scope, (2, {"method": "random", "warmup_steps": 1}))
+    options = {"scope": scope, "keys_values": keys_values, "warmup_steps": 1}
     try:
-        handle = apply_tofu(model, ratio=0.5, scope=scope, keys_values=keys_values, **options)
+        handle = apply_tofu(model, ratio=0.5, method="random", **options)
     except ValueError:
         return False
-    for step in range(steps):
-        handle.step(step, steps)
+    for step in range(2):
+        handle.step(step, 2)
         out = model(**inputs)[0]
     rows = handle.stats()
     assert torch.isfinite(out).all()
-    assert all(row["tokens_kept"] < row["tokens_in"] for row in rows)
+    assert rows and all(row["tokens_kept"] < row["tokens_in"] for row in rows)
     handle.remove()
     return True
 

@@ -9,7 +9,14 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tests import tiny
-from tofu_diffusers import METHODS, TokenReduction, apply_tofu, remove_tofu
+from tofu_diffusers import (
+    METHODS,
+    StepSkipping,
+    TokenReduction,
+    apply_tofu,
+    profile,
+    remove_tofu,
+)
 
 MAKERS = {
     "sd": tiny.tiny_sd,
@@ -18,14 +25,21 @@ MAKERS = {
     "sd3": tiny.tiny_sd3,
     "sd35": partial(tiny.tiny_sd3, dual=True),
 }
-# The default profile where it is not whole: generations here are short.
-EARLY = {"warmup_steps": 2, "keys_values": "fresh"}
+# The token profile where it reduces: generations here are short.
+EARLY = {"ratio": 0.5, "warmup_steps": 2, "keys_values": "fresh"}
 SETTINGS = {
-    "step": {"scope": "step", "warmup_steps": 2},
+    # One of four steps.
+    "step": {"speedup": 4 / 3, "warmup_steps": 2},
     "fresh": EARLY,
-    "tome": {"method": "tome"},
-    "tofu_span": {"method": "tofu", "scope": "span"},
-    "attention": {"method": "pitome", "scope": "attention", "merge": "mlerp", "unmerge": "mlerp"},
+    "tome": {"ratio": 0.5, "method": "tome"},
+    "tofu_span": {"ratio": 0.5, "method": "tofu", "scope": "span"},
+    "attention": {
+        "ratio": 0.5,
+        "method": "pitome",
+        "scope": "attention",
+        "merge": "mlerp",
+        "unmerge": "mlerp",
+    },
     "cached": EARLY | {"keys_values": "cached"},
     "fresh_attention": EARLY | {"scope": "attention", "unmerge": "temporal"},
 }
@@ -55,7 +69,7 @@ def pipe(request):
 def test_removal_is_exact(pipe, setting):
     baseline = tiny.generate(pipe, ["a cat", "a dog"], steps=4)
     before = fingerprint(pipe)
-    apply_tofu(pipe, ratio=0.5, **SETTINGS[setting])
+    apply_tofu(pipe, **SETTINGS[setting])
     reduced = tiny.generate(pipe, ["a cat", "a dog"], steps=4)
     assert torch.isfinite(reduced).all()
     assert not torch.equal(reduced, baseline)
@@ -94,11 +108,16 @@ def test_square_odd_and_oblong_sizes(size, setting):
         if make is tiny.tiny_sd3 and (height % 16 or width % 16):
             continue  # the unmodified pipeline refuses these
         pipe = make()
-        with apply_tofu(pipe, ratio=0.4, **SETTINGS[setting]) as handle:
+        options = SETTINGS[setting]
+        options = options | {"ratio": 0.4} if "ratio" in options else options
+        with apply_tofu(pipe, **options) as handle:
             latents = tiny.generate(pipe, steps=4, height=height, width=width)
             assert latents.shape[-2:] == (height // 8, width // 8)
             assert torch.isfinite(latents).all()
             assert all(row["tokens_kept"] < row["tokens_in"] for row in handle.stats())
+            steps = [(count.steps, count.computed) for count in handle.summary().steps]
+            assert steps == ([(4, 3)] if setting == "step" else [])
+            assert bool(handle.stats()) == (setting != "step")
 
 
 @pytest.mark.parametrize("setting", ["step", "fresh", "tome", "cached", "attention"])
@@ -106,7 +125,7 @@ def test_images_of_a_batch_do_not_influence_each_other(setting):
     """A plan of one image is the same alone, in a batch, and in another row."""
     for make in (tiny.tiny_sd, tiny.tiny_sd3):
         pipe = make()
-        with apply_tofu(pipe, ratio=0.5, **SETTINGS[setting]):
+        with apply_tofu(pipe, **SETTINGS[setting]):
             batch = tiny.generate(pipe, ["a cat", "a dog"], steps=4, seed=0)
             alone = tiny.generate(pipe, ["a dog"], steps=4, seed=1)
         torch.testing.assert_close(batch[1:], alone, rtol=1e-3, atol=1e-3)
@@ -122,9 +141,10 @@ def test_inference_mode_and_plain_calls_in_any_order():
     assert torch.equal(first, second) and torch.equal(first, third)
 
 
-def test_without_guidance():
+@pytest.mark.parametrize("amount", [{"ratio": 0.5}, {"speedup": 4 / 3}], ids=str)
+def test_without_guidance(amount):
     pipe = tiny.tiny_sd()
-    with apply_tofu(pipe, ratio=0.5) as handle:
+    with apply_tofu(pipe, **amount) as handle:
         tiny.generate(pipe, ["a cat", "a dog", "a hat"], steps=4, guidance_scale=1.0)
         assert handle.summary().flops_saved > 0
 
@@ -164,7 +184,7 @@ def test_the_context_manager_removes_also_after_an_error():
 def test_a_deepcopy_carries_its_own_tofu(setting):
     pipe = tiny.tiny_sd()
     baseline = tiny.generate(pipe, steps=4)
-    apply_tofu(pipe, ratio=0.5, **SETTINGS[setting])
+    apply_tofu(pipe, **SETTINGS[setting])
     reduced = tiny.generate(pipe, steps=4)
     twin = copy.deepcopy(pipe)
     remove_tofu(pipe)
@@ -181,12 +201,95 @@ def test_a_config_and_options_are_the_same_thing():
     config = TokenReduction(method="pitome", ratio=0.4, merge="mlerp", unmerge="copy")
     with apply_tofu(pipe, config):
         by_config = tiny.generate(pipe)
-    with apply_tofu(pipe, 0.4, method="pitome", merge="mlerp", unmerge="copy"):
+    with apply_tofu(pipe, ratio=0.4, method="pitome", merge="mlerp", unmerge="copy"):
         by_options = tiny.generate(pipe)
     with apply_tofu(pipe, config.replace(ratio=0.2), ratio=0.4) as handle:
         assert handle.configs[0] == config
         by_both = tiny.generate(pipe)
     assert torch.equal(by_config, by_options) and torch.equal(by_config, by_both)
+
+
+def test_a_ratio_is_the_token_profile_of_the_family():
+    for family, make in (("unet", tiny.tiny_sd), ("sd3", tiny.tiny_sd3)):
+        pipe, made = make(), []
+        options = profile(family)["tokens"]["options"]
+        whole = tiny.generate(pipe, steps=9)
+        for configs, named in (
+            ((), {"ratio": 0.5}),
+            ((TokenReduction(ratio=0.5),), {}),
+            ((TokenReduction(ratio=0.5, **options),), {}),
+        ):
+            with apply_tofu(pipe, *configs, **named) as handle:
+                made.append(tiny.generate(pipe, steps=9))
+                assert handle.configs == (TokenReduction(ratio=0.5, **options),)
+        assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+        assert not torch.equal(made[0], whole)
+
+
+def test_without_a_past_a_ratio_does_without_memory():
+    """In a generation of few steps, and in one call of a bare denoiser; a long one is the profile's again."""
+    pipe, made = tiny.tiny_sd(), {}
+    whole = tiny.generate(pipe, steps=4)
+    for name, options in (("asked", {}), ("tofu", {"method": "tofu"})):
+        with apply_tofu(pipe, ratio=0.5, **options) as handle:
+            made[name] = tiny.generate(pipe, steps=4)
+            assert ("without memory" in str(handle.summary())) == (name == "asked")
+            made[f"{name} long"] = tiny.generate(pipe, steps=9)
+            assert "without memory" not in str(handle.summary())
+            assert torch.equal(tiny.generate(pipe, steps=4), made[name])
+            assert handle.configs[0].method == ("importance" if name == "asked" else "tofu")
+    assert torch.equal(made["asked"], made["tofu"])
+    with apply_tofu(pipe, **{"ratio": 0.5, **profile("unet")["tokens"]["options"]}):
+        assert torch.equal(tiny.generate(pipe, steps=9), made["asked long"])
+    assert not torch.equal(made["asked long"], made["tofu long"])
+    unet, inputs, outs = pipe.unet, tiny.model_inputs(pipe.unet), []
+    for options in ({}, {"method": "tofu"}):
+        with apply_tofu(unet, ratio=0.5, **options), torch.no_grad():
+            outs.append(unet(**inputs)[0])
+    assert torch.equal(*outs)
+    assert torch.equal(tiny.generate(pipe, steps=4), whole)
+
+
+def test_a_further_option_does_not_change_the_method():
+    pipe = tiny.tiny_sd()
+    for options in ({"seed": 1}, {"keys_values": "cached"}, {"warmup_steps": 3}, {"reuse": 2}):
+        with apply_tofu(pipe, ratio=0.5) as handle:
+            (plain,) = handle.configs
+        with apply_tofu(pipe, ratio=0.5, **options) as handle:
+            assert handle.configs == (plain.replace(**options),)
+
+
+def test_a_speedup_skips_steps_by_the_profile_of_the_family():
+    for family, make in (("unet", tiny.tiny_sd), ("sd3", tiny.tiny_sd3)):
+        pipe, made = make(), []
+        options = profile(family)["speedup"]["options"]
+        for configs, named in (
+            ((), {"speedup": 1.5}),
+            ((StepSkipping(speedup=1.5),), {}),
+            ((StepSkipping(speedup=1.5, **options),), {}),
+        ):
+            with apply_tofu(pipe, *configs, **named) as handle:
+                made.append(tiny.generate(pipe, steps=9))
+                assert handle.configs == (StepSkipping(speedup=1.5, **options),)
+        assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+def test_options_change_the_one_config_that_has_them():
+    pipe = tiny.tiny_sd()
+    both = TokenReduction(method="tome"), StepSkipping()
+    with apply_tofu(pipe, *both, ratio=0.25, order=0, speedup=1.5) as handle:
+        reduction, skipping = handle.configs
+    assert reduction == TokenReduction(method="tome", ratio=0.25)
+    assert (skipping.speedup, skipping.order) == (1.5, 0)
+
+
+@pytest.mark.parametrize("amount", [{"ratio": 0.5}, {"speedup": 2.0}, {}], ids=str)
+def test_the_order_of_two_configs_does_not_matter(amount):
+    pipe = tiny.tiny_sd()
+    first, second = TokenReduction(method="tome"), StepSkipping(rule="even")
+    handle = apply_tofu(pipe, first, second, **amount)
+    assert apply_tofu(pipe, second, first, **amount).configs == handle.configs
+    remove_tofu(pipe)
 
 
 def test_levels_min_tokens_and_blocks_select_sites():
@@ -213,8 +316,10 @@ BAD_OPTIONS = [
     ({"unmerge": "coppy"}, ValueError, "unknown unmerge 'coppy'"),
     ({"scope": "blok"}, ValueError, "unknown scope 'blok'"),
     ({"keys_values": "warm"}, ValueError, "unknown keys_values 'warm'"),
-    ({"family": "fluxx"}, ValueError, "unknown family 'fluxx'"),
+    ({"ratio": 0.5, "family": "fluxx"}, ValueError, "unknown family 'fluxx'"),
+    ({"speedup": 2.0, "family": "fluxx"}, ValueError, "unknown family 'fluxx'"),
     ({"rato": 0.5}, ValueError, r"unknown option 'rato' \(did you mean 'ratio'"),
+    ({"speedup": 2.0, "waive": 1}, ValueError, r"unknown option 'waive'"),
     ({"ratio": 1.0}, ValueError, r"ratio 1.0 is outside \[0, 1\)"),
     ({"ratio": -0.1}, ValueError, r"ratio -0.1 is outside"),
     ({"ratio": float("nan")}, ValueError, "ratio nan is outside"),
@@ -232,9 +337,20 @@ BAD_OPTIONS = [
     ),
     ({"resolutions": (7,)}, ValueError, "has no site for tofu"),
     ({"first_blocks": 99}, ValueError, "has no site for tofu"),
-    ({"memory_limit": 0}, ValueError, "memory_limit"),
+    ({"ratio": 0.5, "memory_limit": 0}, ValueError, "memory_limit 0 GiB must be above 0"),
+    ({"speedup": 2.0, "memory_limit": 0}, ValueError, "memory_limit 0 GiB must be above 0"),
     ({"schedule": "sine"}, ValueError, "unknown schedule kind 'sine'"),
-    ({"warmup_steps": -1}, ValueError, "warmup_steps -1 is below 0"),
+    ({"ratio": 0.5, "warmup_steps": -1}, ValueError, "warmup_steps -1 is below 0"),
+    ({"speedup": 2.0, "warmup_steps": -1}, ValueError, "warmup_steps -1 is below 0"),
+    ({"speedup": 0.5}, ValueError, "speedup 0.5 is below 1"),
+    ({"speedup": float("nan")}, ValueError, "speedup nan is below 1 or no number"),
+    ({"speedup": float("inf")}, ValueError, "speedup inf is below 1 or no number"),
+    ({"speedup": "twice"}, TypeError, "speedup must be a number"),
+    ({"speedup": True}, TypeError, "speedup must be a number"),
+    ({"speedup": 2.0, "rule": "erly"}, ValueError, "unknown rule 'erly'"),
+    ({"speedup": 2.0, "order": 2}, ValueError, "order 2 is above 1; choose 0 .* or 1"),
+    ({"speedup": 2.0, "corrector": None}, TypeError, "corrector must be True or False"),
+    ({"ratio": 0.5, "corrector": "yes"}, TypeError, "corrector must be True or False"),
 ]
 
 
@@ -245,6 +361,89 @@ def test_bad_options_leave_the_pipeline_as_it_was(options, error, message):
     with pytest.raises(error, match=message):
         apply_tofu(pipe, **options)
     assert fingerprint(pipe) == before
+
+
+# (configs, options, error, everything that must be named)
+AMBIGUOUS = [
+    ((), {"ratio": 0.5, "speedup": 2.0}, ValueError,
+     ("ratio 0.5", "speedup 2.0", "TokenReduction(ratio=0.5), StepSkipping(speedup=2.0)")),
+    ((), {"method": "tome", "rule": "late"}, ValueError,
+     ("method (TokenReduction)", "rule (StepSkipping)", "TokenReduction(...), StepSkipping(...)")),
+    ((), {"ratio": 0.5, "rule": "late"}, ValueError,
+     ("ratio (TokenReduction)", "rule (StepSkipping)", "TokenReduction(...), StepSkipping(...)")),
+    ((), {"speedup": 2.0, "method": "tome"}, ValueError,
+     ("'method'", "TokenReduction", "StepSkipping", "speedup")),
+    ((), {}, ValueError, ("how much?", "ratio=0.5", "speedup=2.0")),
+    ((), {"warmup_steps": 2}, ValueError, ("how much?", "ratio=0.5", "speedup=2.0")),
+    ((0.5,), {}, TypeError, ("TokenReduction and StepSkipping, not 0.5", "ratio=0.5", "speedup=2.0")),
+    (({"ratio": 0.5},), {}, TypeError, ("not {'ratio': 0.5}", "ratio=0.5", "speedup=2.0")),
+    ((TokenReduction(), TokenReduction()), {}, ValueError,
+     ("two TokenReduction", "one of each type")),
+    ((StepSkipping(), TokenReduction(), StepSkipping()), {}, ValueError,
+     ("two StepSkipping", "one of each type")),
+    ((TokenReduction(),), {"speedup": 2.0}, ValueError,
+     ("'speedup'", "StepSkipping", "given are TokenReduction", "say it inside")),
+    ((StepSkipping(),), {"ratio": 0.5}, ValueError,
+     ("'ratio'", "TokenReduction", "given are StepSkipping", "say it inside")),
+    ((TokenReduction(), StepSkipping()), {"warmup_steps": 2}, ValueError,
+     ("'warmup_steps'", "TokenReduction and StepSkipping", "say it inside")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("configs", "options", "error", "said"), AMBIGUOUS)
+def test_what_can_mean_two_things_is_refused_with_both_and_the_way_out(
+    configs, options, error, said
+):
+    pipe = tiny.tiny_sd()
+    before = fingerprint(pipe)
+    with pytest.raises(error) as found:
+        apply_tofu(pipe, *configs, **options)
+    message = str(found.value)
+    assert [part for part in said if part not in message] == [], message
+    assert fingerprint(pipe) == before
+
+
+TOKEN_OPTIONS = [
+    {"method": "tome"},
+    {"method_options": {"source": "change"}},
+    {"merge": "mean"},
+    {"unmerge": "copy"},
+    {"unmerge": "blend"},
+    {"keys_values": "fresh"},
+    {"scope": "block"},
+    {"schedule": "linear"},
+    {"share": "resolution"},
+    {"resolutions": (0,)},
+    {"min_tokens": 64},
+    {"seed": 1},
+]
+STEP_OPTIONS = [{"rule": "even"}, {"order": 0}]
+
+
+@pytest.mark.parametrize(
+    ("amount", "options"),
+    [
+        *(({"speedup": 2.0}, options) for options in TOKEN_OPTIONS),
+        *(({"ratio": 0.5}, options) for options in STEP_OPTIONS),
+    ],
+    ids=str,
+)
+def test_an_option_of_the_other_workflow_is_refused(amount, options):
+    """By name, with both types and the way out: by number, and with a config of the type."""
+    kinds = {"speedup": StepSkipping, "ratio": TokenReduction}
+    pipe, kind = tiny.tiny_sd(), kinds[next(iter(amount))]
+    before = tiny.generate(pipe, steps=2)
+    (named,) = options
+    with pytest.raises(ValueError, match=named) as by_number:
+        apply_tofu(pipe, **amount, **options)
+    with pytest.raises(ValueError, match=named) as by_config:
+        apply_tofu(pipe, kind(**amount), **options)
+    for found in (by_number, by_config):
+        assert all(each.__name__ in str(found.value) for each in kinds.values())
+    assert "TokenReduction(...), StepSkipping(" in str(by_number.value)
+    with pytest.raises(TypeError, match=named):
+        kind(**amount, **options)
+    assert torch.equal(tiny.generate(pipe, steps=2), before)
 
 
 def test_a_bad_second_apply_keeps_the_first():
@@ -290,7 +489,9 @@ def test_targets_that_cannot_be_changed():
     )
     with pytest.raises(ValueError, match="has no site for tofu"):
         apply_tofu(bare, ratio=0.5, method="tome")
-    apply_tofu(bare, ratio=0.5).remove()  # steps can be left out of any denoiser
+    with pytest.raises(ValueError, match="has no site for tofu"):
+        apply_tofu(bare, TokenReduction(), StepSkipping())
+    apply_tofu(bare, speedup=2.0).remove()  # steps of any denoiser can be skipped
 
 
 def test_a_pipeline_changed_by_tomesd_is_refused():

@@ -1,4 +1,4 @@
-"""tofu_diffusers.tuning.calibrate and .sensitivity: gradients, the probes fitted to them, and what reads those."""
+"""tofu_diffusers.tuning.calibrate and .probes: gradients, the probes fitted to them, what reads those."""
 
 import json
 
@@ -194,7 +194,10 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path):
         calibrate_gradient(pipe, ["a cat"], path)
     with pytest.raises(ValueError, match="calls is 0; give 1 or more"):
         calibrate_gradient(pipe, ["a cat", "a dog"], path, calls=0)
-    with apply_tofu(pipe), pytest.raises(ValueError, match=r"call remove_tofu\(pipe\) before"):
+    with (
+        apply_tofu(pipe, ratio=0.5),
+        pytest.raises(ValueError, match=r"call remove_tofu\(pipe\) before"),
+    ):
         calibrate_gradient(pipe, ["a cat", "a dog"], path)
     with pytest.raises(ValueError, match=r"has 2 denoisers; .* give a pipeline with one"):
         calibrate_gradient(tiny.tiny_wan(two=True), ["a cat", "a dog"], path)

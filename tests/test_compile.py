@@ -8,21 +8,18 @@ from tests import tiny
 from tests.test_context import unet_inputs
 from tofu_diffusers import apply_tofu, remove_tofu
 
+SKIPPING = {"speedup": 1.5, "warmup_steps": 2}
 SETTINGS = {
-    "tome": {"method": "tome"},
-    "step": {"scope": "step"},
-    "corrected": {"scope": "step", "unmerge": "taylor", "corrector": True},
-    # The tokens of the default profile, but from the third step on: generations here are short.
-    "fresh": {"warmup_steps": 2, "keys_values": "fresh"},
-    "cached": {"warmup_steps": 2, "keys_values": "cached"},
-    "fresh_corrected": {
-        "warmup_steps": 2,
-        "keys_values": "fresh",
-        "unmerge": "taylor",
-        "corrector": True,
-    },
-    "attention": {"method": "tofu", "scope": "attention"},
+    "tome": {"ratio": 0.5, "method": "tome"},
+    "step": {**SKIPPING, "corrector": True},
+    "step_plain": {**SKIPPING, "corrector": False},
+    # The token profile, but from the third step on: generations here are short.
+    "fresh": {"ratio": 0.5, "warmup_steps": 2, "keys_values": "fresh", "corrector": True},
+    "cached": {"ratio": 0.5, "warmup_steps": 2, "keys_values": "cached", "corrector": True},
+    "fresh_plain": {"ratio": 0.5, "warmup_steps": 2, "keys_values": "fresh", "corrector": False},
+    "attention": {"ratio": 0.5, "method": "tofu", "scope": "attention"},
     "span_temporal": {
+        "ratio": 0.5,
         "method": "random",
         "unmerge": "temporal",
         "scope": "span",
@@ -65,7 +62,7 @@ def run(pipe):
 def test_whole_model_fullgraph(family, setting):
     pipe = small(family)
     model = getattr(pipe, "unet", None) or pipe.transformer
-    options = {"ratio": 0.5, **SETTINGS[setting]}
+    options = SETTINGS[setting]
     with apply_tofu(pipe, **options):
         eager = run(pipe)
     apply_tofu(pipe, **options)
@@ -94,7 +91,7 @@ def test_every_family_fullgraph(family, setting):
     pipe = small(family)
     model = tiny.denoisers(pipe)[0]
     # A compiled FLUX reads its grid after its first step, which runs whole.
-    options = {"ratio": 0.5, "warmup_steps": 2} | SETTINGS[setting]
+    options = {"warmup_steps": 2} | SETTINGS[setting]
     with apply_tofu(pipe, **options):
         eager = run(pipe)
     apply_tofu(pipe, **options)
@@ -114,7 +111,7 @@ def test_every_family_fullgraph(family, setting):
 )
 def test_repeated_blocks_of_transformers_fullgraph(family, setting):
     """One graph a class of blocks and kind of step serves all its blocks."""
-    options = {"ratio": 0.5, "warmup_steps": 2} | SETTINGS[setting]
+    options = {"warmup_steps": 2} | SETTINGS[setting]
     counts = []
     for layers in (2, 4):
         torch._dynamo.reset()
@@ -150,7 +147,7 @@ def test_a_compiled_bare_flux_that_is_not_told_its_steps():
 @pytest.mark.parametrize("setting", ["tome", "fresh", "cached"])
 def test_repeated_blocks_fullgraph(setting):
     """One graph serves all blocks of a class; longer generations need no more graphs."""
-    options = {"ratio": 0.5, **SETTINGS[setting]}
+    options = SETTINGS[setting]
     counts = []
     # With six layers two of ToMe's similarities are so close that a machine's rounding decides.
     for layers in (2, 4):
@@ -200,7 +197,7 @@ def test_deterministic_algorithms():
         for family in ("unet", "sd3"):
             pipe = small(family)
             for setting in SETTINGS.values():
-                with apply_tofu(pipe, ratio=0.5, **setting):
+                with apply_tofu(pipe, **setting):
                     assert torch.equal(run(pipe), run(pipe))
     finally:
         torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""TokenReduction and Schedule: frozen, validated, JSON both ways, saved beside a pipeline."""
+"""TokenReduction, StepSkipping and Schedule: frozen, validated, JSON both ways, saved beside a pipeline."""
 
 import dataclasses
 import json
@@ -9,7 +9,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests import tiny
-from tofu_diffusers import FAMILIES, Schedule, TokenReduction, apply_tofu, profile
+from tofu_diffusers import (
+    FAMILIES,
+    Config,
+    Schedule,
+    StepSkipping,
+    TokenReduction,
+    apply_tofu,
+    profile,
+)
+from tofu_diffusers.config import CONFIGS as TYPES
+from tofu_diffusers.profiles import MEMORYLESS, fastest, origin, resolved
 
 CONFIGS = [
     TokenReduction(),
@@ -19,14 +29,36 @@ CONFIGS = [
         method="importance", max_age=6, keys_values="cached", resolutions=(0, 1), memory_limit=2.5
     ),
     TokenReduction(schedule="cosine", depth_schedule=[(0.0, 0.0), (0.5, 1.0)], first_blocks=1),
+    TokenReduction(ratio=0.4, keys_values="cached", max_age=0, corrector=False),
+    StepSkipping(),
+    StepSkipping(speedup=1),
+    StepSkipping(speedup=3, warmup_steps=0, cooldown_steps=2, rule="even", order=0),
+    StepSkipping(corrector=False, memory_limit=1.5, family="unet"),
 ]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_json_both_ways(config, tmp_path):
-    assert TokenReduction.from_json(config.to_json()) == config
+    kind = type(config)
+    assert kind.from_json(config.to_json()) == config
+    state = json.loads(config.to_json())
+    assert {*state} == {"type", "version", "data"}
+    assert (state["type"], state["version"]) == (kind.__name__, 1)
+    assert {*state["data"]} == {item.name for item in dataclasses.fields(kind)}
+    # An open option stays open.
+    assert all(
+        (state["data"][name] is None) == (getattr(config, name) is None) for name in state["data"]
+    )
     config.save(tmp_path)
-    assert TokenReduction.load(tmp_path) == config
+    assert kind.load(tmp_path) == config
+
+
+def test_both_types_are_saved_in_one_folder(tmp_path):
+    tokens, steps = TokenReduction(ratio=0.3), StepSkipping(speedup=3.0)
+    assert tokens.save(tmp_path / "pipe") == tmp_path / "pipe" / "token_reduction.json"
+    assert steps.save(tmp_path / "pipe") == tmp_path / "pipe" / "step_skipping.json"
+    assert TokenReduction.load(tmp_path / "pipe") == tokens
+    assert StepSkipping.load(str(tmp_path / "pipe")) == steps
 
 
 def test_saved_beside_a_pipeline(tmp_path):
@@ -36,23 +68,61 @@ def test_saved_beside_a_pipeline(tmp_path):
     loaded = type(pipe).from_pretrained(tmp_path, safety_checker=None)
     with apply_tofu(loaded, TokenReduction.load(tmp_path)) as handle:
         tiny.generate(loaded)
-        assert handle.configs[0].ratio == 0.25
+        assert handle.configs == (TokenReduction(ratio=0.25, method="tome"),)
+    StepSkipping(speedup=1.5).save(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path, safety_checker=None)
+    configs = [kind.load(tmp_path) for kind in TYPES]
+    with apply_tofu(loaded, *configs) as handle:
+        assert handle.configs == tuple(resolved(each, "unet") for each in configs)
 
 
-def test_frozen():
+@pytest.mark.parametrize(
+    ("config", "name"), [(TokenReduction(), "ratio"), (StepSkipping(), "speedup")]
+)
+def test_frozen(config, name):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        TokenReduction().ratio = 0.1
+        setattr(config, name, 0.1)
+    assert isinstance(config, Config)
+
+
+def test_a_copy_with_changes_is_validated_again():
+    assert TokenReduction(method="tome").replace(ratio=0.3) == TokenReduction(0.3, "tome")
+    assert StepSkipping().replace(speedup=3) == StepSkipping(3)
+    with pytest.raises(ValueError, match=r"ratio 0.8 exceeds 0.75"):
+        TokenReduction(method="tome").replace(ratio=0.8)
+    with pytest.raises(ValueError, match=r"speedup 0\.5 is below 1"):
+        StepSkipping().replace(speedup=0.5)
+    with pytest.raises(
+        ValueError, match=r"unknown option of StepSkipping 'speedpu' \(did you mean"
+    ):
+        StepSkipping().replace(speedpu=2.0)
+    with pytest.raises(ValueError, match="unknown option of TokenReduction 'rule'"):
+        TokenReduction().replace(rule="late")
 
 
 def test_unreadable_configs(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"write one with TokenReduction.save"):
-        TokenReduction.load(tmp_path)
-    with pytest.raises(ValueError, match="JSON object, not a list"):
-        TokenReduction.from_json("[]")
-    with pytest.raises(ValueError, match="reads TokenReduction format 1"):
-        TokenReduction.from_json(json.dumps({"format": 2}))
-    with pytest.raises(ValueError, match=r"unknown option 'ratoi' \(did you mean 'ratio'"):
-        TokenReduction.from_json(json.dumps({"ratoi": 0.5}))
+    for kind in TYPES:
+        with pytest.raises(
+            FileNotFoundError, match=rf"no {kind.file_name} .* write one with {kind.__name__}.save"
+        ):
+            kind.load(tmp_path)
+        with pytest.raises(ValueError, match=f"a {kind.__name__} is a JSON object, not a list"):
+            kind.from_json("[]")
+        state = json.loads(kind().to_json())
+        with pytest.raises(
+            ValueError, match=f"has version 2 of {kind.__name__}, .* reads version 1"
+        ):
+            kind.from_json(json.dumps(state | {"version": 2}))
+        (other,) = {*TYPES} - {kind}
+        with pytest.raises(
+            ValueError, match=f"holds a {other.__name__}, not a {kind.__name__}; read it with"
+        ):
+            kind.from_json(other().to_json())
+    state = json.loads(TokenReduction().to_json()) | {"data": {"ratoi": 0.5}}
+    with pytest.raises(
+        ValueError, match=r"unknown option of TokenReduction 'ratoi' \(did you mean 'ratio'"
+    ):
+        TokenReduction.from_json(json.dumps(state))
 
 
 def test_max_age_binds_the_choice_as_well_as_the_unmerge():
@@ -68,14 +138,107 @@ def test_tofu_prunes_early_and_merges_late():
     assert TokenReduction(method="tofu", merge="mean").merge_at(0.0) == "mean"
 
 
+# ---- profiles -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_a_valid_profile_that_says_where_it_is_from(family):
     data = profile(family)
-    assert TokenReduction(**data["config"]).scope == "step"
-    assert TokenReduction(**data["tokens"]).scope == "block"
-    assert (data["status"] == "provisional") == (data["result"] is None)
+    tokens = TokenReduction(**data["tokens"]["options"])
+    assert tokens.is_resolved and tokens.scope == "block" and tokens.needs_steps
+    assert data["weights"]
+    workflow = fastest(family)
+    assert workflow.__name__ == data["speedup"]["type"]
+    assert workflow(**data["speedup"]["options"]).is_resolved
+    amounts = {TokenReduction: {"ratio": 0.3}, StepSkipping: {"speedup": 1.5}}
+    for kind, key in ((TokenReduction, "tokens"), (workflow, "speedup")):
+        # An amount is not the profile's to say, and what is open without one is all in it.
+        assert not {"ratio", "speedup"} & {*data[key]["options"]}
+        config = resolved(kind(**amounts[kind]), family)
+        assert config == kind(**amounts[kind], **data[key]["options"])
+        said = "measured" if data[key]["result"] else "provisional"
+        assert said in origin(family, config) and ("like" in data) == (
+            "that of" in origin(family, config)
+        )
     # A borrowed profile is that of a family which has one of its own.
-    assert "like" not in data or profile(data["like"])["config"] == data["config"]
+    if "like" in data:
+        own = profile(data["like"])
+        assert "like" not in own
+        assert all(data[key] == own[key] for key in ("tokens", "speedup", "weights"))
+
+
+def test_a_family_without_a_profile_is_told_how_to_get_one():
+    with pytest.raises(ValueError, match=r"'fluxx' has no profile; add profiles/fluxx.json"):
+        profile("fluxx")
+
+
+OPTIONS = {
+    "method": "importance",
+    "method_options": {"source": "change"},
+    "merge": "prune",
+    "unmerge": "taylor",
+    "corrector": True,
+    "keys_values": "fresh",
+    "warmup_steps": 4,
+    "max_age": 8,
+}
+GIVEN = [
+    {"keys_values": "cached"},
+    {"corrector": False},
+    {"warmup_steps": 0},
+    {"max_age": 0},
+    {"unmerge": "copy", "scope": "attention"},
+    {"method_options": {"source": "key_norm"}},
+    {"ratio": 0.7, "seed": 3, "reuse": 2},
+    {"scope": "span", "keys_values": "dropped", "share": "stack"},
+]
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=str)
+def test_what_is_given_stays_and_what_is_open_is_taken(given):
+    config = TokenReduction(**given)
+    assert not config.is_resolved
+    found = config.resolved(OPTIONS)
+    assert found == TokenReduction(**OPTIONS | given)
+    assert all(getattr(found, name) == value for name, value in given.items())
+    assert found.resolved({"method": "tome"}) is found
+    # Nothing is open any more: what the profile does not have is as with a method named.
+    assert all(getattr(found, name) is not None for name in TokenReduction.without_profile)
+
+
+@pytest.mark.parametrize("method", ["tome", "importance"])
+def test_with_a_method_named_nothing_is_taken(method):
+    config = TokenReduction(method=method)
+    assert config.is_resolved and config.resolved(OPTIONS) is config
+    for name, value in TokenReduction.without_profile.items():
+        assert getattr(config, name) == value
+    assert (config.merge, config.unmerge, config.method_options) == (None, None, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"merge": "mean"}, "needs merge 'prune'"),
+        ({"scope": "span"}, "scope 'span' cannot have keys_values 'fresh'"),
+        ({"ratio": 0.95}, "ratio 0.95 exceeds"),
+        ({"method_options": {"sauce": 1}}, "sauce"),
+    ],
+)
+def test_an_error_that_comes_from_the_profile_says_so(given, said):
+    with pytest.raises(ValueError, match=said) as found:
+        TokenReduction(**given).resolved(OPTIONS)
+    message = str(found.value)
+    assert "taken from the family's profile" in message and "method='tofu'" in message
+    # All that was taken, and nothing that was given.
+    for name, value in OPTIONS.items():
+        assert (f"{name} {value!r}" in message.split("Not given")[1]) == (name not in given)
+    with pytest.raises(ValueError, match=said) as own:
+        TokenReduction(**OPTIONS | given)
+    assert "profile" not in str(own.value)
+
+
+def test_there_are_options_that_need_no_past():
+    assert TokenReduction(**MEMORYLESS).needs_steps == []
 
 
 # ---- schedules ----------------------------------------------------------------------------------
@@ -138,7 +301,9 @@ def test_numbers_and_paths_of_any_kind_become_what_json_has(tmp_path):
         ratio=np.float32(0.5),
     )
     assert TokenReduction.from_json(config.to_json()) == config
-    assert type(config.warmup_steps) is int and {type(level) for level in config.levels} == {int}
+    assert type(config.warmup_steps) is int and {type(level) for level in config.resolutions} == {
+        int
+    }
 
 
 def test_a_seed_of_more_than_64_bits_is_refused_at_once():

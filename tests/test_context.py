@@ -1,4 +1,4 @@
-"""Contexts: what attention sees of removed tokens, against direct evaluations."""
+"""Keys and values: what attention sees of removed tokens, against direct evaluations."""
 
 import copy
 
@@ -11,7 +11,7 @@ from tofu_diffusers import apply_tofu, remove_tofu
 from tofu_diffusers.tokens.methods import matching
 
 UNET_SITE = "down_blocks.0.attentions.0.transformer_blocks.0"
-CACHED_RESTORES = ("temporal", "taylor", "blend")
+CACHED_UNMERGES = ("temporal", "taylor", "blend")
 
 
 def unet_inputs(batch=2, height=10, width=14, seed=0):
@@ -88,7 +88,7 @@ def test_fresh_is_kept_queries_against_all_keys_and_values():
     hidden = hidden + plain.ff(plain.norm3(hidden))
     expected = x + plan.spread(hidden - kept)
     torch.testing.assert_close(seen["out"], expected, rtol=1e-4, atol=1e-5)
-    # Without the keys_values the same plan gives something else: the test can tell.
+    # Without them the same plan gives something else: the test can tell.
     assert not torch.allclose(plain(kept, encoder_hidden_states=text), hidden, atol=1e-3)
 
 
@@ -115,7 +115,7 @@ def test_cached_equals_fresh_on_unchanged_inputs_after_a_whole_step(scope):
         torch.testing.assert_close(outputs["cached"], outputs["fresh"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("unmerge", CACHED_RESTORES)
+@pytest.mark.parametrize("unmerge", CACHED_UNMERGES)
 @pytest.mark.parametrize("keys_values", ["fresh", "cached"])
 @torch.no_grad()
 def test_nothing_changes_while_the_input_does_not(unmerge, keys_values):
@@ -182,7 +182,7 @@ def test_any_attention_backend_gives_the_same(processor, keys_values):
         torch.testing.assert_close(tiny.generate(pipe, steps=4), fused, rtol=1e-3, atol=1e-3)
 
 
-def test_fused_projections_are_refused_with_a_context_and_run_without():
+def test_fused_projections_are_refused_with_keys_and_values_and_run_without():
     pipe = tiny.tiny_sd()
     pipe.unet.fuse_qkv_projections()
     with pytest.raises(ValueError, match="call unfuse_qkv_projections"):

@@ -1,4 +1,4 @@
-"""Restore "corrected" of single tokens: what they lacked while they were not computed is given back."""
+"""The corrector of single tokens: what they lacked while they were not computed is given back."""
 
 import pytest
 import torch
@@ -73,19 +73,21 @@ KINDS = [("importance", "block"), ("random", "block"), ("random", "attention")]
 def test_it_differs_from_taylor_where_a_token_is_computed_again(family, method, scope):
     pipe = BUILDS[family]()
     made = {}
-    for unmerge in ("taylor", "corrected"):
-        options = {**TOKENS, "method": method, "scope": scope, "unmerge": unmerge}
+    for name, corrector in (("taylor", False), ("corrected", True)):
+        options = {**TOKENS, "method": method, "scope": scope}
+        options |= {"unmerge": "taylor", "corrector": corrector}
         with apply_tofu(pipe, **options) as handle:
-            made[unmerge] = tiny.generate(pipe, ["a cat", "a dog"], steps=STEPS)
+            made[name] = tiny.generate(pipe, ["a cat", "a dog"], steps=STEPS)
             again = tiny.generate(pipe, ["a cat", "a dog"], steps=STEPS)
-            assert torch.equal(again, made[unmerge])
-            made[f"{unmerge} bytes"] = handle.summary().cache_bytes
-            assert f" {unmerge} " in str(handle.summary())
+            assert torch.equal(again, made[name])
+            made[f"{name} bytes"] = handle.summary().cache_bytes
+            text = str(handle.summary())
+            assert " taylor " in text and (", corrector" in text) == corrector
         # Only the last step is reduced: no token is computed after it.
         with apply_tofu(pipe, **options | {"warmup_steps": STEPS - 1}):
-            made[f"{unmerge} last"] = tiny.generate(pipe, steps=STEPS)
+            made[f"{name} last"] = tiny.generate(pipe, steps=STEPS)
         with apply_tofu(pipe, **options | {"ratio": 0.0}):
-            made[f"{unmerge} none"] = tiny.generate(pipe, steps=STEPS)
+            made[f"{name} none"] = tiny.generate(pipe, steps=STEPS)
     assert made["corrected"].isfinite().all()
     assert not torch.equal(made["taylor"], made["corrected"])
     assert made["taylor bytes"] < made["corrected bytes"]
@@ -132,10 +134,9 @@ def test_a_token_is_corrected_where_it_stands(family, monkeypatch):
 def test_without_known_moves_it_is_taylor():
     pipe = tiny.tiny_ddpm()
     made = []
-    for unmerge in ("taylor", "corrected"):
-        with apply_tofu(
-            pipe, **{**TOKENS, "keys_values": "dropped"}, method="random", unmerge=unmerge
-        ):
+    options = {**TOKENS, "keys_values": "dropped", "method": "random", "unmerge": "taylor"}
+    for corrector in (False, True):
+        with apply_tofu(pipe, **options, corrector=corrector):
             made.append(tiny.generate(pipe, steps=STEPS))
     assert torch.equal(*made)
 
@@ -172,10 +173,11 @@ def test_half_precision_is_summed_in_single():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"scope": "block", "merge": "mlerp"}, "unmerge 'corrected' needs merge 'prune'"),
-        ({"scope": "block", "merge": "prune", "method": "all"}, "cannot have method 'all'"),
+        ({"scope": "block", "merge": "mlerp"}, "unmerge 'taylor' needs merge 'prune'"),
+        ({"merge": "mean", "unmerge": "copy"}, "corrector True needs merge 'prune'"),
+        ({"method": "tome", "unmerge": "copy"}, "the own one of method 'tome'"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
-        TokenReduction(unmerge="taylor", corrector=True, **options)
+        TokenReduction(**{"method": "random", "unmerge": "taylor", "corrector": True} | options)

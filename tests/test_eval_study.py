@@ -254,6 +254,8 @@ def test_the_committed_grid_is_whole(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_measured_profile_is_that_of_its_row(family, workflow):
     chosen = profile(family)[workflow]
+    if chosen["result"] is None:
+        pytest.skip("provisional: these very options were not measured")
     file, row_id = chosen["result"].split("#")
     (row,) = [each for each in read(ROOT / file) if each["id"] == row_id]
     assert row["weights"] == profile(family)["weights"]

@@ -85,7 +85,7 @@ def test_any_order_of_adding_and_removing():
             assert getattr(block.forward, "__func__", None) is type(block).forward
 
 
-def test_layerwise_casting_and_context():
+def test_layerwise_casting_and_cached_keys_and_values():
     pipe = tiny.tiny_sd()
     apply_layerwise_casting(pipe.unet, storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     baseline = tiny.generate(pipe, steps=4)

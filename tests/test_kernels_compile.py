@@ -17,14 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tofu_diffusers.kernels import (
-    triton_cosine,
-    triton_energy,
-    merge,
-    triton_match,
-    triton_unmerge,
-    triton_rows,
-)
+from tofu_diffusers.kernels.triton import _tiles, energy, gather, match, merge, unmerge
 
 INDICES = {"tiles", "index", "order", "offsets", "positions", "kept", "assign"}
 FLOATS = {"inverse", "inverse_q", "inverse_c", "total", "last", "step", "before_last"}
@@ -33,20 +26,20 @@ PRODUCT = {"PADDED": 128, "BLOCK_M": 64, "BLOCK_N": 64, "WIDEN": False}
 HALF = {**PRODUCT, "BLOCK_K": 64, "PRECISION": "ieee"}
 SINGLE = {**PRODUCT, "BLOCK_K": 32, "PRECISION": "tf32x3"}
 ROWS = {"ROWS": 4, "BLOCK": 512}
-RESTORE = {"HAS_X": True, "HAS_COMPUTED": True, "CACHED": True, "TAYLOR": False, "BLEND": False}
+UNMERGE = {"HAS_X": True, "HAS_COMPUTED": True, "CACHED": True, "TAYLOR": False, "BLEND": False}
 CASES = {
-    "unit": (triton_cosine._unit_rows, "bf16", {"PADDED": 320, **ROWS}),
-    "match": (triton_match._match, "bf16", {**HALF, "TILED": False}),
-    "match_tiles": (triton_match._match, "fp32", {**SINGLE, "TILED": True}),
-    "energy": (triton_energy._energy, "fp32", {**SINGLE, "TILED": False}),
-    "energy_tiles": (triton_energy._energy, "fp16", {**HALF, "TILED": True}),
+    "unit": (_tiles._unit_rows, "bf16", {"PADDED": 320, **ROWS}),
+    "match": (match._match, "bf16", {**HALF, "TILED": False}),
+    "match_tiles": (match._match, "fp32", {**SINGLE, "TILED": True}),
+    "energy": (energy._energy, "fp32", {**SINGLE, "TILED": False}),
+    "energy_tiles": (energy._energy, "fp16", {**HALF, "TILED": True}),
     "mean": (merge._mean, "bf16", ROWS),
     "mlerp": (merge._mlerp, "fp16", ROWS),
-    "copy": (triton_unmerge._restore, "bf16", {**ROWS, **RESTORE, "CACHED": False}),
-    "taylor": (triton_unmerge._restore, "fp32", {**ROWS, **RESTORE, "TAYLOR": True}),
-    "blend": (triton_unmerge._restore, "fp16", {**ROWS, **RESTORE, "BLEND": True}),
-    "take": (triton_rows._take, "bf16", ROWS),
-    "put": (triton_rows._put, "fp32", ROWS),
+    "copy": (unmerge._restore, "bf16", {**ROWS, **UNMERGE, "CACHED": False}),
+    "taylor": (unmerge._restore, "fp32", {**ROWS, **UNMERGE, "TAYLOR": True}),
+    "blend": (unmerge._restore, "fp16", {**ROWS, **UNMERGE, "BLEND": True}),
+    "take": (gather._take, "bf16", ROWS),
+    "put": (gather._put, "fp32", ROWS),
 }
 POINTERS = {
     *INDICES,
@@ -65,7 +58,7 @@ def type_of(name: str, dtype: str, kernel: object) -> str:
         return "*u8"
     if name in INDICES:
         return "*i64"
-    best = name == "value" and kernel is triton_match._match
+    best = name == "value" and kernel is match._match
     return "*fp32" if best or name in FLOATS else f"*{dtype}"
 
 

@@ -4,7 +4,6 @@ The interpreter must be chosen before anything imports Triton, so without a GPU 
 a process of its own. Every output starts as NaN: what a kernel leaves unwritten is seen.
 """
 
-import importlib
 import importlib.util
 import os
 import subprocess
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from tests import tiny
 from tofu_diffusers import apply_tofu
 from tofu_diffusers.kernels import reference
+from tofu_diffusers.tokens import merge, unmerge
 from tofu_diffusers.tokens.gather import put_, take
 from tofu_diffusers.tokens.grid import TokenGrid
 from tofu_diffusers.tokens.methods.matching import tiles_of
@@ -31,14 +31,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = INTERPRETED or torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if HERE:
-    from tofu_diffusers.kernels import dispatch, triton_cosine, merge, triton_unmerge
+    from tofu_diffusers.kernels import dispatch
+    from tofu_diffusers.kernels.triton import _tiles as triton_tiles
+    from tofu_diffusers.kernels.triton import merge as triton_merge
+    from tofu_diffusers.kernels.triton import unmerge as triton_unmerge
 
     dispatch.load("triton")
     OPS = torch.ops.tofu
-
-# The package exports functions of these names.
-merge = importlib.import_module("tofu_diffusers.tokens.merge")
-unmerge = importlib.import_module("tofu_diffusers.tokens.unmerge")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COSINE = 4e-6
@@ -137,11 +136,11 @@ def test_match_of_any_size(batch, queries, candidates, channels, seed):
 
 @pytest.mark.parametrize("programs", [1, 2, 1024])
 def test_candidates_may_be_split_among_programs_in_any_way(programs, monkeypatch):
-    monkeypatch.setattr(triton_cosine, "PROGRAMS", programs)
+    monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
     x, y = normal(0, 1, 20, 40), normal(1, 1, 300, 40)
     check_match(x, y)
     value, index = OPS.best_match(x, y)
-    monkeypatch.setattr(triton_cosine, "PROGRAMS", 1024)
+    monkeypatch.setattr(triton_tiles, "PROGRAMS", 1024)
     other, same = OPS.best_match(x, y)
     assert torch.equal(value, other) and torch.equal(index, same)
 
@@ -149,7 +148,7 @@ def test_candidates_may_be_split_among_programs_in_any_way(programs, monkeypatch
 @pytest.mark.parametrize("programs", [1, 1024])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_of_equals_the_first_is_the_match(dtype, programs, monkeypatch):
-    monkeypatch.setattr(triton_cosine, "PROGRAMS", programs)
+    monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
     some = normal(2, 1, 45, 40, dtype=dtype)
     value, index = OPS.best_match(some, some.repeat(1, 4, 1))
     assert torch.equal(index, torch.arange(45, device=DEVICE)[None])
@@ -234,7 +233,7 @@ def test_energy_is_the_reference(size, margin, alpha, dtype):
 
 @pytest.mark.parametrize("programs", [1, 1024])
 def test_energy_of_equal_and_of_zero_rows(programs, monkeypatch):
-    monkeypatch.setattr(triton_cosine, "PROGRAMS", programs)
+    monkeypatch.setattr(triton_tiles, "PROGRAMS", programs)
     alike = normal(11, 1, 1, 40).expand(1, 170, 40)
     assert ((OPS.energy(alike, 0.9, 1.0) - 1).abs() <= COSINE).all()
     nothing = torch.zeros(1, 170, 40, device=DEVICE)
@@ -268,7 +267,7 @@ def make_plan(seed: int, batch: int, tokens: int, slots: int) -> Plan:
 
 
 def merged(x: torch.Tensor, plan: Plan, how: str) -> torch.Tensor:
-    members = merge.members(plan.assign, plan.kept.shape[1])
+    members = triton_merge.members(plan.assign, plan.kept.shape[1])
     if how == "mean":
         return OPS.merge_mean(x, *members)
     return OPS.merge_mlerp(x, *members, merge.EPS)
@@ -355,7 +354,7 @@ def test_a_mean_without_direction_is_not_stretched():
 
 def test_members_lists_every_group_in_order():
     plan = make_plan(19, 3, 25, 6)
-    order, offsets = merge.members(plan.assign, 6)
+    order, offsets = triton_merge.members(plan.assign, 6)
     assert torch.equal(offsets.diff(dim=1), plan.sizes())
     for b in range(3):
         for k in range(6):
@@ -395,7 +394,7 @@ def test_unmerge_copy_is_gather_and_add(size, dtype):
     plan = make_plan(30, batch, tokens, slots)
     x = normal(31, batch, channels, tokens, dtype=dtype).mT
     update, computed = (normal(s, batch, slots, channels, dtype=dtype) for s in (32, 33))
-    expected = unmerge.unmerge(update, plan, "copy") + x
+    expected = unmerge.unmerge_tokens(update, plan, "copy") + x
     same(OPS.unmerge_copy(x, update, *plan, None), expected, dtype)
     got = OPS.unmerge_copy(x, update, *plan, computed)
     put_(expected, plan.kept, computed)
@@ -416,7 +415,7 @@ def test_unmerge_cached_is_the_reference_and_records(how, dtype, max_age):
     for call, step in enumerate((3.0, 4.0, 4.0)):
         now = torch.tensor(step, device=DEVICE)
         update = normal(36 + call, batch, slots, channels, dtype=dtype)
-        full = unmerge.unmerge(update, plan, how, cache=theirs, step=now, max_age=max_age)
+        full = unmerge.unmerge_tokens(update, plan, how, cache=theirs, step=now, max_age=max_age)
         residual = x if call else None
         computed = plan.rows(x) if call == 1 else None
         expected = full if residual is None else x + full
@@ -442,7 +441,7 @@ def test_unmerge_taylor_stays_in_the_range_of_its_dtype():
     for cache in (mine, theirs):
         cache.slope.fill_(6e4)
     now, update = torch.tensor(9.0, device=DEVICE), normal(38, 1, 4, 40, dtype=torch.float16)
-    expected = unmerge.unmerge(update, plan, "taylor", cache=theirs, step=now)
+    expected = unmerge.unmerge_tokens(update, plan, "taylor", cache=theirs, step=now)
     got = OPS.unmerge_cached(
         update, *plan, mine.value, mine.slope, mine.last, now, "taylor", None, None, None
     )
@@ -480,7 +479,7 @@ def samples() -> dict[str, tuple]:
     x, plan = normal(50, 2, 12, 40), make_plan(51, 2, 12, 5)
     update, (cache, _) = normal(52, 2, 5, 40), filled("taylor", 2, 12, 40, torch.float32)
     tiles = torch.arange(12, device=DEVICE).view(3, 4)
-    members = merge.members(plan.assign, 5)
+    members = triton_merge.members(plan.assign, 5)
     last = (cache.last, torch.tensor(3.0, device=DEVICE))
     return {
         "best_match": (x[:, :7], x[:, 7:]),
@@ -536,7 +535,7 @@ def test_operations_have_shapes_without_data(name):
 
 def test_one_graph_through_all_of_them():
     def step(x, update, kept, assign, value, slope, last, now):
-        members = merge.members(assign, kept.shape[1])
+        members = triton_merge.members(assign, kept.shape[1])
         y = OPS.merge_mlerp(x, *members, 1e-6) + OPS.merge_mean(x, *members)
         _, index = OPS.best_match(x, y)
         full = OPS.unmerge_cached(

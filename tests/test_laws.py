@@ -21,7 +21,7 @@ from tofu_diffusers.tokens.merge import EPS, MERGES, merge_tokens
 from tofu_diffusers.tokens.methods import METHODS, Evidence, Method, make_method
 from tofu_diffusers.tokens.methods.base import Source
 from tofu_diffusers.tokens.plan import Plan
-from tofu_diffusers.tokens.unmerge import CACHED, SITE_UNMERGES, UpdateCache, unmerge_tokens
+from tofu_diffusers.tokens.unmerge import CACHED, UNMERGES, UpdateCache, unmerge_tokens
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -279,7 +279,7 @@ def test_nothing_data_dependent_or_nondeterministic_runs(method: Method) -> None
             plan = method.plan(e)
             for merge in MERGES:
                 y = merge_tokens(e.metric, plan, merge)
-                for how in SITE_UNMERGES:
+                for how in UNMERGES:
                     cache = None
                     if how in CACHED:
                         cache = UpdateCache.empty(how, 2, 30, 4, torch.float32, "cpu")
@@ -330,7 +330,7 @@ def test_reducing_a_copy_gives_the_update_back(
     assert_rows_close(back, y, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("how", SITE_UNMERGES)
+@pytest.mark.parametrize("how", UNMERGES)
 @LAW
 @given(plans(), st.sampled_from(DTYPES), seeds)
 def test_pruning_any_unmerged_update_gives_it_back(
@@ -476,7 +476,7 @@ def test_finite_in_finite_out(kind: str, plan: Plan, dtype: torch.dtype, seed: i
         y = merge_tokens(x, plan, merge)
         assert y.isfinite().all(), merge
         assert y.double().norm(dim=-1).amax() <= longest * (1 + TOLERANCE[dtype])
-        for how in SITE_UNMERGES:
+        for how in UNMERGES:
             cache = None
             if how in CACHED:  # a sign that flips takes slopes and sums out of the dtype's range
                 cache = UpdateCache.empty(how, *plan.assign.shape, 3, dtype, "cpu")

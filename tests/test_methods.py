@@ -16,7 +16,7 @@ from tofu_diffusers.tokens.methods import METHODS, Evidence, Method, make_method
 from tofu_diffusers.tokens.methods.base import Source
 from tofu_diffusers.tokens.methods.tome import Tome
 from tofu_diffusers.tokens.plan import Plan
-from tofu_diffusers.tokens.unmerge import SITE_UNMERGES
+from tofu_diffusers.tokens.unmerge import UNMERGES
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True)
 every_name = pytest.mark.parametrize("name", sorted(METHODS))
@@ -62,7 +62,7 @@ def test_options_are_frozen_and_survive_json(name: str) -> None:
 def test_defaults_name_known_merges_and_unmerges(name: str) -> None:
     method = make_method(name)
     for depth in (0.0, 0.5, 1.0):
-        assert method.merge(depth) in MERGES and method.unmerge(depth) in SITE_UNMERGES
+        assert method.merge(depth) in MERGES and method.unmerge(depth) in UNMERGES
     assert 0 < method.max_ratio <= 1
 
 

@@ -97,7 +97,7 @@ def test_unet_token_counts_are_real(scope):
 
 
 @torch.no_grad()
-def test_context_shrinks_all_but_keys_and_values():
+def test_cached_keys_values_shrink_all_but_keys_and_values():
     unet = tiny.tiny_sd().unet
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     query, feed = Spy(block.attn1.to_q), Spy(block.ff.net[0].proj)

@@ -147,5 +147,7 @@ def test_links_to_files_lead_somewhere(name):
 def test_python_versions_are_said_the_same_everywhere():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'requires-python = ">=3.10"' in project
-    said = {version for text in DOCUMENTS.values() for version in re.findall(r"Python (3\.\d+)", text)}
+    said = {
+        version for text in DOCUMENTS.values() for version in re.findall(r"Python (3\.\d+)", text)
+    }
     assert said == {"3.10"}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.plans import plan_keeping
 from tofu_diffusers.tokens.plan import Plan
-from tofu_diffusers.tokens.unmerge import CACHED, SITE_UNMERGES, UpdateCache, unmerge_tokens
+from tofu_diffusers.tokens.unmerge import CACHED, UNMERGES, UpdateCache, unmerge_tokens
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True)
 B, N, C = 2, 13, 3
@@ -169,8 +169,7 @@ def test_memory_is_what_was_foretold(how: str, dtype: torch.dtype) -> None:
 
 def test_unmerges_without_a_cache_need_no_memory() -> None:
     assert all(
-        UpdateCache.nbytes_for(how, B, N, C, torch.float16) == 0
-        for how in set(SITE_UNMERGES) - CACHED
+        UpdateCache.nbytes_for(how, B, N, C, torch.float16) == 0 for how in set(UNMERGES) - CACHED
     )
     with pytest.raises(ValueError, match="'copy' needs no cache"):
         UpdateCache.empty("copy", B, N, C, torch.float32, "cpu")
@@ -188,7 +187,7 @@ def test_a_step_given_as_float32_serves_a_cache_of_any_dtype() -> None:
         assert (full[~plan_at(0).is_kept()] == 3).all()
 
 
-@pytest.mark.parametrize("how", SITE_UNMERGES)
+@pytest.mark.parametrize("how", UNMERGES)
 def test_compiled_unmerges_equal_eager_ones(how: str) -> None:
     torch._dynamo.reset()
     x = normal(9, B, N, C).float()
@@ -210,7 +209,7 @@ def test_compiled_unmerges_equal_eager_ones(how: str) -> None:
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("how", SITE_UNMERGES)
+@pytest.mark.parametrize("how", UNMERGES)
 def test_unmerges_run_on_meta_tensors(how: str) -> None:
     plan = Plan(*(t.to("meta") for t in plan_at(0)))
     x = torch.empty(B, N, C, device="meta", dtype=torch.float16)
@@ -233,12 +232,12 @@ def test_mistakes_are_named() -> None:
     plan, update, x = plan_at(0), normal(0, B, 5, C), normal(1, B, N, C)
     cache = empty("temporal")
     for arguments, said in [
-        ({"how": "cpoy"}, "unknown unmerge 'cpoy'; choose one of copy, mlerp"),
-        ({"how": "mlerp", "x": x}, "'mlerp' needs merged"),
-        ({"how": "mlerp", "merged": update}, "'mlerp' needs x"),
-        ({"how": "temporal", "step": at(0)}, "'temporal' needs cache"),
-        ({"how": "blend", "cache": cache}, "'blend' needs step"),
-        ({"how": "taylor", "cache": cache, "step": at(0)}, "needs a cache with slopes"),
+        ({"kind": "cpoy"}, "unknown unmerge 'cpoy'; choose one of copy, mlerp"),
+        ({"kind": "mlerp", "x": x}, "'mlerp' needs merged"),
+        ({"kind": "mlerp", "merged": update}, "'mlerp' needs x"),
+        ({"kind": "temporal", "step": at(0)}, "'temporal' needs cache"),
+        ({"kind": "blend", "cache": cache}, "'blend' needs step"),
+        ({"kind": "taylor", "cache": cache, "step": at(0)}, "needs a cache with slopes"),
     ]:
         with pytest.raises(ValueError, match=said):
             unmerge_tokens(update, plan, **arguments)

@@ -11,11 +11,13 @@ from tests import tiny
 from tofu_diffusers import apply_tofu
 
 SETTINGS = {
-    "tome": {"method": "tome"},
-    "attention": {"method": "tofu", "scope": "attention"},
-    "default": {},
-    "cached": {"keys_values": "cached"},
-    "scheduled": {"method": "random", "schedule": "linear"},
+    "tome": {"ratio": 0.5, "method": "tome"},
+    "attention": {"ratio": 0.5, "method": "tofu", "scope": "attention"},
+    "step": {"speedup": 5 / 3},
+    "tokens": {"ratio": 0.5, "warmup_steps": 2},
+    "few_steps": {"ratio": 0.5},
+    "cached": {"ratio": 0.5, "keys_values": "cached"},
+    "scheduled": {"ratio": 0.5, "method": "random", "schedule": "linear"},
 }
 
 
@@ -51,13 +53,14 @@ def generation_flops(pipe, steps):
 def test_flops_saved_are_those_of_the_real_forward(make, setting):
     pipe = make()
     whole = generation_flops(pipe, 5)
-    with apply_tofu(pipe, ratio=0.5, **SETTINGS[setting]) as handle:
+    with apply_tofu(pipe, **SETTINGS[setting]) as handle:
         run = generation_flops(pipe, 5)
         summary = handle.summary()
     assert summary.flops_whole == pytest.approx(whole, rel=0.02)
     assert summary.flops_run == pytest.approx(run, rel=0.02)
     assert summary.flops_saved == pytest.approx(1 - run / whole, abs=0.02)
     assert summary.flops_saved > 0.005
+    assert summary.speedup == pytest.approx(whole / run, rel=0.03)
 
 
 def test_the_table_says_what_happened():
@@ -88,11 +91,16 @@ def test_the_table_says_what_happened():
         ]
 
 
-def test_asking_does_not_change_what_is_generated():
+@pytest.mark.parametrize(
+    "options",
+    [{"ratio": 0.5}, {"ratio": 0.5, "warmup_steps": 2}, {"speedup": 4 / 3}],
+    ids=str,
+)
+def test_asking_does_not_change_what_is_generated(options):
     pipe = tiny.tiny_sd()
-    with apply_tofu(pipe, ratio=0.5):
+    with apply_tofu(pipe, **options):
         expected = tiny.generate(pipe, steps=4)
-    with apply_tofu(pipe, ratio=0.5) as handle:
+    with apply_tofu(pipe, **options) as handle:
         handle.summary()
         assert torch.equal(tiny.generate(pipe, steps=4), expected)
         handle.summary()
@@ -131,7 +139,8 @@ def test_full_size_models_are_counted_without_weights(cls, config, tera, least):
 
 def test_computed_says_where_the_work_went():
     pipe = tiny.tiny_sd()
-    with apply_tofu(pipe, ratio=0.5, resolutions=(0,), max_age=4) as handle:
+    options = {"resolutions": (0,), "max_age": 4, "warmup_steps": 2}
+    with apply_tofu(pipe, ratio=0.5, **options) as handle:
         assert handle.computed() == {}
         tiny.generate(pipe, ["a cat", "a dog"], steps=6, height=120, width=136)
         maps = handle.computed()

@@ -377,8 +377,12 @@ def only_denoiser(pipe: Any, family: str | None) -> nn.Module:
 
 def _attached(model: nn.Module, like: Session) -> Session:
     """Put the tofu of another session on a bare model; returns its session."""
-    handle = apply_tofu(model, *(each.replace(memory_limit=None) for each in like.configs))
-    return handle._sessions[0][1]
+    configs = [each.replace(memory_limit=None) for each in like.configs]
+    # Steps of its generation do not matter, so none is skipped and none warned of.
+    still = [
+        each.replace(speedup=1) if isinstance(each, StepSkipping) else each for each in configs
+    ]
+    return apply_tofu(model, *still)._sessions[0][1]
 
 
 def _ways(

@@ -152,7 +152,7 @@ def train(data_path: Path, folder: Path, steps: int = 1500, seed: int = 0) -> No
     from safetensors.torch import save_file
 
     from pipelines.emoji import data
-    from pipelines.emoji.captions import caption
+    from pipelines.emoji.captions import COLOURS, caption
 
     emoji = data.load(data_path)
     tokenizer, minilm = _minilm(None)
@@ -170,6 +170,11 @@ def train(data_path: Path, folder: Path, steps: int = 1500, seed: int = 0) -> No
         for _ in range(variants)
     ]
     texts = scorer.text_features(captions).view(len(rows), variants, -1)
+    # A caption without a colour is right for the same concept in any: no wrong one to tell apart.
+    coloured = torch.tensor([bool({*COLOURS} & {*text.split()}) for text in captions])
+    coloured = coloured.view(len(rows), variants)
+    numbers = {name: n for n, name in enumerate(dict.fromkeys(emoji.concepts))}
+    concept = torch.tensor([numbers[emoji.concepts[i]] for i in rows])
     torch.manual_seed(seed)
     head = Head()
     optimizer = torch.optim.AdamW(head.parameters(), 1e-3, weight_decay=0.05)
@@ -177,9 +182,11 @@ def train(data_path: Path, folder: Path, steps: int = 1500, seed: int = 0) -> No
     index = torch.tensor(rows)
     for step in range(steps):
         pick = torch.randperm(len(rows))[:256]
-        chosen = texts[pick, torch.randint(variants, (len(pick),))]
-        a, b = head(F.dropout(pictures[index[pick]], 0.3), F.dropout(chosen, 0.1))
-        scores, target = a @ b.T / 0.07, torch.arange(len(pick))
+        which, target = torch.randint(variants, (len(pick),)), torch.arange(len(pick))
+        a, b = head(F.dropout(pictures[index[pick]], 0.3), F.dropout(texts[pick, which], 0.1))
+        alike = (concept[pick][:, None] == concept[pick]) & ~coloured[pick, which]
+        alike.fill_diagonal_(False)
+        scores = (a @ b.T / 0.07).masked_fill(alike, -torch.inf)  # [picture, text]
         loss = (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
         optimizer.zero_grad()
         loss.backward()

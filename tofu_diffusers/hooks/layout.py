@@ -12,7 +12,7 @@ from ..families import Family, Run
 from ..runtime.session import Session
 from ..runtime.units import Projection, Shelf, Unit
 from ..tuning.probes import load_probes
-from .patch import attach, parameters_of
+from .patch import attach, detach, parameters_of, state_of
 from .rotary import QuerySite, RotarySite, query_forward, rotary_forward
 from .sites import (
     AttentionSite,
@@ -59,7 +59,13 @@ def attach_root(model: nn.Module, layouts: list[tuple[Session, Layout]]) -> Root
     names = parameters_of(model)
     root = Root(session, type(model).forward, root_forward, names, layouts=list(layouts))
     attach(model, root_forward, root)
-    layout.attach_blocks(session, root)
+    try:
+        layout.attach_blocks(session, root)
+    except BaseException:
+        for module in model.modules():
+            if state_of(module) is not None:
+                detach(module)
+        raise
     return root
 
 

@@ -191,7 +191,7 @@ class Session:
     @property
     def memory_limit(self) -> float | None:
         """The smaller of the limits in GiB, if there is one."""
-        limits = [limit for config in self.configs if (limit := config.memory_limit) is not None]
+        limits = [each.memory_limit for each in self.configs if each.memory_limit is not None]
         return min(limits, default=None)
 
     # ---- between calls -------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def learn_schedule(
         ValueError: if there is no prompt, the configuration or so few steps leave nothing to spread, a number
             is too small, or the pipeline has tofu or several denoisers.
     """
-    highest = config.make_method().max_ratio
+    highest = config.make_method().max_ratio if config.is_resolved else 1.0
     most = (config.ratio + min(highest, 1.0)) / 2 if most is None else most
     _check(prompts, config, most, highest, rounds, candidates)
 

@@ -1,0 +1,534 @@
+"""Skipping steps: at some the denoiser does not run, and its prediction comes from its past."""
+
+import math
+import warnings
+from itertools import groupby, pairwise
+
+import diffusers
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tofu_diffusers import (
+    SKIP_RULES,
+    StepSkipping,
+    TokenReduction,
+    apply_tofu,
+    profile,
+    remove_tofu,
+)
+from tofu_diffusers.report.summary import StepCount
+from tofu_diffusers.steps.clock import moves
+from tofu_diffusers.steps.forecast import Predictions
+from tofu_diffusers.steps.rules import skipped_steps
+
+STEPS = 8
+# Computes 5 of 8 steps.
+SPEEDUP = 1.6
+BUILDERS = [
+    tiny.tiny_sd,
+    tiny.tiny_sd3,
+    tiny.tiny_flux,
+    tiny.tiny_pixart,
+    tiny.tiny_wan,
+    tiny.tiny_ddpm,
+]
+
+
+class ByHand:
+    """The denoisers of a pipeline with their forwards replaced: what skipping should do, written out.
+
+    Counts the scheduler's steps itself, and keeps every prediction. Computed steps run whatever forwards
+    the denoisers had.
+    """
+
+    def __init__(self, pipe, skipped, extrapolates):
+        self.step, self.skipped, self.extrapolates = 0, skipped, extrapolates
+        self.ran = 0
+        self.call = 0
+        self.past = {}
+        self.scheduler, self.models = pipe.scheduler, tiny.denoisers(pipe)
+        self.before = [
+            (each, name, each.__dict__.get(name))
+            for each, name in [(pipe.scheduler, "step"), *((m, "forward") for m in self.models)]
+        ]
+        advance = pipe.scheduler.step
+
+        def count(*args, **kwargs):
+            self.step, self.call = self.step + 1, 0
+            return advance(*args, **kwargs)
+
+        pipe.scheduler.step = count
+        for model in self.models:
+            model.forward = self.forward_of(model.forward)
+
+    def forward_of(self, inner):
+        def forward(*args, **kwargs):
+            past = self.past.setdefault(self.call, [])
+            self.call += 1
+            if self.step not in self.skipped:
+                out = inner(*args, **kwargs)
+                past.append((self.step, out[0]))
+                self.ran += 1
+                return out
+            (before, older), (last, newer) = past[-2:]
+            slope = (newer - older) / (last - before) if self.extrapolates else 0
+            prediction = newer + (self.step - last) * slope
+            if kwargs.get("return_dict", True):
+                return type("Output", (), {"sample": prediction})
+            return (prediction,)
+
+        return forward
+
+    def remove(self):
+        for each, name, value in self.before:
+            if value is None:
+                delattr(each, name)
+            else:
+                setattr(each, name, value)
+
+
+# Of eight steps with two of warm-up, by hand: (order, rule, computed steps, skipped steps).
+BY_HAND = [(1, "late", 5, {2, 4, 6}), (0, "late", 5, {2, 4, 6}), (1, "even", 6, {2, 5})]
+
+
+@pytest.mark.parametrize(("order", "rule", "computed", "skipped"), BY_HAND)
+@pytest.mark.parametrize("build", BUILDERS)
+def test_is_the_loop_written_out_by_hand(build, order, rule, computed, skipped):
+    pipe = build()
+    whole = tiny.generate(pipe, steps=STEPS)
+    oracle = ByHand(pipe, skipped, order == 1)
+    expected = tiny.generate(pipe, steps=STEPS)
+    oracle.remove()
+    assert oracle.ran % computed == 0
+    options = {"warmup_steps": 2, "rule": rule, "order": order, "corrector": False}
+    with apply_tofu(pipe, speedup=STEPS / computed, **options):
+        calls = []
+        hooks = [
+            next(model.children()).register_forward_hook(lambda *_: calls.append(1))
+            for model in tiny.denoisers(pipe)
+        ]
+        first = tiny.generate(pipe, steps=STEPS)
+        for hook in hooks:
+            hook.remove()
+        again = tiny.generate(pipe, steps=STEPS)
+    assert len(calls) == oracle.ran
+    torch.testing.assert_close(first, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(first, again) and not torch.equal(first, whole)
+    assert torch.equal(tiny.generate(pipe, steps=STEPS), whole)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_speedup_one_skips_nothing_and_is_the_original(build):
+    pipe = build()
+    whole = tiny.generate(pipe, steps=4)
+    with apply_tofu(pipe, speedup=1) as handle, warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(tiny.generate(pipe, steps=4), whole)
+        for _, session in handle._sessions:
+            assert not any(step.skipped for step in session.steps())
+
+
+def test_a_speedup_takes_what_is_open_from_the_profile_of_the_family():
+    for family in ("unet", "sd3", "flux", "wan"):
+        options = profile(family)["speedup"]["options"]
+        open_ = StepSkipping(speedup=2.0)
+        assert not open_.is_resolved and open_.resolved(options) == StepSkipping(2.0, **options)
+        assert StepSkipping(order=0).resolved(options) == StepSkipping(order=0, **options)
+        given = StepSkipping(warmup_steps=5, rule="even")
+        assert given.is_resolved and given.resolved(options) == given
+        assert StepSkipping(warmup_steps=5).resolved(options).rule == options["rule"]
+
+
+def test_the_corrector_is_on_and_the_forecast_linear_unless_told():
+    config = StepSkipping(speedup=1.5, warmup_steps=3)
+    assert (config.corrector, config.order) == (True, 1)
+    assert StepSkipping.from_json(config.to_json()) == config
+    # A first-order forecast needs two steps.
+    assert [StepSkipping(warmup_steps=n).steps_needed for n in (0, 1, 5)] == [2, 2, 5]
+    assert [StepSkipping(warmup_steps=n, order=0).steps_needed for n in (0, 1, 5)] == [1, 1, 5]
+
+
+# ---- rules -----------------------------------------------------------------------------------------
+
+TOTALS = st.integers(1, 120)
+EDGES = st.integers(0, 12)
+
+
+@pytest.mark.parametrize("rule", SKIP_RULES)
+@given(TOTALS, st.floats(1, 50), EDGES, EDGES)
+def test_rules_compute_as_many_steps_as_the_speedup_leaves(rule, total, speedup, warmup, cooldown):
+    last = max(warmup, total - cooldown)
+    skipped = skipped_steps(rule, total, speedup, warmup, last) if warmup <= total else set()
+    assert skipped <= set(range(warmup, total - cooldown))
+    # All outside, and one more that the forecasts are brought back at.
+    must = min(total, warmup + cooldown + 1)
+    wanted = {math.floor(total / speedup), math.floor(total / speedup + 1e-6)}
+    assert total - len(skipped) in {max(must, computed) for computed in wanted}
+
+
+@pytest.mark.parametrize("rule", SKIP_RULES)
+@given(TOTALS, st.data())
+def test_a_speedup_worked_out_from_a_count_computes_that_count(rule, total, data):
+    warmup = data.draw(st.integers(0, total - 1))
+    computed = data.draw(st.integers(warmup + 1, total))
+    assert total - len(skipped_steps(rule, total, total / computed, warmup, total)) == computed
+
+
+@pytest.mark.parametrize("rule", ["late", "even"])
+@given(TOTALS, st.floats(1, 50), EDGES, EDGES)
+def test_the_last_step_before_the_cooldown_is_computed(rule, total, speedup, warmup, cooldown):
+    skipped = skipped_steps(rule, total, speedup, warmup, max(warmup, total - cooldown))
+    assert total - cooldown - 1 not in skipped
+
+
+@given(TOTALS, st.floats(1, 50), EDGES, EDGES)
+def test_even_distances_differ_by_at_most_one(total, speedup, warmup, cooldown):
+    """The warm-up's last step counted, and the first of the cool-down not."""
+    last = max(warmup, total - cooldown)
+    skipped = skipped_steps("even", total, speedup, warmup, last)
+    computed = [warmup - 1, *(step for step in range(warmup, last) if step not in skipped)]
+    distances = {after - before for before, after in pairwise(computed)}
+    assert not distances or max(distances) - min(distances) <= 1
+
+
+@given(st.integers(0, 6), st.integers(0, 60), st.floats(1, 50))
+def test_late_skips_are_even_and_the_longer_ones_late(first, count, speedup):
+    steps = range(first, first + count)
+    skipped = skipped_steps("late", first + count, speedup, first, first + count)
+    assert skipped <= set(steps)
+    assert not count or steps[-1] not in skipped
+    # Skipped steps before each computed one.
+    rests, rest = [], 0
+    for step in steps:
+        rest += step in skipped
+        if step not in skipped:
+            rests.append(rest)
+            rest = 0
+    assert rests == sorted(rests) and (not rests or rests[-1] - rests[0] <= 1)
+    assert [key for key, _ in groupby(rests)] == sorted(set(rests))
+
+
+@pytest.mark.parametrize("rule", SKIP_RULES)
+def test_a_pipeline_computes_the_steps_that_the_rule_leaves(rule):
+    pipe = tiny.tiny_sd()
+    config = StepSkipping(speedup=2.0, warmup_steps=3, cooldown_steps=2, rule=rule)
+    with apply_tofu(pipe, config) as handle:
+        ran = []
+        pipe.unet.conv_in.register_forward_pre_hook(
+            lambda module, args: ran.append(handle._sessions[0][1].index)
+        )
+        tiny.generate(pipe, steps=14)
+        assert handle.summary().steps == (StepCount("UNet2DConditionModel", 14, 7),)
+        # Asking warns of nothing: the generation reached its speed-up.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert handle.summary().speedup == pytest.approx(2.0)
+    assert set(range(14)) - {*ran} == skipped_steps(rule, 14, 2.0, 3, 12)
+    assert ran[:3] == [0, 1, 2] and ran[-2:] == [12, 13] and len(ran) == 7
+
+
+def test_a_speedup_that_cannot_be_reached_is_warned_of_with_both_numbers():
+    pipe = tiny.tiny_sd()
+    with apply_tofu(pipe, speedup=3.0, warmup_steps=4, cooldown_steps=1) as handle:
+        with pytest.warns(UserWarning, match=r"speedup 3 is not reached: 6 of 8 .* \(1\.33x\)"):
+            tiny.generate(pipe, steps=STEPS)
+        (count,) = handle.summary().steps
+        assert (count.steps, count.computed) == (8, 6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            tiny.generate(pipe, steps=3 * 6)
+
+
+# ---- what is told and refused -----------------------------------------------------------------------
+
+
+def test_the_summary_counts_the_skipped_steps():
+    pipe = tiny.tiny_sd()
+    with apply_tofu(pipe, speedup=SPEEDUP, warmup_steps=2) as handle:
+        nominal = handle.summary()
+        assert nominal.nominal and nominal.flops_saved == pytest.approx(0.4)
+        assert nominal.steps == (StepCount("UNet2DConditionModel", 20, 12),)
+        tiny.generate(pipe, steps=STEPS)
+        summary = handle.summary()
+        assert summary.flops_saved == pytest.approx(3 / STEPS)
+        assert summary.speedup == pytest.approx(SPEEDUP)
+        assert summary.steps == (StepCount("UNet2DConditionModel", STEPS, 5),)
+        assert summary.rows == () and handle.stats() == []
+        assert "computed 5 of 8 steps" in str(summary) and "(1.60x)" in str(summary)
+        latents = pipe.unet.config.in_channels * pipe.unet.config.sample_size**2
+        # Of each of two rows: the last prediction, its slope, and when it was made.
+        assert summary.cache_bytes == 2 * (2 * latents * 4 + 4)
+        (share,) = handle.computed()[0].unique().tolist()
+        assert share == pytest.approx(1 - 3 / STEPS)
+
+
+def test_more_memory_than_allowed_is_refused_with_both_numbers():
+    pipe = tiny.tiny_sd()
+    before = tiny.generate(pipe, steps=2)
+    apply_tofu(pipe, speedup=2.0, memory_limit=1e-9)
+    with pytest.raises(MemoryError, match=r"caches need .* GiB, above memory_limit 1e-09 GiB"):
+        tiny.generate(pipe, steps=STEPS)
+    remove_tofu(pipe)
+    assert torch.equal(tiny.generate(pipe, steps=2), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bare_model_returns_what_it_always_returns(dtype):
+    model = tiny.denoisers(tiny.tiny_sd3())[0].to(dtype)
+    inputs = {
+        name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in tiny.model_inputs(model).items()
+    }
+    with apply_tofu(model, speedup=4 / 3, warmup_steps=2) as handle:
+        outs = []
+        for step in range(4):
+            handle.step(step, 4)
+            outs.append(model(**inputs))
+        skipped = [step.skipped for step in handle._sessions[0][1].steps()]
+    # Of still inputs the prediction does not change.
+    assert skipped == [False, False, True, False]
+    assert {type(out) for out in outs} == {type(model(**inputs))}
+    assert outs[2].sample.dtype == dtype and torch.equal(outs[2].sample, outs[1].sample)
+
+
+@torch.no_grad()
+def test_another_size_within_a_generation_runs_the_denoiser():
+    model = tiny.denoisers(tiny.tiny_sd())[0]
+    inputs = tiny.model_inputs(model)
+    wide = {**inputs, "sample": torch.cat([inputs["sample"]] * 2, dim=-1)}
+    with apply_tofu(model, speedup=4 / 3, warmup_steps=2) as handle:
+        for step in range(2):
+            handle.step(step, 4)
+            model(**inputs)
+        handle.step(2, 4)
+        assert handle._sessions[0][1].skip
+        out = model(**wide).sample
+    assert torch.equal(out, model(**wide).sample)
+
+
+# ---- the corrector -------------------------------------------------------------------------------------
+
+
+def scheduler(kind, **options):
+    made = getattr(diffusers, f"{kind}Scheduler")(**options)
+    made.set_timesteps(25)
+    return made
+
+
+def response(made, index):
+    """What a prediction of one at one step, of zero at all others, leaves in the end."""
+    made.set_timesteps(25)
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for i, t in enumerate(made.timesteps):
+        x = made.step(torch.full_like(x, float(i == index)), t, x, return_dict=False)[0]
+    return x.item()
+
+
+TRAILING = {"timestep_spacing": "trailing"}
+LINEAR = [
+    ("DDIM", {"clip_sample": False, "set_alpha_to_one": True, **TRAILING}, 1e-3),
+    ("DDIM", {"clip_sample": False, "prediction_type": "v_prediction", **TRAILING}, 0.1),
+    ("EulerDiscrete", TRAILING, 1e-3),
+    ("EulerDiscrete", {"prediction_type": "v_prediction", **TRAILING}, 0.1),
+    ("FlowMatchEulerDiscrete", {"shift": 3.0}, 1e-3),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "within"), LINEAR)
+def test_moves_are_what_a_step_adds_of_its_prediction(kind, options, within):
+    made = scheduler(kind, **options)
+    found = moves(made)
+    assert len(found) == 25
+    last = response(made, 23)
+    for index in (2, 10, 16, 20):
+        # As far as a step is what its first order says; 0.1 of angles, whose sines they are.
+        assert response(made, index) / last == pytest.approx(found[index] / found[23], rel=within)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        scheduler("EulerAncestralDiscrete"),
+        scheduler("DDPM"),
+        scheduler("LCM", original_inference_steps=50),
+        scheduler("HeunDiscrete"),
+        scheduler("FlowMatchHeunDiscrete"),
+        scheduler("PNDM"),
+        scheduler("DPMSolverMultistep", algorithm_type="sde-dpmsolver++"),
+        scheduler("FlowMatchEulerDiscrete", stochastic_sampling=True),
+        scheduler("EDMEuler"),
+        scheduler("SASolver"),
+        scheduler("DDIM", prediction_type="sample"),
+    ],
+    ids=lambda made: type(made).__name__,
+)
+def test_steps_of_another_kind_have_no_moves(made):
+    assert moves(made) is None
+
+
+def test_moves_of_flow_matching_are_alike_for_other_solvers():
+    own = scheduler("FlowMatchEulerDiscrete", shift=3.0)
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    for kind in ("UniPCMultistep", "DPMSolverMultistep"):
+        ratio = [a / b for a, b in zip(moves(scheduler(kind, **options)), moves(own), strict=True)]
+        # Their timesteps are spaced a little otherwise.
+        assert max(ratio[:-2]) / min(ratio[:-2]) < 1.2
+
+
+STEP_LISTS = st.lists(st.floats(0.1, 3.0), min_size=6, max_size=16)
+
+
+@pytest.mark.parametrize("rule", SKIP_RULES)
+@given(STEP_LISTS, st.integers(0, 2**31), st.floats(1, 5), st.sampled_from([1, 2]))
+def test_a_rest_is_made_up_for_by_what_lies_between_the_steps_around_it(
+    rule, sizes, seed, speedup, calls
+):
+    """The sum of moves times predictions ends as if rests had been interpolated, but for a last rest."""
+    count = len(sizes)
+    torch.manual_seed(seed)
+    computed = torch.randn(calls, count, 2, 3, dtype=torch.float64)
+    skipped = skipped_steps(rule, count, speedup, 2, count)
+    past = Predictions(order=1)
+    past.begin(sizes)
+    total, expected = torch.zeros(calls, 2, 3), torch.zeros(calls, 2, 3)
+    for step, move in enumerate(sizes):
+        for call in range(calls):
+            at = torch.tensor(float(step))
+            if step in skipped:
+                given = past.forecast(str(call), at, return_dict=False)[0]
+                before = max(set(range(step)) - skipped)
+                after = min(set(range(step, count)) - skipped)
+                share = (step - before) / (after - before)
+                wanted = torch.lerp(computed[call, before], computed[call, after], share)
+                if after == count - 1:
+                    wanted = given
+            else:
+                wanted = computed[call, step]
+                given = past.record(str(call), (wanted,), at)[0]
+            total[call] += move * given
+            expected[call] += move * wanted
+    torch.testing.assert_close(total, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("build", [tiny.tiny_sd, tiny.tiny_sd3, tiny.tiny_wan])
+def test_it_differs_from_taylor_where_a_rest_is_followed_by_another_step(build):
+    pipe = build()
+    made = {}
+    for name, corrector in (("taylor", False), ("corrected", True)):
+        options = {"rule": "late", "order": 1, "corrector": corrector}
+        with apply_tofu(pipe, speedup=SPEEDUP, warmup_steps=2, **options) as handle:
+            made[name] = tiny.generate(pipe, steps=STEPS)
+            assert torch.equal(tiny.generate(pipe, steps=STEPS), made[name])
+            made[f"{name} bytes"] = handle.summary().cache_bytes
+        with apply_tofu(pipe, speedup=8 / 7, warmup_steps=STEPS - 2, **options):
+            made[f"{name} last"] = tiny.generate(pipe, steps=STEPS)
+        with apply_tofu(pipe, speedup=1, **options):
+            made[f"{name} none"] = tiny.generate(pipe, steps=STEPS)
+    assert not torch.equal(made["taylor"], made["corrected"])
+    assert made["taylor bytes"] == made["corrected bytes"]
+    assert torch.equal(made["taylor last"], made["corrected last"])
+    assert torch.equal(made["corrected none"], tiny.generate(pipe, steps=STEPS))
+    assert not torch.equal(made["corrected last"], made["corrected none"])
+
+
+def test_it_does_nothing_with_order_zero():
+    pipe, made = tiny.tiny_sd(), []
+    for corrector in (False, True):
+        with apply_tofu(pipe, speedup=SPEEDUP, warmup_steps=2, order=0, corrector=corrector):
+            made.append(tiny.generate(pipe, steps=STEPS))
+    assert torch.equal(*made)
+
+
+def test_it_does_nothing_where_steps_have_no_moves():
+    pipe = tiny.tiny_ddpm()
+    made = []
+    for corrector in (False, True):
+        with apply_tofu(pipe, speedup=SPEEDUP, warmup_steps=2, corrector=corrector):
+            made.append(tiny.generate(pipe, steps=STEPS))
+    assert torch.equal(*made)
+
+
+def test_of_some_of_the_steps_the_moves_are_theirs():
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**tiny.tiny_sd().components)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with apply_tofu(pipe, speedup=SPEEDUP, corrector=True) as handle:
+        tiny.generate(pipe, steps=16, image=image, strength=0.5)
+        ((_, session),) = handle._sessions
+        assert session.predictions.moves == moves(pipe.scheduler)[8:]
+        assert len(session.predictions.weights) == 8
+
+
+# ---- with fewer tokens in the steps that are computed --------------------------------------------------
+
+TOKENS = {
+    "tome": TokenReduction(method="tome", ratio=0.5),
+    "profile": TokenReduction(ratio=0.5, warmup_steps=2),
+}
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("build", [tiny.tiny_sd, tiny.tiny_sd3, tiny.tiny_flux, tiny.tiny_wan])
+def test_both_workflows_reduce_tokens_in_the_computed_steps_only(build, tokens):
+    pipe = build()
+    whole = tiny.generate(pipe, steps=STEPS)
+    skipping = StepSkipping(speedup=2.0, warmup_steps=2)
+    skipped = skipped_steps("late", STEPS, 2.0, 2, STEPS)
+    calls = []  # of the denoiser's inside, by step
+    with apply_tofu(pipe, TOKENS[tokens], skipping) as handle:
+        ((model, session),) = handle._sessions
+        hook = next(model.children()).register_forward_hook(lambda *_: calls.append(session.index))
+        made = tiny.generate(pipe, steps=STEPS)
+        hook.remove()
+        history = session.steps()
+        summary, stats = handle.summary(), handle.stats()
+        assert torch.equal(tiny.generate(pipe, steps=STEPS), made)
+    assert len(skipped) == 4 and {*calls} == set(range(STEPS)) - skipped
+    assert [step.skipped for step in history] == [step in skipped for step in range(STEPS)]
+    each = len(calls) // 4
+    assert summary.steps == (StepCount(type(model).__name__, STEPS, 4),)
+    # Of the four computed steps the profile computes all tokens in two.
+    share = 0.5 if tokens == "tome" else 0.75
+    for row, sums in zip(summary.rows, stats, strict=True):
+        assert row.calls == sums["calls"] == 4 * each
+        assert sums["tokens_in"] == row.calls * row.tokens_in
+        assert sums["tokens_kept"] / sums["tokens_in"] == pytest.approx(share, abs=0.02)
+    assert summary.rows
+    text = str(summary)
+    assert "TokenReduction: ratio 0.5" in text and "StepSkipping: speedup 2" in text
+    assert summary.speedup > 2.0
+    assert made.isfinite().all() and not torch.equal(made, whole)
+    assert torch.equal(tiny.generate(pipe, steps=STEPS), whole)
+
+
+@pytest.mark.parametrize("build", [tiny.tiny_sd, tiny.tiny_sd3, tiny.tiny_wan])
+def test_both_are_the_loop_by_hand_around_a_reduced_denoiser(build):
+    pipe = build()
+    apply_tofu(pipe, TOKENS["tome"])
+    skipped = skipped_steps("late", STEPS, 2.0, 2, STEPS)
+    oracle = ByHand(pipe, skipped, True)
+    expected = tiny.generate(pipe, steps=STEPS)
+    oracle.remove()
+    alone = tiny.generate(pipe, steps=STEPS)
+    skipping = StepSkipping(speedup=2.0, warmup_steps=2, rule="late", corrector=False)
+    with apply_tofu(pipe, TOKENS["tome"], skipping):
+        made = tiny.generate(pipe, steps=STEPS)
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(made, alone, atol=1e-2)
+
+
+def test_with_nothing_skipped_or_nothing_removed_both_are_the_other_alone():
+    pipe = tiny.tiny_sd()
+    with apply_tofu(pipe, TOKENS["tome"]):
+        reduced = tiny.generate(pipe, steps=STEPS)
+    with apply_tofu(pipe, TOKENS["tome"], StepSkipping(speedup=1)):
+        assert torch.equal(tiny.generate(pipe, steps=STEPS), reduced)
+    skipping = StepSkipping(speedup=SPEEDUP)
+    with apply_tofu(pipe, skipping):
+        fewer = tiny.generate(pipe, steps=STEPS)
+    with apply_tofu(pipe, TokenReduction(method="tome", ratio=0.0), skipping):
+        assert torch.equal(tiny.generate(pipe, steps=STEPS), fewer)

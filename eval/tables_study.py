@@ -15,7 +15,7 @@ from eval.jsonl import read
 from eval.manifest import ROOT
 from eval.report import interval, versions
 from eval.settings import config_of
-from tofu_diffusers.profiles import resolved
+from tofu_diffusers import resolve
 
 FAMILY = {"unet": "unet", "mmdit": "sd3"}
 RESULTS = {name: ROOT / "eval" / "results" / f"study_{name}.jsonl" for name in FAMILY}
@@ -317,7 +317,7 @@ def is_profile(model: str, row: Row) -> bool:
         return False
     config = config_of(setting["options"])
     chosen = type(config)(speedup=setting["options"]["speedup"])
-    return config == resolved(chosen, FAMILY[model])
+    return config == resolve(chosen, FAMILY[model])
 
 
 # What has the same FLOPs, by the names of its settings: "line-12" beside "step-12". That of a profile has a

@@ -23,8 +23,7 @@ from diffusers.utils.export_utils import export_to_video
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
-from tofu_diffusers import TokenReduction, apply_tofu
-from tofu_diffusers.profiles import fastest, resolved
+from tofu_diffusers import StepSkipping, TokenReduction, apply_tofu, resolve
 
 RATIO = 0.5
 """Of the tokens, where neither a ratio nor a speed-up is asked for."""
@@ -233,14 +232,14 @@ def _check_out(out: Path, types: Sequence[str]) -> None:
 def _check_options(args: argparse.Namespace, family: str) -> None:
     """Refuse what `apply_tofu` would refuse of these options, but before the model is loaded."""
     options = chosen(args)
-    kind = fastest(family) if "speedup" in options else TokenReduction
+    kind = StepSkipping if "speedup" in options else TokenReduction
     for name in options:
         if name not in kind.field_names():
             raise ValueError(
                 f"--{name.replace('_', '-')} is of token reduction, and --speedup skips steps; leave it out, "
                 "or give --ratio instead"
             )
-    resolved(kind(**options), family)
+    resolve(kind(**options), family)
 
 
 def _load(recipe: Recipe, model: str, on_gpu: bool, offload: bool) -> Any:

@@ -9,7 +9,7 @@
 from .api import Handle, apply_tofu, remove_tofu
 from .config import KEYS_VALUES, SCOPES, Config, StepSkipping, TokenReduction
 from .families import FAMILIES
-from .profiles import profile
+from .profiles import profile, resolve
 from .report.summary import Summary
 from .steps.rules import SKIP_RULES
 from .steps.schedule import Schedule
@@ -50,5 +50,6 @@ __all__ = [
     "merge_tokens",
     "profile",
     "remove_tofu",
+    "resolve",
     "unmerge_tokens",
 ]

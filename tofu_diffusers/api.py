@@ -19,7 +19,7 @@ from .hooks.patch import (
     unwrap,
 )
 from .hooks.sites import Root
-from .profiles import MEMORYLESS, fastest, resolved
+from .profiles import MEMORYLESS, fastest, resolve
 from .report.summary import Summary, site_stats, summarise
 from .runtime.session import PipelineReference, Session
 from .steps.clock import unwatch, watch
@@ -389,7 +389,7 @@ def _ways(
     wanted: tuple[Config, ...], family: str
 ) -> list[tuple[TokenReduction | None, StepSkipping | None]]:
     """What was asked for, and where a family's profile that needs a past was taken, what does without."""
-    full = [resolved(each, family) for each in wanted]
+    full = [resolve(each, family) for each in wanted]
     reduction = next((each for each in full if isinstance(each, TokenReduction)), None)
     skipping = next((each for each in full if isinstance(each, StepSkipping)), None)
     ways: list[Any] = [(reduction, skipping)]

@@ -35,7 +35,7 @@ def profile(family: str) -> Mapping[str, Any]:
     return data
 
 
-def resolved(config: Config, family: str) -> Config:
+def resolve(config: Config, family: str) -> Config:
     """Fill in from the family's profile what a configuration leaves open.
 
     Raises:
@@ -56,7 +56,7 @@ def origin(family: str, config: Config) -> str:
     """Say whether a configuration in force is the family's profile, for a summary."""
     key = "tokens" if isinstance(config, TokenReduction) else "speedup"
     amount = {name: getattr(config, name) for name in ("ratio", "speedup") if hasattr(config, name)}
-    if config != resolved(type(config)(**amount), family):
+    if config != resolve(type(config)(**amount), family):
         return ""
     data = profile(family)
     status = "measured" if data[key]["result"] else "provisional"

@@ -65,7 +65,7 @@ class Held:
 
 def run_on_first(model: nn.Module, family: Any, ratio: float) -> None:
     """Make the blocks of a denoiser run on x[:, :K], for good, and hand the rest of x through."""
-    for run in family.runs(model):
+    for run in family.block_stacks(model):
         held = Held()
         for i, (_, block) in enumerate(run.blocks):
             _cut(block, family, ratio, held, i == 0, i == len(run.blocks) - 1)
@@ -84,7 +84,7 @@ def _cut(block: Any, family: Any, ratio: float, held: Held, first: bool, last: b
             kept = tokens - int(tokens * ratio)
             plan = first_plan(x.shape[0], tokens, kept, x.device)
             # Rotary rows, once a run: they are the same for all of its blocks.
-            following = family.follow(named, plan, "dropped", None)
+            following = family.slice_block_arguments(named, plan, "dropped", None)
             held.cut = {name: v for name, v in following.items() if v is not named.get(name)}
             x, held.rest = x[:, :kept], x[:, kept:]
         out = inner(**family.with_hidden({**named, **held.cut}, x))

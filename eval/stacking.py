@@ -81,7 +81,7 @@ class Lane:
         with Timer(self.model) as timer:
             for i, now in enumerate(self.times):
                 if self.handle is not None:
-                    self.handle.step(i, STEPS, conditions=self.conditions)
+                    self.handle.step(i, STEPS, cfg_branches=self.conditions)
                 latents = self.latents[i // 2 % 2]
                 if "timestep" in self.others:
                     named = self.others | {"timestep": now.expand(len(latents))}
@@ -131,7 +131,7 @@ def lane(
 
 def whole_steps(case: Case, own: Lane) -> int:
     """At how many steps of a generation the innermost block runs, of a transformer the last."""
-    *_, run = sorted(case.family.runs(own.model), key=lambda run: run.level)
+    *_, run = sorted(case.family.block_stacks(own.model), key=lambda run: run.level)
     ran: list[object] = []
     # A part of it: a cache takes the block's own place.
     part = next(run.blocks[-1][1].children())

@@ -115,7 +115,7 @@ class Lane:
     def forward(self) -> Tensor:
         """The next step's prediction."""
         if self.handle is not None:
-            self.handle.step(self.index, STEPS, conditions=self.conditions)
+            self.handle.step(self.index, STEPS, cfg_branches=self.conditions)
         # By position, as pipelines give the latents: tomesd reads the size there.
         latents, *others = self.inputs[self.index % len(self.inputs)].items()
         self.index += 1
@@ -166,7 +166,7 @@ class Bench:
         """Of one image, at the finest level that has blocks."""
         family, model = self.case.family, self.models[0][0]
         grids = family.grids(model, self.inputs[0])
-        return int(max(grids[run.level].tokens for run in family.runs(model)))
+        return int(max(grids[run.level].tokens for run in family.block_stacks(model)))
 
     def row(self, cell: Cell, compiled: bool, rounds: int) -> dict[str, Any]:
         """Measured: times, speed, share of the ceiling, FLOPs, memory."""
@@ -341,7 +341,7 @@ def is_free(cell: Cell) -> bool:
 
 def compile_blocks(model: Any, family: Any) -> None:
     """Compile every block by itself: blocks alike share a graph, and it takes seconds, not minutes."""
-    for run in family.runs(model):
+    for run in family.block_stacks(model):
         for _, block in run.blocks:
             block.compile(dynamic=False)
 

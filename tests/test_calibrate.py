@@ -68,7 +68,7 @@ def test_a_gradient_is_how_much_the_prediction_moves_with_a_token(name):
 
     names = []
     for level, block_name, block in (
-        (each.level, *block) for each in family.runs(model) for block in each.blocks
+        (each.resolution, *block) for each in family.block_stacks(model) for block in each.blocks
     ):
         names.append(block_name)
         x, gradient = found[block_name]
@@ -113,7 +113,9 @@ def test_probes_choose_the_tokens_of_every_family(name, tmp_path):
     path = tmp_path / "probes.safetensors"
     pipe, agreement = calibrated(name, path)
     model = tiny.denoisers(pipe)[0]
-    blocks = {block for each in find_family(model, None).runs(model) for block, _ in each.blocks}
+    blocks = {
+        block for each in find_family(model, None).block_stacks(model) for block, _ in each.blocks
+    }
     assert set(agreement) == blocks
     assert all(-1 <= value <= 1 for value in agreement.values())
     inputs = tiny.model_inputs(model)
@@ -135,7 +137,7 @@ def test_the_tokens_kept_are_those_the_probe_ranks_highest(scope, tmp_path):
     model = tiny.denoisers(BUILDERS["sd3"]())[0]
     calibrated("sd3", path, BUILDERS["sd3"]())
     inputs = tiny.model_inputs(model)
-    first = find_family(model, None).runs(model)[0].blocks[0][1]
+    first = find_family(model, None).block_stacks(model)[0].blocks[0][1]
     seen = []
     hook = first.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(bind(parameters_of(module), args, kwargs)),

@@ -70,9 +70,12 @@ def test_fresh_is_kept_queries_against_all_keys_and_values():
     )
     handle = apply_tofu(unet, ratio=0.5, method="random", scope="block", keys_values="fresh")
     unet(**inputs)
-    session = handle._sessions[0][1]
+    generation = handle._generations[0][1]
     plan = next(
-        p for u in session.units for p in u.shelf.plans.values() if p.assign.shape[1] == 140
+        p
+        for u in generation.runtime.setup.sites
+        for p in u.plan_cache.plans.values()
+        if p.assign.shape[1] == 140
     )
     x, text = seen["x"], seen["text"]
     kept = plan.rows(x)
@@ -86,7 +89,7 @@ def test_fresh_is_kept_queries_against_all_keys_and_values():
     hidden = kept + attention.to_out[0](mixed)
     hidden = hidden + plain.attn2(plain.norm2(hidden), encoder_hidden_states=text)
     hidden = hidden + plain.ff(plain.norm3(hidden))
-    expected = x + plan.spread(hidden - kept)
+    expected = x + plan.broadcast(hidden - kept)
     torch.testing.assert_close(seen["out"], expected, rtol=1e-4, atol=1e-5)
     # Without them the same plan gives something else: the test can tell.
     assert not torch.allclose(plain(kept, encoder_hidden_states=text), hidden, atol=1e-3)
@@ -155,14 +158,15 @@ def test_a_match_is_sought_only_where_it_is_read(unmerge, method, monkeypatch):
         for forced in (False, True):
             sought.clear()
             handle = apply_tofu(model, ratio=0.5, warmup_steps=2, **options)
-            session = handle._sessions[0][1]
-            assert session.matched == (unmerge in ("blend", "copy"))
-            session.matched |= forced
+            generation = handle._generations[0][1]
+            assert generation.runtime.setup.needs_assignment == (unmerge in ("blend", "copy"))
+            setup = generation.runtime.setup
+            object.__setattr__(setup, "needs_assignment", setup.needs_assignment or forced)
             made = []
             for step, given in enumerate(draws):
                 handle.step(step, 5)
                 made.append(model(**given)[0])
-            assert bool(sought) == session.matched
+            assert bool(sought) == generation.runtime.setup.needs_assignment
             outputs.append(torch.stack(made))
         assert torch.equal(*outputs)
         remove_tofu(model)
@@ -202,18 +206,22 @@ def test_fused_projections_are_refused_with_keys_and_values_and_run_without():
 def test_cache_memory_is_counted_and_limited():
     pipe = tiny.tiny_sd()
     with apply_tofu(pipe, ratio=0.5, keys_values="cached") as handle:
-        session, seen = handle._sessions[0][1], []
+        generation, seen = handle._generations[0][1], []
 
         def look(module, args):
             tensors = [
                 tensor
-                for unit in session.units
-                for cache in unit.updates.values()
+                for site in generation.runtime.setup.sites
+                for cache in site.updates.values()
                 for tensor in (cache.value, cache.slope, cache.last)
             ]
-            tensors += [rows for p in session.projections for rows in p.rows.values()]
             tensors += [
-                t for debt in session.corrections.debts.values() for t in vars(debt).values()
+                rows for p in generation.runtime.setup.projections for rows in p.rows.values()
+            ]
+            tensors += [
+                t
+                for debt in generation.runtime.caches.corrector.states.values()
+                for t in vars(debt).values()
             ]
             seen.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
@@ -223,9 +231,9 @@ def test_cache_memory_is_counted_and_limited():
         held = seen[-1]
         assert held == handle.summary().cache_bytes > 0
         # Nothing is kept while the latents are decoded.
-        assert not any(unit.updates for unit in session.units)
-        assert not any(projection.rows for projection in session.projections)
-        assert not session.corrections.debts
+        assert not any(site.updates for site in generation.runtime.setup.sites)
+        assert not any(projection.rows for projection in generation.runtime.setup.projections)
+        assert not generation.runtime.caches.corrector.states
     gib = held / 2**30
     with apply_tofu(pipe, ratio=0.5, keys_values="cached", memory_limit=gib * 1.01):
         tiny.generate(pipe, steps=4)

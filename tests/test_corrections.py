@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from tofu_diffusers import TokenReduction, apply_tofu
-from tofu_diffusers.steps.corrector import Corrections
+from tofu_diffusers.steps.corrector import Corrector
 
 STEPS = 8
 TOKENS = {
@@ -41,14 +41,14 @@ def test_what_a_token_lacked_lies_between_the_steps_that_computed_it(sizes, seed
     made = torch.randn(calls, count, 2, 3, 1, 1, tokens, generator=draw, dtype=torch.float64)
     computed = torch.rand(count, 2, 1, 1, 1, tokens, generator=draw) < 0.5
     computed[0] = True
-    corrections = Corrections()
-    corrections.begin(sizes)
+    corrector = Corrector()
+    corrector.begin(sizes)
     total, expected = (torch.zeros(made.shape[:1] + made.shape[2:]).double() for _ in range(2))
     for step, move in enumerate(sizes):
         mask = None if bool(computed[step].all()) else computed[step]
         for call in range(calls):
             at = torch.tensor(float(step))
-            total[call] += move * corrections.settled(str(call), made[call, step], mask, at)
+            total[call] += move * corrector.apply(str(call), made[call, step], mask, at)
     for row in range(2):
         for token in range(tokens):
             runs = [step for step in range(count) if computed[step, row, ..., token]]
@@ -99,19 +99,26 @@ def test_it_differs_from_taylor_where_a_token_is_computed_again(family, method, 
 def test_a_token_is_corrected_where_it_stands(family, monkeypatch):
     """On a grid that is no square: what is said to be computed are the places of the kept tokens."""
     pipe, seen = BUILDS[family](), []
-    inner = Corrections.settled
+    inner = Corrector.apply
 
     def settled(self, condition, prediction, computed, step):
-        (session,) = {id(each): each for _, each in handle._sessions}.values()
-        level = session.finest
+        (generation,) = {id(each): each for _, each in handle._generations}.values()
+        level = generation.runtime._finest
         assert level == (1 if family == "sdxl" else 0)
-        grid, shelf = session.grids[level], session.units[0].shelf
+        grid, plan_cache = (
+            generation.runtime.call.grids[level],
+            generation.runtime.setup.sites[0].plan_cache,
+        )
         if computed is None:
-            assert shelf.kept() == []
+            assert plan_cache.kept() == []
         else:
-            (kept,) = shelf.kept()
+            (kept,) = plan_cache.kept()
             rows, columns = prediction.shape[3:]
-            sides = (1, 1, grid.tokens) if session.family.packed else grid.sides
+            sides = (
+                (1, 1, grid.tokens)
+                if generation.runtime.setup.family.latents_are_tokens
+                else grid.sides
+            )
             assert rows % sides[1] == 0 and columns % sides[2] == 0
             # Of every token the first place of its patch.
             first = computed[..., :: rows // sides[1], :: columns // sides[2]]
@@ -121,7 +128,7 @@ def test_a_token_is_corrected_where_it_stands(family, monkeypatch):
         seen.append((condition, computed is None))
         return inner(self, condition, prediction, computed, step)
 
-    monkeypatch.setattr(Corrections, "settled", settled)
+    monkeypatch.setattr(Corrector, "apply", settled)
     size = {} if family == "wan" else {"height": 96, "width": 160}
     with apply_tofu(pipe, **TOKENS, method="random", unmerge="taylor", corrector=True) as handle:
         tiny.generate(pipe, ["a cat", "a dog"], steps=5, **size)
@@ -160,10 +167,10 @@ def test_half_precision_is_summed_in_single():
     pipe = tiny.tiny_sd().to(torch.bfloat16)
     with apply_tofu(pipe, **TOKENS, method="random", unmerge="taylor", corrector=True) as handle:
         found = []
-        (session,) = {id(each): each for _, each in handle._sessions}.values()
+        (generation,) = {id(each): each for _, each in handle._generations}.values()
 
         def note(*_):
-            found.append(session.corrections.debts["0"].used.dtype)
+            found.append(generation.runtime.caches.corrector.states["0"].integrated.dtype)
 
         pipe.unet.register_forward_hook(note)
         out = tiny.generate(pipe, steps=4)

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from tests import families_table, tiny
 from tofu_diffusers import FAMILIES, Handle, apply_tofu, remove_tofu
-from tofu_diffusers.runtime.session import Session
+from tofu_diffusers.runtime.generation import Generation
 
 BUILDERS = {
     "unet": tiny.tiny_sd,
@@ -61,17 +61,17 @@ def test_the_readme_shows_what_every_family_does():
     assert table in families_table.DOCUMENT.read_text(encoding="utf-8")
 
 
-def session_of(handle):
-    return handle._sessions[0][1]
+def generation_of(handle):
+    return handle._generations[0][1]
 
 
 def plans_of(handle):
     """Plans over the whole batch, by grid level."""
-    session = session_of(handle)
+    generation = generation_of(handle)
     return {
-        shelf.level: plan
-        for shelf in session.shelves
-        for key, plan in shelf.plans.items()
+        plan_cache.resolution: plan
+        for plan_cache in generation.runtime.setup.plan_caches
+        for key, plan in plan_cache.plans.items()
         if "/" in key
     }
 
@@ -79,7 +79,7 @@ def plans_of(handle):
 def run(model, inputs, steps=1, moving=False, **options):
     """The last of some steps, and the handle. Moving: every step's latents differ from the last one's."""
     handle = apply_tofu(model, **options)
-    sample = session_of(handle).family.sample_name
+    sample = generation_of(handle).runtime.setup.family.sample_name
     for step in range(steps):
         handle.step(step, steps)
         now = dict(inputs)
@@ -173,14 +173,14 @@ def test_a_pruned_span_is_the_model_on_the_kept_tokens(case, method):
     name, model, inputs = case
     if name == "unet2d":  # its norms run over all tokens; see the test of one site by hand
         return
-    family = session_of(apply_tofu(model, ratio=0.5, method="tome")).family
+    family = generation_of(apply_tofu(model, ratio=0.5, method="tome")).runtime.setup.family
     remove_tofu(model)
-    for run_ in family.runs(model):
+    for run_ in family.block_stacks(model):
         blocks = [block for _, block in run_.blocks]
         calls, hooks = watch_calls([blocks[0], blocks[-1]])
         options = {"merge": "prune", "unmerge": "copy", "scope": "span", "share": "resolution"}
         _, handle = run(model, inputs, ratio=0.5, method=method, **options)
-        kept = plans_of(handle)[run_.level].kept
+        kept = plans_of(handle)[run_.resolution].kept
         for hook in hooks:
             hook.remove()
         remove_tofu(model)
@@ -236,7 +236,11 @@ def test_a_site_of_an_unconditional_unet_by_hand():
     site = model.down_blocks[0].attentions[0]
     calls, hooks = watch_calls([site])
     _, handle = run(model, inputs, ratio=0.5, method="tome", merge="prune", unmerge="copy")
-    plan = next(p for k, p in session_of(handle).units[0].shelf.plans.items() if "/" in k)
+    plan = next(
+        p
+        for k, p in generation_of(handle).runtime.setup.sites[0].plan_cache.plans.items()
+        if "/" in k
+    )
     hooks[0].remove()
     remove_tofu(model)
     arguments, out = calls[site]
@@ -246,7 +250,7 @@ def test_a_site_of_an_unconditional_unet_by_hand():
     q, k, v = (heads(layer(normed)) for layer in (site.to_q, site.to_k, site.to_v))
     mixed = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
     update = site.to_out[0](mixed.transpose(1, 2).flatten(2))
-    expected = (x.mT + plan.spread(update)).mT.view(out.shape)
+    expected = (x.mT + plan.broadcast(update)).mT.view(out.shape)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -256,9 +260,9 @@ def test_a_site_of_an_unconditional_unet_by_hand():
 def test_fresh_context_computes_kept_tokens_as_the_whole_block_would(case):
     """With the keys and values of all tokens a kept token cannot tell that others are gone."""
     _, model, inputs = case
-    family = session_of(apply_tofu(model, ratio=0.5, method="tome")).family
+    family = generation_of(apply_tofu(model, ratio=0.5, method="tome")).runtime.setup.family
     remove_tofu(model)
-    first = family.runs(model)[0].blocks[0][1]
+    first = family.block_stacks(model)[0].blocks[0][1]
     calls, hooks = watch_calls([first])
     model(**inputs)
     whole = calls[first][1]
@@ -307,12 +311,12 @@ def test_what_is_computed_shrinks(case, keys_values):
     handle = apply_tofu(
         model, ratio=0.5, method="random", merge="prune", keys_values=keys_values, warmup_steps=1
     )
-    session = session_of(handle)
+    generation = generation_of(handle)
     attentions = [
         attention
-        for run_ in session.family.runs(model)
+        for run_ in generation.runtime.setup.family.block_stacks(model)
         for _, block in run_.blocks
-        for attention in session.family.attentions(block).values()
+        for attention in generation.runtime.setup.family.attentions(block).values()
     ]
     computed = {}
 
@@ -386,7 +390,7 @@ def test_images_share_a_plan_on_request(case, method):
     _, handle = run(model, inputs, 4, True, ratio=0.5, method=method, share_plan=True)
     shared = plans_of(handle)
     assert all(torch.equal(plan.kept[0], plan.kept[1]) for plan in shared.values())
-    assert not session_of(handle).one_by_one
+    assert not generation_of(handle).runtime.call.per_image
     for plan in shared.values():
         plan.check()
     _, handle = run(model, inputs, 4, True, ratio=0.5, method=method)
@@ -443,7 +447,7 @@ def test_guidance_that_the_pipeline_does_not_announce(name, guided):
     """Two halves of one batch with the same latents are two conditions, and share their plans."""
     pipe = BUILDERS[name]()
     with apply_tofu(pipe, ratio=0.5, method="tome") as handle:
-        session, kept = session_of(handle), []
+        generation, kept = generation_of(handle), []
 
         def look(module, args):
             kept.append([p.kept for p in plans_of(handle).values()])
@@ -452,8 +456,8 @@ def test_guidance_that_the_pipeline_does_not_announce(name, guided):
         tiny.generate(
             pipe, ["a cat", "a dog"], steps=5, seed=3, guidance_scale=4.0 if guided else 1.0
         )
-        assert session.conditions == ("2" if guided else "1")
-        assert session.images == 2
+        assert generation.runtime.call.cfg_branches == ("2" if guided else "1")
+        assert generation.runtime.call.images == 2
     # Known after two steps, which run whole.
     assert [bool(plans) for plans in kept] == [False, False, True, True, True]
     first, second = kept[-1][0].chunk(2) if guided else (kept[-1][0], None)
@@ -478,13 +482,13 @@ def test_the_past_outlives_the_look_at_guidance(options, monkeypatch):
         pipe = BUILDERS["pixart"]()
         with apply_tofu(pipe, **options) as handle:
             latents = tiny.generate(pipe, ["a cat", "a dog"], steps=6)
-            steps = session_of(handle).steps()
+            steps = generation_of(handle).steps()
             less = [step.skipped or {*step.ratios} - {"0.0"} != set() for step in steps]
             assert less[:3] == [False, False, True]
             return latents
 
     looked_at = made()
-    monkeypatch.setattr(Session, "_announced", lambda self: 2)
+    monkeypatch.setattr(Generation, "_announced", lambda self: 2)
     assert torch.equal(made(), looked_at)
 
 
@@ -497,7 +501,7 @@ def test_guidance_in_two_calls_shares_the_conditional_plan(name):
             lambda module, args: seen.append(plans_of(handle)[0].kept)
         )
         tiny.generate(pipe, ["a cat", "a dog"], steps=3)
-        assert session_of(handle).images == 2
+        assert generation_of(handle).runtime.call.images == 2
     assert len(seen) == 6
     for conditional, unconditional in zip(seen[::2], seen[1::2], strict=True):
         assert torch.equal(conditional, unconditional)
@@ -507,12 +511,12 @@ def test_two_denoisers_warm_up_on_their_own():
     pipe = tiny.tiny_wan(two=True)
     with apply_tofu(pipe, **EARLY) as handle:
         tiny.generate(pipe, steps=8)
-        sessions = [session for _, session in handle._sessions]
-        assert len(sessions) == 2
-        ran = [len(session.steps()) for session in sessions]
+        generations = [generation for _, generation in handle._generations]
+        assert len(generations) == 2
+        ran = [len(generation.steps()) for generation in generations]
         assert sum(ran) == 8 and min(ran) >= 3
-        for session in sessions:
-            ratios = [set(step.ratios) for step in session.steps()]
+        for generation in generations:
+            ratios = [set(step.ratios) for step in generation.steps()]
             assert ratios[:2] == [{"0.0"}] * 2
             assert all(later != {"0.0"} for later in ratios[2:])
         names = {row.denoiser for row in handle.summary().rows}
@@ -743,7 +747,9 @@ def test_pictures_of_different_sizes_in_one_batch_are_refused():
 def test_video_tokens_match_inside_frames_and_tiles():
     model = tiny.denoisers(tiny.tiny_wan())[0]
     inputs = tiny.model_inputs(model)
-    grid = session_of(apply_tofu(model, ratio=0.25, method="tome")).family.grids(model, inputs)[0]
+    grid = generation_of(apply_tofu(model, ratio=0.25, method="tome")).runtime.setup.family.grids(
+        model, inputs
+    )[0]
     remove_tofu(model)
     assert grid.frames > 1 and grid.height != grid.width
     frame = grid.height * grid.width
@@ -753,7 +759,9 @@ def test_video_tokens_match_inside_frames_and_tiles():
         plan = plans_of(handle)[0]
         own = torch.arange(grid.tokens) // frame
         # Per frame: every token goes to one of its own frame.
-        assert torch.equal(plan.spread((plan.kept // frame)[..., None])[..., 0], own.expand(2, -1))
+        assert torch.equal(
+            plan.broadcast((plan.kept // frame)[..., None])[..., 0], own.expand(2, -1)
+        )
     _, handle = run(
         model,
         inputs,
@@ -763,7 +771,7 @@ def test_video_tokens_match_inside_frames_and_tiles():
     )
     plan = plans_of(handle)[0]
     place = torch.arange(grid.tokens)
-    target = plan.spread(plan.kept[..., None])[..., 0]
+    target = plan.broadcast(plan.kept[..., None])[..., 0]
     for unit, side in ((frame, grid.frames), (grid.width, grid.height), (1, grid.width)):
         mine, theirs = place // unit % side, target // unit % side
         # Tiles of two; the last is shifted inside, so a token may look back by one tile.

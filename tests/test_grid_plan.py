@@ -64,7 +64,7 @@ def test_rows_spread_and_repeat() -> None:
     rows = plan.rows(x)
     for b in range(2):
         assert torch.equal(rows[b], x[b, plan.kept[b]])
-        assert torch.equal(plan.spread(rows)[b], rows[b, plan.assign[b]])
+        assert torch.equal(plan.broadcast(rows)[b], rows[b, plan.assign[b]])
     twice = plan.repeat(2)
     twice.check()
     assert torch.equal(twice.rows(x.repeat(2, 1, 1)), rows.repeat(2, 1, 1))

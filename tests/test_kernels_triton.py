@@ -19,7 +19,7 @@ from tests import tiny
 from tofu_diffusers import apply_tofu
 from tofu_diffusers.kernels import reference
 from tofu_diffusers.tokens import merge, unmerge
-from tofu_diffusers.tokens.gather import put_, take
+from tofu_diffusers.tokens.gather import gather_rows, scatter_rows_
 from tofu_diffusers.tokens.grid import TokenGrid
 from tofu_diffusers.tokens.methods.matching import tiles_of
 from tofu_diffusers.tokens.plan import Plan
@@ -279,7 +279,7 @@ def check_merge(x: torch.Tensor, plan: Plan, how: str) -> torch.Tensor:
     with torch.no_grad():
         expected = merge.MERGES[how](x.double(), plan)
     # In float32 the sums of up to N members; the direction of a mean loses what its tokens cancel.
-    size, span = int(plan.sizes().max()), plan.spread(merge.mean(x.double(), plan)).norm(dim=-1)
+    size, span = int(plan.sizes().max()), plan.broadcast(merge.mean(x.double(), plan)).norm(dim=-1)
     cancel = (
         float((x.double().norm(dim=-1) / span.clamp(min=1e-300)).max()) if how == "mlerp" else 8
     )
@@ -397,7 +397,7 @@ def test_unmerge_copy_is_gather_and_add(size, dtype):
     expected = unmerge.unmerge_tokens(update, plan, "copy") + x
     same(OPS.unmerge_copy(x, update, *plan, None), expected, dtype)
     got = OPS.unmerge_copy(x, update, *plan, computed)
-    put_(expected, plan.kept, computed)
+    scatter_rows_(expected, plan.kept, computed)
     same(got, expected, dtype)
     assert torch.equal(plan.rows(got), computed)
 
@@ -409,7 +409,7 @@ def test_unmerge_cached_is_the_reference_and_records(how, dtype, max_age):
     batch, tokens, slots, channels = size = (2, 30, 9, 40)
     plan, (mine, theirs) = make_plan(34, *size[:3]), filled(how, batch, tokens, channels, dtype)
     x = normal(35, batch, tokens, channels, dtype=dtype)
-    match_known = plan.spread(plan.rows(theirs.last[..., None]))[..., 0] >= 0
+    match_known = plan.broadcast(plan.rows(theirs.last[..., None]))[..., 0] >= 0
     assert ((theirs.last >= 0) & ~match_known & ~plan.is_kept()).any()
     # The third call is a second one within its step.
     for call, step in enumerate((3.0, 4.0, 4.0)):
@@ -420,7 +420,7 @@ def test_unmerge_cached_is_the_reference_and_records(how, dtype, max_age):
         computed = plan.rows(x) if call == 1 else None
         expected = full if residual is None else x + full
         if computed is not None:
-            put_(expected, plan.kept, computed)
+            scatter_rows_(expected, plan.kept, computed)
         got = OPS.unmerge_cached(
             update, *plan, mine.value, mine.slope, mine.last, now, how, max_age, residual, computed
         )
@@ -458,16 +458,16 @@ def test_rows_are_taken_and_put_bit_by_bit(size, dtype):
     batch, tokens, slots, channels = size
     kept = make_plan(40, batch, tokens, slots).kept
     x = normal(41, batch, channels, tokens, dtype=dtype).mT
-    assert torch.equal(OPS.take_rows(x, kept), take(x, kept))
+    assert torch.equal(OPS.take_rows(x, kept), gather_rows(x, kept))
     mine, theirs = x.contiguous(), x.contiguous().clone()
     rows = normal(42, batch, channels, slots, dtype=dtype).mT
     OPS.put_rows_(mine, kept, rows)
-    put_(theirs, kept, rows)
+    scatter_rows_(theirs, kept, rows)
     assert torch.equal(mine, theirs)
     # Into part of a larger cache, and of another dtype.
     wide = torch.zeros(batch, tokens, channels + 3, device=DEVICE)
     OPS.put_rows_(wide[..., 2:-1], kept, rows)
-    assert torch.equal(take(wide[..., 2:-1], kept), rows.float())
+    assert torch.equal(gather_rows(wide[..., 2:-1], kept), rows.float())
     assert (wide[..., :2] == 0).all() and (wide[..., -1] == 0).all()
 
 

@@ -412,7 +412,7 @@ def test_mlerp_unmerge_inverts_the_merge_on_parallel_groups(
     plan: Plan, dtype: torch.dtype, seed: int
 ) -> None:
     """For non-negative multiples of one direction and a token-wise bias-free linear f."""
-    direction = plan.spread(normal(seed, *plan.kept.shape, 4, dtype=torch.float64))
+    direction = plan.broadcast(normal(seed, *plan.kept.shape, 4, dtype=torch.float64))
     multiple = normal(seed + 1, *plan.assign.shape, 1, dtype=torch.float64).clamp(min=0)
     weight = normal(seed + 2, 4, 4, dtype=torch.float64)
     x = (direction * multiple).to(dtype)
@@ -421,7 +421,7 @@ def test_mlerp_unmerge_inverts_the_merge_on_parallel_groups(
     want = (x.double() @ weight).to(dtype)
     full = unmerge_tokens(update, plan, "mlerp", x=x, merged=y)
     # In proportion to the largest of f in the group, not to what may cancel inside f.
-    reach = plan.spread(y).double().norm(dim=-1) * weight.norm()
+    reach = plan.broadcast(y).double().norm(dim=-1) * weight.norm()
     assert ((full - want).double().norm(dim=-1) <= 2 * TOLERANCE[dtype] * reach + 1e-30).all()
 
 

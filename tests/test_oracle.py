@@ -39,7 +39,7 @@ def test_sd3_span_is_the_model_on_the_kept_tokens(dual, size, method):
         model, ratio=0.5, method=method, merge="prune", unmerge="copy", scope="span"
     )
     model(**inputs)
-    plan = next(iter(handle._sessions[0][1].shelves[0].plans.values()))
+    plan = next(iter(handle._generations[0][1].runtime.setup.plan_caches[0].plans.values()))
     kept = tokens - tokens // 2
     assert plan.kept.shape == (2, kept)
     assert [spy.lengths for spy in spies] == [[kept]] * len(spies)

@@ -5,9 +5,15 @@ import torch
 
 from tests import tiny
 from tofu_diffusers import TokenReduction, apply_tofu, learn_schedule
-from tofu_diffusers.tuning.schedule_search import DEPTHS, LEVELS, Work, follow_rewards, spread
+from tofu_diffusers.tuning.schedule_search import (
+    DEPTHS,
+    NOISE_POINTS,
+    ReductionBudget,
+    follow_rewards,
+    spread,
+)
 
-WORK = Work((0.0, 0.2, 0.4, 0.6, 0.8), (0.0, 0.5, 1.0), (4.0, 1.0, 4.0))
+WORK = ReductionBudget((0.0, 0.2, 0.4, 0.6, 0.8), (0.0, 0.5, 1.0), (4.0, 1.0, 4.0))
 CONFIG = TokenReduction(method="tome", ratio=0.4)
 SHORT = {"rounds": 2, "candidates": 3, "num_inference_steps": 4}
 
@@ -27,13 +33,13 @@ def latents(pipe, config=None, seed=0):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_spread_ratio_leaves_out_no_less_and_little_more(seed):
-    logits = 2 * torch.randn(LEVELS + DEPTHS, generator=torch.Generator().manual_seed(seed))
+    logits = 2 * torch.randn(NOISE_POINTS + DEPTHS, generator=torch.Generator().manual_seed(seed))
     found = spread(CONFIG, 0.7, logits, WORK)
     assert found.ratio == 0.7 and not found.schedule.is_constant
     # A factor is a multiple of a quarter at every step and depth, so the share moves by steps.
     assert WORK.removed(CONFIG) <= WORK.removed(found) <= WORK.removed(CONFIG) + 0.06
     order = torch.tensor([factor for _, factor in found.schedule.points]).argsort()
-    assert torch.equal(order, logits[:LEVELS].argsort())
+    assert torch.equal(order, logits[:NOISE_POINTS].argsort())
 
 
 def test_the_policy_goes_where_rewards_are():
@@ -51,8 +57,8 @@ def test_the_work_is_that_of_the_generation():
     config = CONFIG.replace(warmup_steps=1, cooldown_steps=1)
     handle = apply_tofu(pipe, config, depth_schedule=[(0, 1.0), (1, 1.0)])
     pipe("a cat", num_inference_steps=5, output_type="latent")
-    session = handle._sessions[0][1]
-    work = Work.of(session)
+    generation = handle._generations[0][1]
+    work = ReductionBudget.of(generation)
     assert len(work.positions) == 3 and work.positions == tuple(sorted(work.positions))
     assert len(work.depths) == len(work.weights) == len(handle.stats())
     assert work.removed(config) == pytest.approx(config.ratio)
@@ -61,7 +67,9 @@ def test_the_work_is_that_of_the_generation():
     handle = apply_tofu(pipe, ramp)
     pipe("a cat", num_inference_steps=5, output_type="latent")
     rows = handle.stats()
-    per_token = Work(work.positions, work.depths, tuple(row["tokens_in"] for row in rows))
+    per_token = ReductionBudget(
+        work.positions, work.depths, tuple(row["tokens_in"] for row in rows)
+    )
     gone = sum(row["tokens_in"] - row["tokens_kept"] for row in rows)
     share = gone / sum(row["tokens_in"] for row in rows) * 5 / 3
     assert per_token.removed(ramp) == pytest.approx(share, abs=0.01)
@@ -103,7 +111,7 @@ def test_what_cannot_be_learned_is_refused():
             ["a cat"],
             CONFIG.replace(warmup_steps=2, cooldown_steps=1),
             {"num_inference_steps": 3},
-            "all 3 steps run whole",
+            "all 3 steps compute all tokens",
         ),
         (["a cat"], CONFIG, {"rounds": 0}, "0 rounds of 6 candidates"),
         (["a cat"], CONFIG, {"candidates": 1}, "6 rounds of 1 candidates"),

@@ -20,9 +20,9 @@ from tofu_diffusers import (
     remove_tofu,
 )
 from tofu_diffusers.report.summary import StepCount
-from tofu_diffusers.steps.clock import moves
-from tofu_diffusers.steps.forecast import Predictions
+from tofu_diffusers.steps.forecast import Forecaster
 from tofu_diffusers.steps.rules import skipped_steps
+from tofu_diffusers.steps.sampler import step_sizes
 
 STEPS = 8
 # Computes 5 of 8 steps.
@@ -127,8 +127,8 @@ def test_speedup_one_skips_nothing_and_is_the_original(build):
     with apply_tofu(pipe, speedup=1) as handle, warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert torch.equal(tiny.generate(pipe, steps=4), whole)
-        for _, session in handle._sessions:
-            assert not any(step.skipped for step in session.steps())
+        for _, generation in handle._generations:
+            assert not any(step.skipped for step in generation.steps())
 
 
 def test_a_speedup_takes_what_is_open_from_the_profile_of_the_family():
@@ -218,7 +218,7 @@ def test_a_pipeline_computes_the_steps_that_the_rule_leaves(rule):
     with apply_tofu(pipe, config) as handle:
         ran = []
         pipe.unet.conv_in.register_forward_pre_hook(
-            lambda module, args: ran.append(handle._sessions[0][1].index)
+            lambda module, args: ran.append(handle._generations[0][1].index)
         )
         tiny.generate(pipe, steps=14)
         assert handle.summary().steps == (StepCount("UNet2DConditionModel", 14, 7),)
@@ -288,7 +288,7 @@ def test_a_bare_model_returns_what_it_always_returns(dtype):
         for step in range(4):
             handle.step(step, 4)
             outs.append(model(**inputs))
-        skipped = [step.skipped for step in handle._sessions[0][1].steps()]
+        skipped = [step.skipped for step in handle._generations[0][1].steps()]
     # Of still inputs the prediction does not change.
     assert skipped == [False, False, True, False]
     assert {type(out) for out in outs} == {type(model(**inputs))}
@@ -305,7 +305,7 @@ def test_another_size_within_a_generation_runs_the_denoiser():
             handle.step(step, 4)
             model(**inputs)
         handle.step(2, 4)
-        assert handle._sessions[0][1].skip
+        assert handle._generations[0][1].runtime.call.skip
         out = model(**wide).sample
     assert torch.equal(out, model(**wide).sample)
 
@@ -341,7 +341,7 @@ LINEAR = [
 @pytest.mark.parametrize(("kind", "options", "within"), LINEAR)
 def test_moves_are_what_a_step_adds_of_its_prediction(kind, options, within):
     made = scheduler(kind, **options)
-    found = moves(made)
+    found = step_sizes(made)
     assert len(found) == 25
     last = response(made, 23)
     for index in (2, 10, 16, 20):
@@ -367,14 +367,17 @@ def test_moves_are_what_a_step_adds_of_its_prediction(kind, options, within):
     ids=lambda made: type(made).__name__,
 )
 def test_steps_of_another_kind_have_no_moves(made):
-    assert moves(made) is None
+    assert step_sizes(made) is None
 
 
 def test_moves_of_flow_matching_are_alike_for_other_solvers():
     own = scheduler("FlowMatchEulerDiscrete", shift=3.0)
     options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     for kind in ("UniPCMultistep", "DPMSolverMultistep"):
-        ratio = [a / b for a, b in zip(moves(scheduler(kind, **options)), moves(own), strict=True)]
+        ratio = [
+            a / b
+            for a, b in zip(step_sizes(scheduler(kind, **options)), step_sizes(own), strict=True)
+        ]
         # Their timesteps are spaced a little otherwise.
         assert max(ratio[:-2]) / min(ratio[:-2]) < 1.2
 
@@ -392,7 +395,7 @@ def test_a_rest_is_made_up_for_by_what_lies_between_the_steps_around_it(
     torch.manual_seed(seed)
     computed = torch.randn(calls, count, 2, 3, dtype=torch.float64)
     skipped = skipped_steps(rule, count, speedup, 2, count)
-    past = Predictions(order=1)
+    past = Forecaster(order=1)
     past.begin(sizes)
     total, expected = torch.zeros(calls, 2, 3), torch.zeros(calls, 2, 3)
     for step, move in enumerate(sizes):
@@ -458,9 +461,9 @@ def test_of_some_of_the_steps_the_moves_are_theirs():
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with apply_tofu(pipe, speedup=SPEEDUP, corrector=True) as handle:
         tiny.generate(pipe, steps=16, image=image, strength=0.5)
-        ((_, session),) = handle._sessions
-        assert session.predictions.moves == moves(pipe.scheduler)[8:]
-        assert len(session.predictions.weights) == 8
+        ((_, generation),) = handle._generations
+        assert generation.runtime.caches.forecaster.step_sizes == step_sizes(pipe.scheduler)[8:]
+        assert len(generation.runtime.caches.forecaster.weights) == 8
 
 
 # ---- with fewer tokens in the steps that are computed --------------------------------------------------
@@ -480,11 +483,13 @@ def test_both_workflows_reduce_tokens_in_the_computed_steps_only(build, tokens):
     skipped = skipped_steps("late", STEPS, 2.0, 2, STEPS)
     calls = []  # of the denoiser's inside, by step
     with apply_tofu(pipe, TOKENS[tokens], skipping) as handle:
-        ((model, session),) = handle._sessions
-        hook = next(model.children()).register_forward_hook(lambda *_: calls.append(session.index))
+        ((model, generation),) = handle._generations
+        hook = next(model.children()).register_forward_hook(
+            lambda *_: calls.append(generation.index)
+        )
         made = tiny.generate(pipe, steps=STEPS)
         hook.remove()
-        history = session.steps()
+        history = generation.steps()
         summary, stats = handle.summary(), handle.stats()
         assert torch.equal(tiny.generate(pipe, steps=STEPS), made)
     assert len(skipped) == 4 and {*calls} == set(range(STEPS)) - skipped

@@ -46,9 +46,9 @@ def test_schedulers_set_before_or_after_applying(scheduler, when):
     pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(len(calls)))
     first = tiny.generate(pipe, ["a cat", "a dog"], steps=5)
     evaluations = len(calls)
-    session = handle._sessions[0][1]
-    assert sum(step.calls for step in session.steps()) == evaluations
-    reduced = [step.ratios[0] != "0.0" for step in session.steps()]
+    generation = handle._generations[0][1]
+    assert sum(step.calls for step in generation.steps()) == evaluations
+    reduced = [step.ratios[0] != "0.0" for step in generation.steps()]
     assert reduced == [False, False] + [True] * (evaluations - 2)
     assert torch.equal(tiny.generate(pipe, ["a cat", "a dog"], steps=5), first)
     used = pipe.scheduler
@@ -73,9 +73,9 @@ def test_image_to_image_starts_at_its_own_noise_level():
     handle = apply_tofu(pipe, ratio=0.5, method="tome", schedule=[(0.65, 0.0), (0.66, 1.0)])
     image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     tiny.generate(pipe, steps=8, image=image, strength=0.5)
-    session = handle._sessions[0][1]
-    assert len(session.noise) == 4 and session.noise[0] < 0.55
-    assert [step.ratios[0] for step in session.steps()] == ["0.0", "0.5", "0.5", "0.5"]
+    generation = handle._generations[0][1]
+    assert len(generation.noise) == 4 and generation.noise[0] < 0.55
+    assert [step.ratios[0] for step in generation.steps()] == ["0.0", "0.5", "0.5", "0.5"]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -84,16 +84,16 @@ def test_image_to_image_skips_steps_of_its_own_and_comes_to_an_end(compiled):
     image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     with apply_tofu(pipe, speedup=1.8) as handle:
         tiny.generate(pipe, steps=20, image=image, strength=0.45)
-        session = handle._sessions[0][1]
-        skipped = [step.skipped for step in session.steps()]
-        assert len(skipped) == len(session.noise) == 9 and not skipped[-1] and any(skipped)
+        generation = handle._generations[0][1]
+        skipped = [step.skipped for step in generation.steps()]
+        assert len(skipped) == len(generation.noise) == 9 and not skipped[-1] and any(skipped)
         # Those of nine steps that are all there are.
         plain = tiny.tiny_sd()
         with apply_tofu(plain, speedup=1.8) as other:
             tiny.generate(plain, steps=9)
-            assert skipped == [step.skipped for step in other._sessions[0][1].steps()]
+            assert skipped == [step.skipped for step in other._generations[0][1].steps()]
         assert skipped.count(False) == 5
-        assert not session.told and session._bytes() == 0
+        assert not generation.runtime.call.step_known and generation.runtime.caches.nbytes == 0
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -111,7 +111,7 @@ def test_warmup_and_cooldown_steps_stay_whole():
     pipe = tiny.tiny_sd()
     handle = apply_tofu(pipe, ratio=0.5, method="tome", warmup_steps=1, cooldown_steps=2)
     tiny.generate(pipe, steps=6)
-    ratios = [step.ratios[0] for step in handle._sessions[0][1].steps()]
+    ratios = [step.ratios[0] for step in handle._generations[0][1].steps()]
     assert ratios == ["0.0", "0.5", "0.5", "0.5", "0.0", "0.0"]
 
 
@@ -179,7 +179,7 @@ def test_a_bare_model_told_its_steps_is_the_pipeline(options):
     calls = list(rows)
     handle = apply_tofu(pipe.unet, **options)
     for step, (args, kwargs) in enumerate(calls):
-        handle.step(step, 5, conditions=2)
+        handle.step(step, 5, cfg_branches=2)
         assert torch.equal(pipe.unet(*args, **kwargs)[0], outputs[step])
 
 
@@ -208,7 +208,7 @@ def test_guidance_in_two_calls_uses_the_conditional_plan():
             handle = apply_tofu(model, ratio=0.5, **options)
             together, apart = [], []
             for step in range(steps):
-                handle.step(step, steps, conditions=2)
+                handle.step(step, steps, cfg_branches=2)
                 together.append(model(**at(slice(0, 4), step))[0])
             for step in range(steps):
                 handle.step(step, steps)
@@ -239,10 +239,10 @@ def test_guidance_that_ends_on_the_way(options):
     """Half of the batch goes at step 4; what was remembered of the whole batch does not fit the rest."""
     pipe = tiny.tiny_sd()
     handle = apply_tofu(pipe, **options)
-    session, plain, errors = handle._sessions[0][1], tiny.tiny_sd().unet, []
+    generation, plain, errors = handle._generations[0][1], tiny.tiny_sd().unet, []
 
     def compare(module, args, kwargs, out):
-        assert session.images == 2
+        assert generation.runtime.call.images == 2
         expected = plain(*args, **kwargs)[0]
         errors.append(float((out[0] - expected).abs().max()))
 
@@ -260,7 +260,7 @@ def test_guidance_that_ends_on_the_way(options):
         callback_on_step_end=end_guidance,
         callback_on_step_end_tensor_inputs=["prompt_embeds"],
     )
-    assert session.conditions == "1"
+    assert generation.runtime.call.cfg_branches == "1"
     # Whole: the first two, and the first without guidance.
     assert errors[0] == errors[1] == errors[4] == 0.0
     assert max(errors[5:]) > 0.0
@@ -270,10 +270,12 @@ def test_guidance_that_ends_on_the_way(options):
 def test_unconditional_rows_follow_the_conditional_ones():
     unet, inputs = tiny.tiny_sd().unet, unet_inputs(batch=4)
     handle = apply_tofu(unet, ratio=0.5, method="tome")
-    handle.step(0, 4, conditions=2)
+    handle.step(0, 4, cfg_branches=2)
     unet(**inputs)
-    shelves = handle._sessions[0][1].shelves
-    plans = [p for shelf in shelves for p in shelf.plans.values() if p.kept.shape[0] == 4]
+    plan_caches = handle._generations[0][1].runtime.setup.plan_caches
+    plans = [
+        p for plan_cache in plan_caches for p in plan_cache.plans.values() if p.kept.shape[0] == 4
+    ]
     assert plans
     for plan in plans:
         assert torch.equal(plan.kept[:2], plan.kept[2:])
@@ -285,12 +287,12 @@ def test_unconditional_rows_follow_the_conditional_ones():
 def test_no_token_waits_longer_than_max_age():
     pipe = tiny.tiny_sd()
     handle = apply_tofu(pipe, ratio=0.7, max_age=4, resolutions=(0,))
-    session = handle._sessions[0][1]
+    generation = handle._generations[0][1]
     waited = []
 
     def look(module, args):
-        if session.tracker is not None:
-            waited.append((session.index, session.tracker.last[0].clone()))
+        if generation.runtime.caches.statistics is not None:
+            waited.append((generation.index, generation.runtime.caches.statistics.last[0].clone()))
 
     pipe.unet.conv_out.register_forward_pre_hook(look)
     tiny.generate(pipe, ["a cat", "a dog"], steps=16)
@@ -305,11 +307,11 @@ def test_plan_reuse_over_steps():
     made = []
     for reuse in (1, 3):
         with apply_tofu(pipe, ratio=0.5, method="tome", reuse=reuse) as handle:
-            shelf = handle._sessions[0][1].shelves[0]
+            plan_cache = handle._generations[0][1].runtime.setup.plan_caches[0]
             plans = set()
             pipe.unet.conv_out.register_forward_pre_hook(
-                lambda module, args, shelf=shelf, plans=plans: plans.update(
-                    plan.kept for plan in shelf.plans.values()
+                lambda module, args, plan_cache=plan_cache, plans=plans: plans.update(
+                    plan.kept for plan in plan_cache.plans.values()
                 )
             )
             tiny.generate(pipe, steps=6)
@@ -395,7 +397,10 @@ def test_three_conditions_in_a_batch(build, options):
     whole = made(slice(0, 2))
     with apply_tofu(pipe, ratio=0.5, **options) as handle:
         both, second = made(slice(0, 2)), made(slice(1, 2))
-        assert handle.computed()[0].shape[0] == 1 and handle._sessions[0][1].groups == 3
+        assert (
+            handle.computed()[0].shape[0] == 1
+            and handle._generations[0][1].runtime.call.branches_in_batch == 3
+        )
     torch.testing.assert_close(both[1:], second, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(both, whole, rtol=1e-2, atol=1e-2)
 
@@ -404,6 +409,6 @@ def test_a_base_model_before_a_refiner_runs_the_first_steps():
     pipe = tiny.tiny_sdxl()
     handle = apply_tofu(pipe, ratio=0.5, method="tome")
     tiny.generate(pipe, steps=8, denoising_end=0.5)
-    session = handle._sessions[0][1]
-    assert len(session.steps()) == len(session.noise) == 4
-    assert session.noise[0] > 0.8 and session.noise[-1] >= 0.49
+    generation = handle._generations[0][1]
+    assert len(generation.steps()) == len(generation.noise) == 4
+    assert generation.noise[0] > 0.8 and generation.noise[-1] >= 0.49

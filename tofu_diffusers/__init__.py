@@ -19,7 +19,7 @@ from .tokens.methods import METHODS, Evidence, Method
 from .tokens.plan import Plan
 from .tokens.unmerge import UNMERGES, UpdateCache, unmerge_tokens
 from .tuning.calibrate import calibrate_gradient
-from .tuning.schedule_search import Learned, learn_schedule
+from .tuning.schedule_search import LearnedSchedule, learn_schedule
 
 __version__ = "0.1.0"
 
@@ -34,7 +34,7 @@ __all__ = [
     "Config",
     "Evidence",
     "Handle",
-    "Learned",
+    "LearnedSchedule",
     "Method",
     "Plan",
     "Schedule",

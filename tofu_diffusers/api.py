@@ -18,10 +18,12 @@ from .hooks.patch import (
     state_of,
     unwrap,
 )
-from .hooks.sites import Root
+from .hooks.state import DenoiserHook
 from .profiles import MEMORYLESS, fastest, resolve
 from .report.summary import Summary, site_stats, summarise
-from .runtime.session import PipelineReference, Session
+from .runtime.generation import Generation
+from .runtime.runtime import Runtime
+from .runtime.setup import PipelineReference, Setup
 from .steps.clock import unwatch, watch
 
 DENOISER_NAMES = ("unet", "transformer", "transformer_2")
@@ -88,28 +90,28 @@ def apply_tofu(
         layouts = [(each, Layout(model, kind, each[0])) for each in _ways(wanted, kind.name)]
         plans.append((model, kind, layouts))
     remove_tofu(target)
-    roots: list[tuple[nn.Module, Root]] = []
+    roots: list[tuple[nn.Module, DenoiserHook]] = []
     try:
         for model, kind, layouts in plans:
             reference = PipelineReference(pipeline)
-            sessions = [
-                Session(
+            pairs = []
+            for i, (way, layout) in enumerate(layouts):
+                setup = Setup(
                     *way,
                     kind,
-                    layout.units,
-                    layout.projections,
+                    tuple(layout.sites),
+                    tuple(layout.projections),
+                    layout.blocks,
                     reference,
                     stands_in=i > 0,
                     has_stand_in=i == 0 and len(layouts) > 1,
                 )
-                for i, (way, layout) in enumerate(layouts)
-            ]
-            pairs = [(each, layout) for each, (_, layout) in zip(sessions, layouts, strict=True)]
+                pairs.append((Generation(Runtime(setup)), layout))
             roots.append((model, attach_root(model, pairs)))
             scheduler = getattr(pipeline, "scheduler", None)
             if scheduler is not None:
-                for session in sessions:
-                    watch(scheduler, session)
+                for generation, _ in pairs:
+                    watch(scheduler, generation)
     except BaseException:
         for model, root in roots:
             _remove(model, root)
@@ -133,30 +135,30 @@ def remove_tofu(target: Any) -> None:
         if isinstance(part, nn.Module)
     ]:
         root = state_of(model)
-        if isinstance(root, Root):
+        if isinstance(root, DenoiserHook):
             _remove(model, root)
 
 
 class Handle:
     """What `apply_tofu` returns. As a context manager it removes tofu at the end."""
 
-    def __init__(self, roots: list[tuple[nn.Module, Root]]) -> None:
+    def __init__(self, roots: list[tuple[nn.Module, DenoiserHook]]) -> None:
         self._roots = roots
 
     @property
-    def _sessions(self) -> list[tuple[nn.Module, Session]]:
+    def _generations(self) -> list[tuple[nn.Module, Generation]]:
         """Of each denoiser, what is in force in its last call."""
-        return [(model, root.session) for model, root in self._roots]
+        return [(model, hook.generation) for model, hook in self._roots]
 
     @property
     def configs(self) -> tuple[Config, ...]:
         """What was asked for, with nothing left open: one of each workflow at most (the first denoiser's)."""
-        return self._roots[0][1].layouts[0][0].configs
+        return self._roots[0][1].layouts[0][0].runtime.setup.configs
 
     @property
     def removed(self) -> bool:
         """Whether tofu was removed, or replaced by another apply_tofu."""
-        return all(session.removed for _, session in self._sessions)
+        return all(generation.removed for _, generation in self._generations)
 
     def summary(self) -> Summary:
         """Sites, tokens in and kept, share of the denoiser's FLOPs saved, bytes of caches.
@@ -168,7 +170,7 @@ class Handle:
             RuntimeError: if the handle was removed.
         """
         self._check()
-        return summarise(self._sessions, _attached)
+        return summarise(self._generations, _attached)
 
     def stats(self) -> list[dict[str, Any]]:
         """For every site of the last generation: `name, scope, calls, tokens_in, tokens_kept`.
@@ -179,12 +181,12 @@ class Handle:
             RuntimeError: if the handle was removed.
         """
         self._check()
-        return [row for _, session in self._sessions for row in site_stats(session)]
+        return [row for _, each in self._generations for row in site_stats(each)]
 
     def computed(self, denoiser: int = 0) -> dict[int, Tensor]:
         """At which share of the last generation's steps each token was computed, by grid level.
 
-        Where units do not share plans (`share`), by those of a level's first unit.
+        Where sites do not share plans (`share`), by those of a level's first site.
 
         Args:
             denoiser: Which of the pipeline's denoisers.
@@ -196,14 +198,14 @@ class Handle:
             RuntimeError: if the handle was removed.
         """
         self._check()
-        session = self._sessions[denoiser][1]
-        steps = max(1, len(session.history))
+        generation = self._generations[denoiser][1]
+        steps, grids = max(1, len(generation.history)), generation.runtime.call.grids
         return {
-            level: (counts / steps).view(-1, *session.grids[level].sides)
-            for level, counts in session.computed.items()
+            resolution: (counts / steps).view(-1, *grids[resolution].sides)
+            for resolution, counts in generation.compute_counts.items()
         }
 
-    def step(self, index: int, total: int, *, conditions: int = 1) -> None:
+    def step(self, index: int, total: int, *, cfg_branches: int = 1) -> None:
         """Tell a bare model its denoising step; call it before the step's forward(s).
 
         Args:
@@ -220,10 +222,10 @@ class Handle:
         self._check()
         if not 0 <= index < total:
             raise ValueError(f"step {index} is not one of {total} steps; count from 0")
-        if conditions < 1:
-            raise ValueError(f"conditions {conditions} is below 1")
-        for session in self._all:
-            session.tell(index, total, conditions)
+        if cfg_branches < 1:
+            raise ValueError(f"conditions {cfg_branches} is below 1")
+        for generation in self._all:
+            generation.set_step(index, total, cfg_branches)
 
     def reset(self) -> None:
         """Forget a generation that was broken off: frees its caches, and ends it for the denoiser.
@@ -234,8 +236,8 @@ class Handle:
             RuntimeError: if the handle was removed.
         """
         self._check()
-        for session in self._all:
-            session.begin([], conditions=1)  # without asking the pipeline, which may be gone
+        for generation in self._all:
+            generation.begin([], cfg_branches=1)  # without asking the pipeline, which may be gone
 
     def remove(self) -> None:
         """Give back the exact original.
@@ -246,12 +248,12 @@ class Handle:
         self._check()
         for model, root in self._roots:
             # Of several denoisers one may have been given another tofu since.
-            if not root.session.removed:
+            if not root.generation.removed:
                 _remove(model, root)
 
     @property
-    def _all(self) -> list[Session]:
-        return [session for _, root in self._roots for session, _ in root.layouts]
+    def _all(self) -> list[Generation]:
+        return [generation for _, hook in self._roots for generation, _ in hook.layouts]
 
     def _check(self) -> None:
         if self.removed:
@@ -375,14 +377,12 @@ def only_denoiser(pipe: Any, family: str | None) -> nn.Module:
     return models[0]
 
 
-def _attached(model: nn.Module, like: Session) -> Session:
-    """Put the tofu of another session on a bare model; returns its session."""
+def _attached(model: nn.Module, like: Setup) -> Generation:
+    """Put the same tofu on a bare model; returns its generation."""
     configs = [each.replace(memory_limit=None) for each in like.configs]
     # Steps of its generation do not matter, so none is skipped and none warned of.
-    still = [
-        each.replace(speedup=1) if isinstance(each, StepSkipping) else each for each in configs
-    ]
-    return apply_tofu(model, *still)._sessions[0][1]
+    still = [each.replace(speedup=1) if isinstance(each, StepSkipping) else each for each in configs]
+    return apply_tofu(model, *still)._generations[0][1]
 
 
 def _ways(
@@ -405,13 +405,13 @@ def _ways(
     return ways
 
 
-def _remove(model: nn.Module, root: Root) -> None:
+def _remove(model: nn.Module, root: DenoiserHook) -> None:
     modules = [module for module in model.modules() if state_of(module) is not None]
     for module in modules:
         check_within_reach(module)
     for module in modules:
         detach(module)
-    for session, _ in root.layouts:
-        unwatch(session)
-        session.forget()
-        session.removed = True
+    for generation, _ in root.layouts:
+        unwatch(generation)
+        generation.forget()
+        generation.removed = True

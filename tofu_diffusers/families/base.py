@@ -18,7 +18,7 @@ Kwargs = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Run:
+class BlockStack:
     """Blocks that follow each other on one token grid with nothing between them.
 
     Args:
@@ -28,14 +28,14 @@ class Run:
     """
 
     name: str
-    level: int
+    resolution: int
     blocks: tuple[tuple[str, nn.Module], ...]
 
     @classmethod
-    def of(cls, model: nn.Module, name: str, level: int = 0) -> Run:
+    def of(cls, model: nn.Module, name: str, resolution: int = 0) -> BlockStack:
         """The run of all blocks in one module list of a model."""
         blocks = model.get_submodule(name).named_children()
-        return cls(name, level, tuple((f"{name}.{child}", block) for child, block in blocks))
+        return cls(name, resolution, tuple((f"{name}.{child}", block) for child, block in blocks))
 
 
 class Family(ABC):
@@ -49,7 +49,7 @@ class Family(ABC):
     classes: ClassVar[tuple[str, ...]]
     sample_name: ClassVar[str]
     """Name of the root's noisy latents: [B, C, (F,) H, W], or [B, N, C] where they are packed."""
-    packed: ClassVar[bool] = False
+    latents_are_tokens: ClassVar[bool] = False
     """Whether the latents, and the prediction, come as one row a token."""
     ids_name: ClassVar[str | None] = None
     """Name of the root's tensor from which `grids` reads numbers; None: shapes are enough. Reading it waits
@@ -66,13 +66,13 @@ class Family(ABC):
     """Whether queries and keys are rotated by position, between projection and product."""
     shared_positions: ClassVar[bool] = False
     """Whether positions have no batch axis, so that all rows of a call must keep the same tokens."""
-    between: ClassVar[tuple[str, ...]] = ()
+    args_between_blocks: ClassVar[tuple[str, ...]] = ()
     """Arguments of the root that, when given, act between blocks of a run."""
     blocks_are_attentions: ClassVar[bool] = False
     """Whether a block is nothing but an attention, so that scope "attention" is scope "block"."""
 
     @abstractmethod
-    def runs(self, model: nn.Module) -> list[Run]:
+    def block_stacks(self, model: nn.Module) -> list[BlockStack]:
         """The denoiser's runs of blocks, in the order of execution."""
 
     @abstractmethod
@@ -106,19 +106,21 @@ class Family(ABC):
         """Arguments of one forward at the model's own sample size, batch 2, on the meta device; only a
         tensor that `grids` reads (`ids_name`) holds numbers."""
 
-    def splits_runs(self, named: Kwargs) -> str | None:
+    def splits_stacks(self, named: Kwargs) -> str | None:
         """What in this call stands between blocks of a run, so that they must be run one by one."""
-        return next((name for name in self.between if named.get(name) is not None), None)
+        return next(
+            (name for name in self.args_between_blocks if named.get(name) is not None), None
+        )
 
     def refusal(self, scope: str, named: Kwargs) -> str | None:
         """Why this call cannot be run with reduced tokens in this scope, and a way out; or None."""
         return None
 
-    def select(self, kwargs: Kwargs, positions: Tensor) -> Kwargs:
+    def slice_per_token(self, kwargs: Kwargs, positions: Tensor) -> Kwargs:
         """A block's arguments for the tokens at these positions [B, M]: per-token modulation, sliced."""
         return kwargs
 
-    def follow(
+    def slice_block_arguments(
         self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
     ) -> Kwargs:
         """The arguments of a block (or attention) that must follow the kept tokens, sliced.
@@ -127,9 +129,9 @@ class Family(ABC):
             removed: [B, N - K], positions of the tokens that the attention will be given after the kept
                 ones (rotary families in keys_values "fresh"); None: it is given the kept ones.
         """
-        return self.select(kwargs, plan.kept)
+        return self.slice_per_token(kwargs, plan.kept)
 
-    def row(self, kwargs: Kwargs, row: int, batch: int) -> Kwargs:
+    def arguments_of_image(self, kwargs: Kwargs, row: int, batch: int) -> Kwargs:
         """A block's arguments for one row of the batch; what has no batch axis stays."""
 
         def one(leaf: Any) -> Any:
@@ -148,14 +150,14 @@ class Family(ABC):
 
     def prediction(self, out: Tensor, grid: TokenGrid) -> Tensor:
         """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N]"""
-        if self.packed:
+        if self.latents_are_tokens:
             tokens = out[:, grid.text_before : grid.text_before + grid.tokens]
             return tokens.transpose(1, 2)[:, :, None, None]
         return out.unsqueeze(2) if out.ndim == 4 else out
 
     def with_prediction(self, out: Tensor, grid: TokenGrid, maps: Tensor) -> Tensor:
         """What the denoiser returned with another prediction, as `prediction` gives it."""
-        if self.packed:
+        if self.latents_are_tokens:
             tokens = maps.flatten(2).transpose(1, 2)
             end = grid.text_before + grid.tokens
             return torch.cat([out[:, : grid.text_before], tokens, out[:, end:]], dim=1)
@@ -188,7 +190,7 @@ def patch_grid(model: Any, sample: Tensor) -> dict[int, TokenGrid]:
     return {0: TokenGrid(height, width)}
 
 
-def given_positions(plan: Plan, removed: Tensor | None) -> Tensor:
+def positions_given(plan: Plan, removed: Tensor | None) -> Tensor:
     """Of the tokens that an attention is given: the kept ones, then those of `removed`.  -> [B, M]"""
     return plan.kept if removed is None else torch.cat([plan.kept, removed], dim=1)
 

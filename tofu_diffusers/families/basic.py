@@ -43,7 +43,7 @@ class BasicFamily(Family):
             "shrinks; use scope='attention'"
         )
 
-    def follow(
+    def slice_block_arguments(
         self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
     ) -> Kwargs:
         mask = kwargs.get("attention_mask")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..tokens.grid import TokenGrid
-from .base import Kwargs, Run, patch_grid, register_family
+from .base import BlockStack, Kwargs, patch_grid, register_family
 from .basic import BasicFamily
 
 
@@ -20,8 +20,8 @@ class DiTFamily(BasicFamily):
     sample_name = "hidden_states"
     conditional_first = True
 
-    def runs(self, model: Any) -> list[Run]:
-        return [Run.of(model, "transformer_blocks")]
+    def block_stacks(self, model: Any) -> list[BlockStack]:
+        return [BlockStack.of(model, "transformer_blocks")]
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         return patch_grid(model, self.sample(named))

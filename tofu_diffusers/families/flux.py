@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import Family, Kwargs, Run, given_positions, register_family
+from .base import BlockStack, Family, Kwargs, positions_given, register_family
 
 
 @register_family
@@ -22,17 +22,20 @@ class FluxFamily(Family):
     name = "flux"
     classes = ("FluxTransformer2DModel",)
     sample_name = "hidden_states"
-    packed = True
+    latents_are_tokens = True
     ids_name = "img_ids"
     output_index = 1
-    between = ("controlnet_block_samples", "controlnet_single_block_samples")
+    args_between_blocks = ("controlnet_block_samples", "controlnet_single_block_samples")
     guidance_in_batch = False
     timestep_scale = 1e-3
     rotary = True
     shared_positions = True
 
-    def runs(self, model: Any) -> list[Run]:
-        return [Run.of(model, "transformer_blocks"), Run.of(model, "single_transformer_blocks")]
+    def block_stacks(self, model: Any) -> list[BlockStack]:
+        return [
+            BlockStack.of(model, "transformer_blocks"),
+            BlockStack.of(model, "single_transformer_blocks"),
+        ]
 
     def attentions(self, block: Any) -> dict[str, nn.Module]:
         return {"attn": block.attn}
@@ -50,12 +53,12 @@ class FluxFamily(Family):
         norm = block.norm1 if hasattr(block, "norm1") else block.norm
         return {"attn": norm(x, emb=kwargs["temb"])[0]}
 
-    def follow(
+    def slice_block_arguments(
         self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
     ) -> Kwargs:
         cos, sin = kwargs["image_rotary_emb"]
         # Positions have no batch axis: all rows of this call keep the same tokens.
-        image = given_positions(plan, removed)[0]
+        image = positions_given(plan, removed)[0]
         text = cos.shape[0] - plan.assign.shape[1]
         rows = torch.cat([torch.arange(text, device=image.device), image + text]).to(cos.device)
         return {**kwargs, "image_rotary_emb": (cos[rows], sin[rows])}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..tokens.grid import TokenGrid
-from .base import Kwargs, Run, patch_grid, register_family
+from .base import BlockStack, Kwargs, patch_grid, register_family
 from .basic import BasicFamily
 
 
@@ -19,8 +19,8 @@ class PixArtFamily(BasicFamily):
     classes = ("PixArtTransformer2DModel",)
     sample_name = "hidden_states"
 
-    def runs(self, model: Any) -> list[Run]:
-        return [Run.of(model, "transformer_blocks")]
+    def block_stacks(self, model: Any) -> list[BlockStack]:
+        return [BlockStack.of(model, "transformer_blocks")]
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         return patch_grid(model, self.sample(named))

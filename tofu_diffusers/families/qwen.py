@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import Family, Kwargs, Run, gather_rows, given_positions, register_family
+from .base import BlockStack, Family, Kwargs, gather_rows, positions_given, register_family
 
 
 @register_family
@@ -19,16 +19,16 @@ class QwenFamily(Family):
     name = "qwen"
     classes = ("QwenImageTransformer2DModel",)
     sample_name = "hidden_states"
-    packed = True
+    latents_are_tokens = True
     output_index = 1
-    between = ("controlnet_block_samples",)
+    args_between_blocks = ("controlnet_block_samples",)
     guidance_in_batch = False
     timestep_scale = 1e-3
     rotary = True
     shared_positions = True
 
-    def runs(self, model: Any) -> list[Run]:
-        return [Run.of(model, "transformer_blocks")]
+    def block_stacks(self, model: Any) -> list[BlockStack]:
+        return [BlockStack.of(model, "transformer_blocks")]
 
     def attentions(self, block: Any) -> dict[str, nn.Module]:
         return {"attn": block.attn}
@@ -45,23 +45,23 @@ class QwenFamily(Family):
         index = kwargs.get("modulate_index")
         return {"attn": block._modulate(block.img_norm1(x), modulation, index)[0]}
 
-    def select(self, kwargs: Kwargs, positions: Tensor) -> Kwargs:
+    def slice_per_token(self, kwargs: Kwargs, positions: Tensor) -> Kwargs:
         index = kwargs.get("modulate_index")
         if index is None:
             return kwargs
         return {**kwargs, "modulate_index": gather_rows(index, positions)}
 
-    def follow(
+    def slice_block_arguments(
         self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
     ) -> Kwargs:
         image, text = kwargs["image_rotary_emb"]
         # Positions have no batch axis: all rows of this call keep the same tokens.
-        given = given_positions(plan, removed)[0]
+        given = positions_given(plan, removed)[0]
         rotary = (image[given.to(image.device)], text)
-        return {**self.select(kwargs, plan.kept), "image_rotary_emb": rotary}
+        return {**self.slice_per_token(kwargs, plan.kept), "image_rotary_emb": rotary}
 
-    def row(self, kwargs: Kwargs, row: int, batch: int) -> Kwargs:
-        own = super().row(kwargs, row, batch)
+    def arguments_of_image(self, kwargs: Kwargs, row: int, batch: int) -> Kwargs:
+        own = super().arguments_of_image(kwargs, row, batch)
         temb = kwargs.get("temb")
         if temb is not None and temb.shape[0] == 2 * batch:  # of the image, then of its references
             own["temb"] = temb[row::batch]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tokens.grid import TokenGrid
-from .base import Family, Kwargs, Run, patch_grid, register_family
+from .base import BlockStack, Family, Kwargs, patch_grid, register_family
 
 
 @register_family
@@ -19,10 +19,10 @@ class SD3Family(Family):
     classes = ("SD3Transformer2DModel",)
     sample_name = "hidden_states"
     output_index = 1
-    between = ("block_controlnet_hidden_states", "skip_layers")
+    args_between_blocks = ("block_controlnet_hidden_states", "skip_layers")
 
-    def runs(self, model: Any) -> list[Run]:
-        return [Run.of(model, "transformer_blocks")]
+    def block_stacks(self, model: Any) -> list[BlockStack]:
+        return [BlockStack.of(model, "transformer_blocks")]
 
     def attentions(self, block: Any) -> dict[str, nn.Module]:
         names = ["attn", "attn2"] if getattr(block, "use_dual_attention", False) else ["attn"]

@@ -23,8 +23,8 @@ def stage_grids(model: Any, sample: Tensor) -> dict[int, TokenGrid]:
     """The grid of every level, of latents [B, C, H, W]."""
     height, width = sample.shape[-2:]
     grids = {}
-    for level in range(len(model.down_blocks)):
-        grids[level] = TokenGrid(height, width)
+    for resolution in range(len(model.down_blocks)):
+        grids[resolution] = TokenGrid(height, width)
         # The stride-2 convolution rounds odd sides up when it pads by 1, down otherwise.
         pad = int(model.config.downsample_padding == 1)
         height, width = max(1, (height + pad) // 2), max(1, (width + pad) // 2)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..tokens.grid import TokenGrid
-from .base import Kwargs, Run, register_family
+from .base import BlockStack, Kwargs, register_family
 from .basic import BasicFamily
 from .stages import stage_grids, stages
 
@@ -20,16 +20,16 @@ class UNetFamily(BasicFamily):
     classes = ("UNet2DConditionModel",)
     sample_name = "sample"
 
-    def runs(self, model: Any) -> list[Run]:
+    def block_stacks(self, model: Any) -> list[BlockStack]:
         runs = []
-        for stage, holder, level in stages(model):
+        for stage, holder, resolution in stages(model):
             for i, transformer in enumerate(getattr(holder, "attentions", None) or []):
                 blocks = getattr(transformer, "transformer_blocks", None)
                 # Attention on 4-D maps (SimpleCrossAttn stages) has no token blocks to shrink.
                 if not blocks or not getattr(transformer, "is_input_continuous", False):
                     continue
                 name = f"{stage}.attentions.{i}.transformer_blocks"
-                runs.append(Run.of(model, name, level))
+                runs.append(BlockStack.of(model, name, resolution))
         return runs
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:

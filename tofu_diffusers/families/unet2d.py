@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tokens.grid import TokenGrid
-from .base import Family, Kwargs, Run, register_family
+from .base import BlockStack, Family, Kwargs, register_family
 from .stages import stage_grids, stages
 
 
@@ -22,10 +22,12 @@ class UNet2DFamily(Family):
     guidance_in_batch = False
     blocks_are_attentions = True
 
-    def runs(self, model: Any) -> list[Run]:
+    def block_stacks(self, model: Any) -> list[BlockStack]:
         return [
-            Run(f"{stage}.attentions.{i}", level, ((f"{stage}.attentions.{i}", attention),))
-            for stage, holder, level in stages(model)
+            BlockStack(
+                f"{stage}.attentions.{i}", resolution, ((f"{stage}.attentions.{i}", attention),)
+            )
+            for stage, holder, resolution in stages(model)
             for i, attention in enumerate(getattr(holder, "attentions", None) or [])
             if attention is not None
         ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import Family, Kwargs, Run, gather_rows, given_positions, register_family
+from .base import BlockStack, Family, Kwargs, gather_rows, positions_given, register_family
 
 
 @register_family
@@ -22,8 +22,8 @@ class WanFamily(Family):
     guidance_in_batch = False
     rotary = True
 
-    def runs(self, model: Any) -> list[Run]:
-        return [Run.of(model, "blocks")]
+    def block_stacks(self, model: Any) -> list[BlockStack]:
+        return [BlockStack.of(model, "blocks")]
 
     def attentions(self, block: Any) -> dict[str, nn.Module]:
         return {"attn1": block.attn1}
@@ -43,18 +43,18 @@ class WanFamily(Family):
             shift, scale = modulation[:, 0:1], modulation[:, 1:2]
         return {"attn1": (block.norm1(x.float()) * (1 + scale) + shift).type_as(x)}
 
-    def select(self, kwargs: Kwargs, positions: Tensor) -> Kwargs:
+    def slice_per_token(self, kwargs: Kwargs, positions: Tensor) -> Kwargs:
         temb = kwargs.get("temb")
         if temb is None or temb.ndim != 4:
             return kwargs
         return {**kwargs, "temb": gather_rows(temb, positions)}
 
-    def follow(
+    def slice_block_arguments(
         self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
     ) -> Kwargs:
-        given = given_positions(plan, removed)
+        given = positions_given(plan, removed)
         rotary = tuple(gather_rows(part, given) for part in kwargs["rotary_emb"])
-        return {**self.select(kwargs, plan.kept), "rotary_emb": rotary}
+        return {**self.slice_per_token(kwargs, plan.kept), "rotary_emb": rotary}
 
     def example(self, model: Any) -> Kwargs:
         config = model.config

@@ -8,69 +8,70 @@ from typing import Any
 from torch import nn
 
 from ..config import TokenReduction
-from ..families import Family, Run
-from ..runtime.session import Session
-from ..runtime.units import Projection, Shelf, Unit
+from ..families import BlockStack, Family
+from ..runtime.generation import Generation
+from ..runtime.runtime import Runtime
+from ..runtime.sites import PlanCache, Projection, Site
 from ..tuning.probes import load_probes
+from .attention import attention_forward
+from .block import block_forward, observed_block_forward
+from .denoiser import denoiser_forward
+from .keys_values import check_unfused, projection_forward, query_forward, rotary_forward
+from .norm import norm_forward
 from .patch import attach, detach, parameters_of, state_of
-from .rotary import QuerySite, RotarySite, query_forward, rotary_forward
-from .sites import (
-    AttentionSite,
-    NormSite,
-    ProjectionSite,
-    Root,
-    Site,
-    attention_forward,
-    block_forward,
-    check_unfused,
-    norm_forward,
-    observed_block_forward,
-    projection_forward,
-    root_forward,
+from .state import (
+    AttentionHook,
+    BlockHook,
+    DenoiserHook,
+    NormHook,
+    ProjectionHook,
+    QueryHook,
+    RotaryAttentionHook,
 )
 
 
 @dataclass
-class Stretch:
-    """Consecutive blocks of one run that shrink as one unit."""
+class Span:
+    """Consecutive blocks of one run that shrink as one site."""
 
-    run: Run
+    run: BlockStack
     blocks: list[tuple[str, nn.Module]]
     depths: list[float]
 
 
 @dataclass
-class Laid:
-    """One block and the units it takes part in; fields as of Site."""
+class BlockLayout:
+    """One block and the sites it takes part in; fields as of Site."""
 
     name: str
     block: nn.Module
-    span: Unit
+    span: Site
     first: bool
     last: bool
-    alone: Unit
-    attentions: dict[str, Unit]
+    own_site: Site
+    attentions: dict[str, Site]
     projections: dict[str, dict[str, Projection]]
 
 
-def attach_root(model: nn.Module, layouts: list[tuple[Session, Layout]]) -> Root:
-    """Put the forwards on a denoiser, of the first session and its layout."""
-    session, layout = layouts[0]
+def attach_root(model: nn.Module, layouts: list[tuple[Generation, Layout]]) -> DenoiserHook:
+    """Put the forwards on a denoiser, of the first generation and its layout."""
+    generation, layout = layouts[0]
     names = parameters_of(model)
-    root = Root(session, type(model).forward, root_forward, names, layouts=list(layouts))
-    attach(model, root_forward, root)
+    forward = type(model).forward
+    hook = DenoiserHook(generation, forward, denoiser_forward, names, layouts=list(layouts))
+    attach(model, denoiser_forward, hook)
     try:
-        layout.attach_blocks(session, root)
+        layout.attach_blocks(generation.runtime, hook)
     except BaseException:
         for module in model.modules():
             if state_of(module) is not None:
                 detach(module)
         raise
-    return root
+    return hook
 
 
 class Layout:
-    """The units of one denoiser under one configuration; none where no tokens are reduced.
+    """The sites of one denoiser under one configuration; none where no tokens are reduced.
 
     A refusal to make it leaves no trace.
 
@@ -81,13 +82,13 @@ class Layout:
     def __init__(self, model: nn.Module, family: Family, config: TokenReduction | None) -> None:
         self.family = family
         self._config = config
-        self.units: list[Unit] = []
+        self.sites: list[Site] = []
         self.projections: list[Projection] = []
-        self._shelves: dict[str, Shelf] = {}
-        self._blocks: list[Laid] = []
+        self._plan_caches: dict[str, PlanCache] = {}
+        self._blocks: list[BlockLayout] = []
         if config is None:
             return
-        runs = family.runs(model)
+        runs = family.block_stacks(model)
         ordered = [block for run in runs for block in run.blocks]
         count = len(ordered)
         self._order = {name: i for i, (name, _) in enumerate(ordered)}
@@ -95,49 +96,48 @@ class Layout:
         self._count = count
         acted = False
         for run in runs:
-            for stretch in self._stretches(run):
-                acted |= self._lay(stretch)
+            for span in self._spans(run):
+                acted |= self._lay_out(span)
         if not acted:
             raise ValueError(
                 f"{type(model).__name__} has no site for tofu: {count} blocks on resolutions "
-                f"{sorted({run.level for run in runs})}, and resolutions={config.resolutions}, "
+                f"{sorted({run.resolution for run in runs})}, and resolutions={config.resolutions}, "
                 f"first_blocks={config.first_blocks}, last_blocks={config.last_blocks}, "
                 f"scope={config.scope!r} leave none; relax one of them"
             )
         probe = config.method_options.get("probe")
-        widths = {laid.name: laid.alone.width for laid in self._blocks}
+        widths = {laid.name: laid.own_site.width for laid in self._blocks}
         self._probes = {} if probe is None else load_probes(probe, widths)
 
-    def attach_blocks(self, session: Session, root: Root) -> None:
-        """Put the forwards on the modules inside the denoiser, with this session."""
-        session.blocks = [laid.block for laid in self._blocks]
+    def attach_blocks(self, runtime: Runtime, root: DenoiserHook) -> None:
+        """Put the forwards on the modules inside the denoiser, with this runtime."""
         on_attention = self._on_attention
         forward = observed_block_forward if on_attention else block_forward
         for laid in self._blocks:
-            site = Site(
+            hook = BlockHook(
                 laid.name,
-                session,
+                runtime,
                 type(laid.block).forward,
                 forward,
                 parameters_of(laid.block),
                 laid.span,
                 laid.first,
                 laid.last,
-                laid.alone,
+                laid.own_site,
                 self._probes.get(laid.name),
             )
-            attach(laid.block, forward, site)
+            attach(laid.block, forward, hook)
             for norm in self.family.norms(laid.block):
-                attach(norm, norm_forward, NormSite(site, type(norm).forward, norm_forward))
+                attach(norm, norm_forward, NormHook(hook, type(norm).forward, norm_forward))
             for attribute, attention in self.family.attentions(laid.block).items():
-                rotary = self._attach_context(root, site, laid, attribute, attention)
+                rotary = self._attach_context(root, hook, laid, attribute, attention)
                 if on_attention:
-                    unit = laid.attentions[attribute]
-                    state = AttentionSite(
-                        unit.name,
+                    site = laid.attentions[attribute]
+                    state = AttentionHook(
+                        site.name,
                         attribute,
+                        hook,
                         site,
-                        unit,
                         type(attention).forward,
                         attention_forward,
                         parameters_of(attention),
@@ -148,8 +148,13 @@ class Layout:
                     attach(attention, rotary_forward, rotary)
 
     def _attach_context(
-        self, root: Root, site: Site, laid: Laid, attribute: str, attention: nn.Module
-    ) -> RotarySite | None:
+        self,
+        root: DenoiserHook,
+        hook: BlockHook,
+        laid: BlockLayout,
+        attribute: str,
+        attention: nn.Module,
+    ) -> RotaryAttentionHook | None:
         """Put forwards on an attention's projections; in rotary families, the state for its own."""
         projections = laid.projections.get(attribute, {})
         if not projections:
@@ -159,16 +164,16 @@ class Layout:
             for key, projection in projections.items():
                 module = getattr(attention, key)
                 original = type(module).forward
-                rows = ProjectionSite(
-                    name, attribute, site, projection, module, original, projection_forward
+                rows = ProjectionHook(
+                    name, attribute, hook, projection, module, original, projection_forward
                 )
                 attach(module, projection_forward, rows)
                 root.projections.append((attention, key, rows))
             return None
-        rotary = RotarySite(
+        rotary = RotaryAttentionHook(
             name,
             attribute,
-            site,
+            hook,
             projections["to_k"],
             projections["to_v"],
             type(attention).forward,
@@ -177,14 +182,19 @@ class Layout:
         )
         if self.config.keys_values == "fresh":
             linear: Any = attention.to_q
-            queries = QuerySite(name, rotary, linear, type(linear).forward, query_forward)
+            queries = QueryHook(name, rotary, linear, type(linear).forward, query_forward)
             attach(linear, query_forward, queries)
             root.projections.append((attention, "to_q", queries))
         return rotary
 
     @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The modules that shrink."""
+        return tuple(laid.block for laid in self._blocks)
+
+    @property
     def config(self) -> TokenReduction:
-        """The configuration of what has units."""
+        """The configuration of what has sites."""
         assert self._config is not None
         return self._config
 
@@ -196,25 +206,27 @@ class Layout:
             and not self.family.blocks_are_attentions
         )
 
-    def _is_whole(self, name: str, level: int) -> bool:
+    def _is_whole(self, name: str, resolution: int) -> bool:
         config, index = self.config, self._order[name]
         inside = config.first_blocks <= index < self._count - config.last_blocks
-        return not inside or (config.resolutions is not None and level not in config.resolutions)
+        return not inside or (
+            config.resolutions is not None and resolution not in config.resolutions
+        )
 
-    def _stretches(self, run: Run) -> list[Stretch]:
-        """The run cut where blocks stay whole, and into single blocks unless a span is one unit."""
-        stretches: list[Stretch] = []
+    def _spans(self, run: BlockStack) -> list[Span]:
+        """The run cut where blocks stay whole, and into single blocks unless a span is one site."""
+        spans: list[Span] = []
         together = self.config.scope == "span" or self._block_equals_span()
         previous_whole = True
         for name, block in run.blocks:
-            whole = self._is_whole(name, run.level)
-            if stretches and together and not whole and not previous_whole:
-                stretches[-1].blocks.append((name, block))
-                stretches[-1].depths.append(self._depth[name])
+            whole = self._is_whole(name, run.resolution)
+            if spans and together and not whole and not previous_whole:
+                spans[-1].blocks.append((name, block))
+                spans[-1].depths.append(self._depth[name])
             elif not whole:
-                stretches.append(Stretch(run, [(name, block)], [self._depth[name]]))
+                spans.append(Span(run, [(name, block)], [self._depth[name]]))
             previous_whole = whole
-        return stretches
+        return spans
 
     def _block_equals_span(self) -> bool:
         """Whether blocks one by one and a span of them give the same, up to rounding.
@@ -231,43 +243,49 @@ class Layout:
         unmerges = {config.unmerge_at(depth) for depth in (0.0, 1.0)}
         return merges == {"prune"} or (merges == {"mean"} and unmerges == {"copy"})
 
-    def _unit(
-        self, name: str, run: Run, block_name: str, depth: float, width: int, split: bool | None
-    ) -> Unit:
+    def _site(
+        self,
+        name: str,
+        run: BlockStack,
+        block_name: str,
+        depth: float,
+        width: int,
+        split: bool | None,
+    ) -> Site:
         config = self.config
-        key = {"block": block_name, "stack": run.name, "resolution": str(run.level)}[
+        key = {"block": block_name, "stack": run.name, "resolution": str(run.resolution)}[
             str(config.share)
         ]
-        shelf = self._shelves.setdefault(key, Shelf(run.level))
+        plan_cache = self._plan_caches.setdefault(key, PlanCache(run.resolution))
         unmerge = config.unmerge_at(depth)
-        unit = Unit(
+        site = Site(
             name,
-            run.level,
-            shelf,
+            run.resolution,
+            plan_cache,
             depth,
             config.merge_at(depth),
             unmerge,
             width,
             split=split,
         )
-        self.units.append(unit)
-        return unit
+        self.sites.append(site)
+        return site
 
-    def _lay(self, stretch: Stretch) -> bool:
-        """Plan the forwards of one stretch; returns whether any token can shrink there."""
-        run = stretch.run
-        blocks = stretch.blocks
+    def _lay_out(self, span: Span) -> bool:
+        """Plan the forwards of one span; returns whether any token can shrink there."""
+        run = span.run
+        blocks = span.blocks
         acted = False
         joint = None
         if len(blocks) > 1 and not self._on_attention:
-            depth = sum(stretch.depths) / len(stretch.depths)
+            depth = sum(span.depths) / len(span.depths)
             name = f"{blocks[0][0]}-{blocks[-1][0].rsplit('.', 1)[-1]}"
-            joint = self._unit(name, run, blocks[0][0], depth, self._width(blocks[0][1]), False)
-        for i, ((name, block), depth) in enumerate(zip(blocks, stretch.depths, strict=True)):
+            joint = self._site(name, run, blocks[0][0], depth, self._width(blocks[0][1]), False)
+        for i, ((name, block), depth) in enumerate(zip(blocks, span.depths, strict=True)):
             attentions = self.family.attentions(block)
             if self._on_attention:
-                units = {
-                    attribute: self._unit(
+                sites = {
+                    attribute: self._site(
                         f"{name}.{attribute}",
                         run,
                         name,
@@ -277,31 +295,31 @@ class Layout:
                     )
                     for attribute, attention in attentions.items()
                 }
-                if not units:
+                if not sites:
                     continue
-                alone = next(iter(units.values()))
+                alone = next(iter(sites.values()))
             else:
-                units = {}
-                alone = self._unit(
+                sites = {}
+                alone = self._site(
                     name, run, name, depth, self._width(block), None if joint is None else True
                 )
             acted = True
             self._blocks.append(
-                Laid(
+                BlockLayout(
                     name,
                     block,
                     joint or alone,
                     joint is None or i == 0,
                     joint is None or i == len(blocks) - 1,
                     alone,
-                    units,
+                    sites,
                     self._projections(name, run, attentions),
                 )
             )
         return acted
 
     def _projections(
-        self, name: str, run: Run, attentions: dict[str, nn.Module]
+        self, name: str, run: BlockStack, attentions: dict[str, nn.Module]
     ) -> dict[str, dict[str, Projection]]:
         keys_values = str(self.config.keys_values)
         found: dict[str, dict[str, Projection]] = {}
@@ -311,7 +329,7 @@ class Layout:
                 check_unfused(attention, f"{name}.{attribute}", keys_values)
             width = width_of(attention, "to_k", "out_features")
             found[attribute] = {
-                key: Projection(f"{name}.{attribute}.{key}", run.level, width)
+                key: Projection(f"{name}.{attribute}.{key}", run.resolution, width)
                 for key in ("to_k", "to_v")
             }
             if keys_values == "cached":

@@ -3,7 +3,7 @@
 A fast kernel lives in a file of its own and is chosen in `dispatch`; `reference` stays the definition.
 """
 
-from .dispatch import best_match, best_match_tiles, energy, energy_tiles, one_launch, use_triton
+from .dispatch import best_match, best_match_tiles, energy, energy_tiles, use_fused_rows, use_triton
 from .reference import group_max, group_sum
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "energy_tiles",
     "group_max",
     "group_sum",
-    "one_launch",
+    "use_fused_rows",
     "use_triton",
 ]

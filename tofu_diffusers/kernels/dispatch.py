@@ -91,7 +91,7 @@ def use_triton(*tensors: Tensor) -> bool:
     return True
 
 
-def one_launch(*tensors: Tensor) -> bool:
+def use_fused_rows(*tensors: Tensor) -> bool:
     """Whether a kernel that only moves rows is called; compiled, torch fuses its own with what is around."""
     return use_triton(*tensors) and not torch.compiler.is_compiling()
 

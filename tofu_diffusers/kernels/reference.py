@@ -14,12 +14,12 @@ from torch import Tensor
 CHUNK = 1 << 24
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in the dtype in which sums are taken: float32, or float64 if it is float64."""
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-def scale_of(x: Tensor) -> Tensor:
+def max_abs(x: Tensor) -> Tensor:
     """max |x| over the last axis, at least the smallest normal number.  [..., C] -> [..., 1]
 
     Dividing by it before squaring keeps norms finite for huge tokens and positive for tiny ones.
@@ -35,8 +35,8 @@ def length(x: Tensor) -> Tensor:
 
 def normalise(x: Tensor) -> Tensor:
     """Unit vectors in the wide dtype; a zero vector stays zero.  [..., C] -> [..., C]"""
-    x = wide(x.detach())  # choosing tokens is not differentiated: keep no activations
-    x = x / scale_of(x)
+    x = upcast(x.detach())  # choosing tokens is not differentiated: keep no activations
+    x = x / max_abs(x)
     return x / length(x).clamp(min=torch.finfo(x.dtype).tiny)
 
 

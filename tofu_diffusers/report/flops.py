@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..runtime.session import FEW_STEPS, Session, shapes_only
+from ..runtime.generation import FEW_STEPS, Generation
+from ..runtime.runtime import Runtime, shapes_only
 
 WHOLE = 3  # steps before the counted one: enough evidence for any method
 TOTAL = FEW_STEPS + 1  # no warning of few steps
@@ -21,44 +22,45 @@ TOTAL = FEW_STEPS + 1  # no warning of few steps
 
 def count(
     model: nn.Module,
-    session: Session,
+    runtime: Runtime,
     settings: Iterable[tuple[str, ...]],
-    attached: Callable[[nn.Module], Session],
+    attached: Callable[[nn.Module], Generation],
 ) -> dict[tuple[str, ...], int]:
-    """Count the FLOPs of one computed forward of the denoiser for each setting of its units' ratios.
+    """Count the FLOPs of one computed forward of the denoiser for each setting of its sites' ratios.
 
     Args:
         model: The denoiser; its class and config are used, not its weights.
-        session: Whose configuration and last call's shapes to count with.
-        settings: Ratios of all units, in the session's order.
-        attached: Puts the same tofu on a copy of the denoiser and returns its session.
+        runtime: Whose configuration and last call's shapes to count with.
+        settings: Ratios of all sites, in their order.
+        attached: Puts the same tofu on a copy of the denoiser and returns its generation.
     """
-    inputs = session.last_call or shapes_only(session.family.example(model))
+    setup, call = runtime.setup, runtime.call
+    inputs = call.inputs or shapes_only(setup.family.example(model))
     with torch.device("meta"):
         twin = type(model).from_config(dict(cast(Any, model).config))  # type: ignore[attr-defined]
     twin.eval().requires_grad_(False)
     counts = {}
     copy = attached(twin)
-    copy.fixed_grids = session.grids
-    conditions = int(session.conditions)
+    copy.runtime.reader.fixed = call.grids
+    branches = int(call.cfg_branches)
     with torch.no_grad():
-        # Whole steps make the evidence and fill the caches that reduced steps read.
+        # Computed steps make the evidence and fill the caches that reduced steps read.
         for step in range(WHOLE):
-            copy.tell(step, TOTAL, conditions)
-            _set(copy, None)
+            copy.set_step(step, TOTAL, branches)
+            _set(copy.runtime, None)
             twin(**inputs)
         for setting in settings:
-            copy.tell(WHOLE, TOTAL, conditions)
-            _set(copy, setting)
+            copy.set_step(WHOLE, TOTAL, branches)
+            _set(copy.runtime, setting)
             with FlopCounterMode(display=False) as counter:
                 twin(**inputs)
             counts[setting] = int(counter.get_total_flops())
     return counts
 
 
-def _set(session: Session, setting: tuple[str, ...] | None) -> None:
-    """Give the copy's units the ratios of a setting; None: whole."""
-    session.skip = False
-    units = session.units
-    for unit, ratio in zip(units, setting or ["0.0"] * len(units), strict=True):
-        unit.ratio = ratio
+def _set(runtime: Runtime, setting: tuple[str, ...] | None) -> None:
+    """Give the copy's sites the ratios of a setting; None: all tokens are computed."""
+    runtime.call.skip = False
+    sites = runtime.setup.sites
+    for site, ratio in zip(sites, setting or ["0.0"] * len(sites), strict=True):
+        site.ratio = ratio

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from ..profiles import origin
-from ..runtime.session import Session, StepRecord
-from ..runtime.units import Unit
+from ..runtime.generation import Generation, StepRecord
+from ..runtime.setup import Setup
+from ..runtime.sites import Site
 from .flops import count
 
 NOMINAL_STEPS = 20
@@ -20,7 +21,7 @@ NOMINAL_STEPS = 20
 
 @dataclass(frozen=True)
 class Row:
-    """One unit (attention, block or span): tokens of one image per call, averaged over the calls."""
+    """One site (attention, block or span): tokens of one image per call, averaged over the calls."""
 
     denoiser: str
     name: str
@@ -46,7 +47,7 @@ class Summary:
     """Result of `handle.summary()`; its str() is a table.
 
     Attributes:
-        rows: One a unit around which tokens are reduced.
+        rows: One a site around which tokens are reduced.
         steps: One a denoiser whose steps are skipped.
         flops_whole: FLOPs of the denoiser over the generation's steps without tofu.
         flops_run: The same with tofu.
@@ -105,118 +106,108 @@ class Summary:
         return "\n".join(lines)
 
 
-def site_stats(session: Session) -> list[dict[str, Any]]:
-    """A dict a unit: name, scope, calls, and tokens in and kept of one image, summed over the calls."""
+def site_stats(generation: Generation) -> list[dict[str, Any]]:
+    """A dict a site: name, scope, calls, and tokens in and kept of one image, summed over the calls."""
     return [
         {
-            "name": unit.name,
-            "scope": session.scope,
+            "name": site.name,
+            "scope": generation.runtime.setup.scope,
             "calls": calls,
             "tokens_in": calls * tokens,
             "tokens_kept": kept,
         }
-        for unit, calls, tokens, kept in _counts(session, session.steps())
+        for site, calls, tokens, kept in _counts(generation, generation.steps())
     ]
 
 
 def summarise(
-    sessions: list[tuple[nn.Module, Session]],
-    attached: Callable[..., Session],
+    generations: list[tuple[nn.Module, Generation]],
+    attached: Callable[..., Generation],
 ) -> Summary:
-    """The summary over all denoisers of a pipeline.
+    """Sum up all denoisers of a pipeline.
 
     Args:
-        attached: `attached(model, like=session)` puts the same tofu on a copy and returns its session.
+        attached: `attached(model, like=setup)` puts the same tofu on a copy and returns its generation.
     """
     rows: list[Row] = []
     skips: list[StepCount] = []
     whole = run = held = 0
-    nominal = not any(session.steps() for _, session in sessions)
-    for model, session in sessions:
-        steps = session.steps()
+    nominal = not any(generation.steps() for _, generation in generations)
+    for model, generation in generations:
+        runtime, setup = generation.runtime, generation.runtime.setup
+        steps = generation.steps()
         if nominal:
-            steps = _nominal_steps(session)
-            session.grids = session.family.grids(model, session.family.example(model))
+            steps = _nominal_steps(setup)
+            runtime.call.grids = setup.family.grids(model, setup.family.example(model))
         if not steps:
             continue
-        rows += _rows(type(model).__name__, session, steps)
-        if session.skipping is not None:
+        name = type(model).__name__
+        rows += [
+            Row(name, site.name, setup.scope, site.merge, site.unmerge, calls, tokens, kept / calls)
+            for site, calls, tokens, kept in _counts(generation, steps)
+        ]
+        if setup.skipping is not None:
             computed = sum(not step.skipped for step in steps)
-            skips.append(StepCount(type(model).__name__, len(steps), computed))
+            skips.append(StepCount(name, len(steps), computed))
         weights = Counter[tuple[str, ...]]()
         for step in steps:
             if not step.skipped:
                 weights[step.ratios] += step.calls
-        unreduced = tuple("0.0" for _ in session.units)
-        counts = count(model, session, {*weights, unreduced}, partial(attached, like=session))
+        unreduced = tuple("0.0" for _ in setup.sites)
+        counts = count(model, runtime, {*weights, unreduced}, partial(attached, like=setup))
         whole += counts[unreduced] * sum(step.calls for step in steps)
         run += sum(counts[setting] * calls for setting, calls in weights.items())
-        held += session.held
-    settings = "\n".join([*_settings(sessions[0][1]), f"family {sessions[0][1].family.name}"])
+        held += runtime.caches.peak_bytes
+    first = generations[0][1].runtime.setup
+    settings = "\n".join([*_settings(first), f"family {first.family.name}"])
     return Summary(tuple(rows), tuple(skips), whole, run, held, nominal, settings)
 
 
-def _rows(denoiser: str, session: Session, steps: list[StepRecord]) -> list[Row]:
-    return [
-        Row(
-            denoiser,
-            unit.name,
-            session.scope,
-            unit.merge,
-            unit.unmerge,
-            calls,
-            tokens,
-            kept / calls,
-        )
-        for unit, calls, tokens, kept in _counts(session, steps)
-    ]
-
-
-def _counts(session: Session, steps: list[StepRecord]) -> Iterator[tuple[Unit, int, int, int]]:
-    """Each unit in use, its calls, its tokens a call, and the tokens it kept over all calls."""
+def _counts(
+    generation: Generation, steps: list[StepRecord]
+) -> Iterator[tuple[Site, int, int, int]]:
+    """Each site in use, its calls, its tokens a call, and the tokens it kept over all calls."""
+    setup, call = generation.runtime.setup, generation.runtime.call
     steps = [step for step in steps if not step.skipped]
     calls = sum(step.calls for step in steps)
-    for i, unit in enumerate(session.units):
-        if session.in_use(unit) and unit.level in session.grids:
-            tokens = session.grids[unit.level].tokens
-            removed = sum(step.calls * session.removal(tokens, step.ratios[i]) for step in steps)
-            yield unit, calls, tokens, calls * tokens - removed
+    for i, site in enumerate(setup.sites):
+        if call.in_use(site) and site.resolution in call.grids:
+            tokens = call.grids[site.resolution].tokens
+            removed = sum(
+                step.calls * setup.tokens_removed(tokens, step.ratios[i]) for step in steps
+            )
+            yield site, calls, tokens, calls * tokens - removed
 
 
-def _nominal_steps(session: Session) -> list[StepRecord]:
-    """The steps of a typical generation, without disturbing the session."""
-    if not session.needs:
-        return [StepRecord(1, tuple(unit.ratio for unit in session.units))]
-    index, done, noise, told = session.index, session.done, session.noise, session.told
-    session.noise = [1.0 - i / NOMINAL_STEPS for i in range(NOMINAL_STEPS)]
-    steps = []
-    session.done, session.told = 0, True
+def _nominal_steps(setup: Setup) -> list[StepRecord]:
+    """The steps of a typical generation."""
+    if not setup.needs:
+        return [StepRecord(1, setup.settings_at(0, 0, []).ratios)]
+    noise = [1.0 - i / NOMINAL_STEPS for i in range(NOMINAL_STEPS)]
+    steps: list[StepRecord] = []
     for i in range(NOMINAL_STEPS):
-        session.index = i
-        session._set_ratios()
-        steps.append(StepRecord(1, tuple(unit.ratio for unit in session.units), session.skip))
-        session.done += not session.skip
-    session.index, session.done, session.noise, session.told = index, done, noise, told
-    session._set_ratios()
+        computed = sum(not step.skipped for step in steps)
+        settings = setup.settings_at(i, computed, noise)
+        steps.append(StepRecord(1, settings.ratios, settings.skip))
     return steps
 
 
-def _settings(session: Session) -> list[str]:
+def _settings(setup: Setup) -> list[str]:
     """A line on each configuration, and where it is from."""
-    lines = []
-    if session.reduction is not None:
-        each: Any = session.reduction
-        corrected = ", corrector" if each.corrector else ""
+    lines, family = [], setup.family.name
+    if setup.reduction is not None:
+        tokens = setup.reduction
+        corrected = ", corrector" if tokens.corrector else ""
+        without = " (without memory: few steps, or one call alone)" if setup.stands_in else ""
         lines.append(
-            f"TokenReduction: ratio {each.ratio:g}, method {each.method}, keys_values {each.keys_values}, "
-            f"scope {each.scope}{corrected}{origin(session.family.name, each)}"
-            f"{' (without memory: few steps, or one call alone)' if session.stands_in else ''}"
+            f"TokenReduction: ratio {tokens.ratio:g}, method {tokens.method}, keys_values "
+            f"{tokens.keys_values}, scope {tokens.scope}{corrected}{origin(family, tokens)}{without}"
         )
-    if session.skipping is not None:
-        each = session.skipping
-        corrected = ", corrector" if each.corrector else ""
+    if setup.skipping is not None:
+        steps = setup.skipping
+        corrected = ", corrector" if steps.corrector and steps.order else ""
         lines.append(
-            f"StepSkipping: speedup {each.speedup:g}, rule {each.rule}, {each.steps_needed} warm-up steps, "
-            f"order {each.order}{corrected}{origin(session.family.name, each)}"
+            f"StepSkipping: speedup {steps.speedup:g}, rule {steps.rule}, {steps.steps_needed} warm-up "
+            f"steps, order {steps.order}{corrected}{origin(family, steps)}"
         )
     return lines

@@ -9,38 +9,51 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ..runtime.session import Session
+from typing import Any, Protocol
 
 CLOCK = "_tofu_clock"
 WATCHED = ("set_timesteps", "step")
-NOISY = ("Ancestral", "DDPM", "LCM", "SASolver", "SDE", "TCD")
-"""In the names of schedulers that draw noise at every step, which drowns what was wrong before."""
+
+
+class StepListener(Protocol):
+    """Who is told by a clock: a generation.
+
+    Attributes:
+        pipeline: The pipeline it serves, or None; copied along with that pipeline only.
+        schedulers: Those that tell it.
+    """
+
+    schedulers: list[Any]
+
+    @property
+    def pipeline(self) -> Any: ...
+
+    def start(self, scheduler: Any) -> None:
+        """A generation starts: the scheduler has set its timesteps."""
+
+    def advance(self, scheduler: Any, timestep: Any) -> None:
+        """A step is over."""
 
 
 class Clock:
-    """Tells sessions when a scheduler starts a generation and when it advances.
+    """Tells listeners when a scheduler starts a generation and when it advances.
 
     A scheduler is copied without them, and so without their models, unless its pipeline is copied with it.
     """
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
-        self.sessions: list[Session] = []
+        self.listeners: list[StepListener] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Clock:
         if id(self.scheduler) not in memo:
             return self  # of the scheduler's attributes alone, to be put back later (Panorama)
         clock = Clock(memo[id(self.scheduler)])
         memo[id(self)] = clock
-        clock.sessions = [
-            copy.deepcopy(session, memo)
-            for session in self.sessions
-            if id(session.pipeline.get()) in memo
+        clock.listeners = [
+            copy.deepcopy(listener, memo)
+            for listener in self.listeners
+            if id(listener.pipeline) in memo
         ]
         return clock
 
@@ -48,12 +61,12 @@ class Clock:
         return Clock, (self.scheduler,)
 
     def start(self) -> None:
-        for session in self.sessions:
-            session.follow(self.scheduler)
+        for listener in self.listeners:
+            listener.start(self.scheduler)
 
     def advance(self, timestep: Any) -> None:
-        for session in self.sessions:
-            session.advance(self.scheduler, timestep)
+        for listener in self.listeners:
+            listener.advance(self.scheduler, timestep)
 
 
 class Watched:
@@ -91,8 +104,8 @@ class Watched:
         return result
 
 
-def watch(scheduler: Any, session: Session) -> None:
-    """Let a scheduler tell this session its steps."""
+def watch(scheduler: Any, listener: StepListener) -> None:
+    """Let a scheduler tell this listener its steps."""
     clock = scheduler.__dict__.get(CLOCK)
     if clock is None:
         clock = Clock(scheduler)
@@ -100,19 +113,19 @@ def watch(scheduler: Any, session: Session) -> None:
         for name in WATCHED:
             if hasattr(scheduler, name):
                 scheduler.__dict__[name] = Watched(clock, name)
-    if session not in clock.sessions:
-        clock.sessions.append(session)
-        session.schedulers.append(scheduler)
+    if listener not in clock.listeners:
+        clock.listeners.append(listener)
+        listener.schedulers.append(scheduler)
 
 
-def unwatch(session: Session) -> None:
-    """Undo every `watch` of this session; the last session out puts a scheduler's methods back."""
-    for scheduler in session.schedulers:
+def unwatch(listener: StepListener) -> None:
+    """Undo every `watch` of this listener; the last listener out puts a scheduler's methods back."""
+    for scheduler in listener.schedulers:
         clock: Clock = scheduler.__dict__[CLOCK]
-        clock.sessions = [other for other in clock.sessions if other is not session]
-        if not clock.sessions:
+        clock.listeners = [other for other in clock.listeners if other is not listener]
+        if not clock.listeners:
             _restore(scheduler)
-    session.schedulers.clear()
+    listener.schedulers.clear()
 
 
 def _restore(scheduler: Any) -> None:
@@ -126,58 +139,7 @@ def _restore(scheduler: Any) -> None:
                 scheduler.__dict__[name] = ours.inner
 
 
-def is_watched(scheduler: Any, session: Session) -> bool:
-    """Whether this scheduler already tells this session its steps."""
+def is_watched(scheduler: Any, listener: StepListener) -> bool:
+    """Whether this scheduler already tells this listener its steps."""
     clock = getattr(scheduler, "__dict__", {}).get(CLOCK)
-    return clock is not None and session in clock.sessions
-
-
-def noise_levels(scheduler: Any) -> list[float]:
-    """Timesteps of the coming generation as fractions of the training range, 1 = pure noise.
-
-    One host read a generation.
-    """
-    timesteps = scheduler.timesteps
-    values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
-    return [noise_level(scheduler, value) for value in values]
-
-
-def moves(scheduler: Any) -> list[float] | None:
-    """How far each step of the coming generation moves the latents along the prediction, up to a factor.
-
-    To first order a step adds the prediction times a difference: of sigma under flow matching, of
-    sigma / alpha where noise is predicted, of the angle atan(sigma / alpha) where velocity is. One host
-    read a generation.
-
-    Returns:
-        One number a timestep, all above 0; None where a step is not of this kind: several calls a step,
-        noise drawn anew, another thing predicted.
-    """
-    config, count = scheduler.config, len(scheduler.timesteps)
-    sigmas, alphas = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
-    name = type(scheduler).__name__
-    noisy = any(word in name for word in NOISY) or config.get("stochastic_sampling", False)
-    if noisy or str(config.get("algorithm_type", "")).startswith("sde"):
-        return None
-    flow = "FlowMatch" in name or config.get("use_flow_sigmas", False)
-    kind = "flow_prediction" if flow else config.get("prediction_type")
-    if kind not in ("flow_prediction", "epsilon", "v_prediction") or (alphas is None and not flow):
-        return None
-    if sigmas is not None and len(sigmas) == count + 1:
-        levels = sigmas.tolist()
-    elif alphas is not None:
-        kept = alphas[scheduler.timesteps.long().to(alphas.device)].double()
-        levels = [*((1 - kept) / kept).sqrt().tolist(), 0.0]
-    else:
-        return None
-    if kind == "v_prediction":
-        levels = [math.atan(level) for level in levels]
-    found = [before - after for before, after in pairwise(levels)]
-    return found if all(move > 0 for move in found) else None
-
-
-def noise_level(scheduler: Any, timestep: Any) -> float:
-    """A timestep as a fraction of the training range; of several, the noisiest token's. A host read."""
-    value = timestep.max().item() if hasattr(timestep, "max") else timestep
-    most = float(getattr(scheduler.config, "num_train_timesteps", None) or 1000)
-    return min(1.0, max(0.0, float(value) / most))
+    return clock is not None and listener in clock.listeners

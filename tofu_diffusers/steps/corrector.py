@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..kernels.reference import wide
+from ..kernels.reference import upcast
 
 
 @dataclass
-class Debt:
+class CorrectorState:
     """What the latents got under one condition while tokens were not computed; changed in place only.
 
     By tokens, as maps over the latents: what a token stands for is corrected where it stands.
@@ -25,13 +25,13 @@ class Debt:
     """
 
     computed: Tensor
-    used: Tensor
-    moved: Tensor
-    turned: Tensor
+    integrated: Tensor
+    step_size_sum: Tensor
+    step_size_moment: Tensor
     last: Tensor
 
     @classmethod
-    def of(cls, prediction: Tensor, step: Tensor) -> Debt:
+    def of(cls, prediction: Tensor, step: Tensor) -> CorrectorState:
         """None yet: as if all had been computed at this step."""
         none = torch.zeros_like(prediction[:, :1])
         # Every one a tensor of its own: they are written.
@@ -51,7 +51,7 @@ class Debt:
 
 
 @dataclass
-class Corrections:
+class Corrector:
     """Brings back the latents of tokens that were not computed, at the step that computes them again.
 
     At the steps between, the prediction of such a token was made from extrapolated updates. Once it is
@@ -67,29 +67,29 @@ class Corrections:
         moves: Of the steps of this generation; None: nothing is corrected.
     """
 
-    moves: list[float] | None = None
-    debts: dict[str, Debt] = field(default_factory=dict)
+    step_sizes: list[float] | None = None
+    states: dict[str, CorrectorState] = field(default_factory=dict)
     factors: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(debt.nbytes for debt in self.debts.values())
+        return sum(state.nbytes for state in self.states.values())
 
-    def begin(self, moves: list[float] | None) -> None:
+    def begin(self, step_sizes: list[float] | None) -> None:
         """Take note of how far the steps of a generation go, as `clock.moves` has it."""
-        self.moves = moves
+        self.step_sizes = step_sizes
         self.factors = None
-        if moves is not None:
-            back = [1 / move for move in moves[:-1]] + [0.0]
-            self.factors = torch.tensor([moves, back])
+        if step_sizes is not None:
+            back = [1 / move for move in step_sizes[:-1]] + [0.0]
+            self.factors = torch.tensor([step_sizes, back])
 
     def to(self, device: torch.device) -> None:
         """Where the denoiser is."""
         if self.factors is not None and self.factors.device != device:
             self.factors = self.factors.to(device)
 
-    def settled(
+    def apply(
         self, condition: str, prediction: Tensor, computed: Tensor | None, step: Tensor
     ) -> Tensor:
         """The prediction with what tokens lack that this step computed.
@@ -103,19 +103,23 @@ class Corrections:
             [B, C, F, H, W] of the same dtype.
         """
         assert self.factors is not None
-        p = wide(prediction.detach())
-        debt = self.debts.get(condition)
-        if debt is None:
-            debt = self.debts[condition] = Debt.of(p, step)
+        p = upcast(prediction.detach())
+        state = self.states.get(condition)
+        if state is None:
+            state = self.states[condition] = CorrectorState.of(p, step)
         move, back = self.factors.index_select(1, step.long().view(1)).to(p.dtype)
-        age = step - debt.last
-        turn = debt.turned / age.clamp(min=1.0)
-        lacking = debt.moved * debt.computed + turn * (p - debt.computed) - debt.used
-        corrected = (p + back * lacking).to(prediction.dtype)
-        paid = torch.ones_like(debt.last, dtype=torch.bool) if computed is None else computed
-        debt.used.copy_((debt.used + move * p).masked_fill(paid, 0.0))
-        debt.moved.copy_((debt.moved + move).masked_fill(paid, 0.0))
-        debt.turned.copy_((debt.turned + move * age).masked_fill(paid, 0.0))
-        debt.computed.copy_(torch.where(paid, p, debt.computed))
-        debt.last.copy_(torch.where(paid, step, debt.last))
-        return torch.where(paid, corrected, prediction)
+        age = step - state.last
+        turn = state.step_size_moment / age.clamp(min=1.0)
+        missing = (
+            state.step_size_sum * state.computed + turn * (p - state.computed) - state.integrated
+        )
+        corrected = (p + back * missing).to(prediction.dtype)
+        recomputed = torch.ones_like(state.last, dtype=torch.bool) if computed is None else computed
+        state.integrated.copy_((state.integrated + move * p).masked_fill(recomputed, 0.0))
+        state.step_size_sum.copy_((state.step_size_sum + move).masked_fill(recomputed, 0.0))
+        state.step_size_moment.copy_(
+            (state.step_size_moment + move * age).masked_fill(recomputed, 0.0)
+        )
+        state.computed.copy_(torch.where(recomputed, p, state.computed))
+        state.last.copy_(torch.where(recomputed, step, state.last))
+        return torch.where(recomputed, corrected, prediction)

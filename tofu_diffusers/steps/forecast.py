@@ -9,12 +9,12 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from ..kernels.reference import wide
+from ..kernels.reference import upcast
 from ..tokens.unmerge import UpdateCache, own_update
 
 
 @dataclass
-class Past:
+class PredictionCache:
     """The last predictions under one condition, each row of the batch as the update of one wide token.
 
     Args:
@@ -29,7 +29,7 @@ class Past:
 
 
 @dataclass
-class Predictions:
+class Forecaster:
     """The past of every condition of one generation; repeats it or extrapolates it linearly.
 
     The first order of TaylorSeer (arXiv 2503.06923), on the prediction instead of on every layer.
@@ -46,8 +46,8 @@ class Predictions:
     """
 
     order: int
-    past: dict[str, Past] = field(default_factory=dict)
-    moves: list[float] | None = None
+    past: dict[str, PredictionCache] = field(default_factory=dict)
+    step_sizes: list[float] | None = None
     weights: Tensor | None = None
 
     @property
@@ -65,10 +65,10 @@ class Predictions:
         batch, numbers = prediction.shape[0], prediction[0].numel()
         return UpdateCache.nbytes_for(self.kept, batch, 1, numbers, prediction.dtype)
 
-    def begin(self, moves: list[float] | None) -> None:
+    def begin(self, step_sizes: list[float] | None) -> None:
         """Take note of how far the steps of a generation go, as `clock.moves` has it."""
-        self.moves = moves
-        self.weights = None if moves is None else rest_weights(moves)
+        self.step_sizes = step_sizes
+        self.weights = None if step_sizes is None else corrector_weights(step_sizes)
 
     def to(self, device: torch.device) -> None:
         """Where the denoiser is."""
@@ -86,7 +86,7 @@ class Predictions:
             batch, _, numbers = rows.shape
             cache = UpdateCache.empty(self.kept, batch, 1, numbers, rows.dtype, rows.device)
             kind = Transformer2DModelOutput if isinstance(out, tuple) else type(out)
-            self.past[condition] = Past(cache, out[0].shape, kind)
+            self.past[condition] = PredictionCache(cache, out[0].shape, kind)
         cache = self.past[condition].cache
         if not corrects or self.weights is None or cache.slope is None:
             cache.record(rows, step)
@@ -94,10 +94,10 @@ class Predictions:
         last = cache.last.long().clamp(min=0)
         # Expanded: an index without axes would be read by the host.
         weight = self.weights[last, step.long().expand_as(last)][..., None]
-        before = wide(cache.slope) * weight
+        before = upcast(cache.slope) * weight
         cache.record(rows, step)
-        lacking = wide(cache.slope) * weight - before
-        prediction = (wide(rows) + lacking).to(rows.dtype).view(out[0].shape)
+        missing = upcast(cache.slope) * weight - before
+        prediction = (upcast(rows) + missing).to(rows.dtype).view(out[0].shape)
         return with_prediction(out, prediction)
 
     def forecast(self, condition: str, step: Tensor, return_dict: bool) -> Any:
@@ -113,7 +113,7 @@ def with_prediction(out: Any, prediction: Tensor) -> Any:
     return type(out)(sample=prediction) if hasattr(out, "sample") else (prediction, *out[1:])
 
 
-def rest_weights(moves: list[float]) -> Tensor:
+def corrector_weights(step_sizes: list[float]) -> Tensor:
     """By what a change of slope is multiplied to correct a rest: from step i to step k that both ran.
 
     At step j between them p_i + (j - i) s was taken for the prediction. Interpolated it is p_i + (j - i) s'
@@ -126,13 +126,13 @@ def rest_weights(moves: list[float]) -> Tensor:
     Returns:
         [N, N] float32, 0 where there is no step between the two.
     """
-    move = torch.tensor(moves, dtype=torch.float64)
-    place = torch.arange(len(moves), dtype=torch.float64)
+    move = torch.tensor(step_sizes, dtype=torch.float64)
+    place = torch.arange(len(step_sizes), dtype=torch.float64)
     # Sums up to, not with, each step: of the moves, and of the moves times their place.
     zero = move.new_zeros(1)
     plain = torch.cat([zero, move.cumsum(0)])
     placed = torch.cat([zero, (move * place).cumsum(0)])
-    lacking = (placed[:-1] - placed[1:, None]) - place[:, None] * (plain[:-1] - plain[1:, None])
-    weights = (lacking / move).triu(2)
+    missing = (placed[:-1] - placed[1:, None]) - place[:, None] * (plain[:-1] - plain[1:, None])
+    weights = (missing / move).triu(2)
     weights[:, -1] = 0.0
     return weights.float()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import one_launch
+from ..kernels import use_fused_rows
 
 
-def take(x: Tensor, positions: Tensor) -> Tensor:
+def gather_rows(x: Tensor, positions: Tensor) -> Tensor:
     """The rows at these positions.  [B, N, C], [B, M] int64 -> [B, M, C]"""
-    if one_launch(x):
+    if use_fused_rows(x):
         rows: Tensor = torch.ops.tofu.take_rows(x, positions)
         return rows
     batch, count = positions.shape
@@ -22,9 +22,9 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
     return taken.view(batch, count, x.shape[2])
 
 
-def put_(x: Tensor, positions: Tensor, rows: Tensor) -> None:
+def scatter_rows_(x: Tensor, positions: Tensor, rows: Tensor) -> None:
     """Replace rows of x, which must be contiguous, in place."""
-    if one_launch(x, rows):
+    if use_fused_rows(x, rows):
         torch.ops.tofu.put_rows_(x, positions, rows)
         return
     x.view(-1, x.shape[2]).index_copy_(0, _flat(positions, x.shape[1]), rows.flatten(0, 1))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import group_max, group_sum, use_triton
-from ..kernels.reference import scale_of, wide
+from ..kernels.reference import max_abs, upcast
 from .plan import Plan
 
 EPS = 1e-6
@@ -30,7 +30,7 @@ def mean(x: Tensor, plan: Plan) -> Tensor:
         return _in_triton(x, plan, None)
     share = plan.sizes().gather(1, plan.assign)[..., None]
     # Divided before the sum: the sum of large tokens may not be representable, their mean is.
-    return group_sum(wide(x) / share, plan.assign, plan.kept.shape[1]).to(x.dtype)
+    return group_sum(upcast(x) / share, plan.assign, plan.kept.shape[1]).to(x.dtype)
 
 
 def mlerp(x: Tensor, plan: Plan) -> Tensor:
@@ -42,11 +42,11 @@ def mlerp(x: Tensor, plan: Plan) -> Tensor:
     if use_triton(x):
         return _in_triton(x, plan, EPS)
     groups = plan.kept.shape[1]
-    y = wide(x)
+    y = upcast(x)
     # Every group is brought to a largest entry of 1 first: squares neither overflow nor vanish.
     tiny = torch.finfo(y.dtype).tiny
-    scale = group_max(scale_of(y)[..., 0], plan.assign, groups)[..., None].clamp(min=tiny)
-    y = y / plan.spread(scale)
+    scale = group_max(max_abs(y)[..., 0], plan.assign, groups)[..., None].clamp(min=tiny)
+    y = y / plan.broadcast(scale)
     longest = group_max(y.norm(dim=-1), plan.assign, groups)[..., None]
     xbar = group_sum(y, plan.assign, groups) / plan.sizes()[..., None]
     length = torch.maximum(xbar.norm(dim=-1, keepdim=True), EPS * longest).clamp(min=tiny)

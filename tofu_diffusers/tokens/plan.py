@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gather import take
+from .gather import gather_rows
 
 
 class Plan(NamedTuple):
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
         """The same plan for `times` copies of the batch, tiled as `Tensor.repeat` tiles rows."""
         return Plan(self.kept.repeat(times, 1), self.assign.repeat(times, 1))
 
-    def surrounded(self, before: int, after: int) -> Plan:
+    def padded(self, before: int, after: int) -> Plan:
         """The same plan for a sequence with so many more tokens around it, all of them kept."""
         if not before and not after:
             return self
@@ -60,11 +60,11 @@ class Plan(NamedTuple):
 
     def rows(self, x: Tensor) -> Tensor:
         """The kept tokens of x.  [B, N, C] -> [B, K, C]"""
-        return take(x, self.kept)
+        return gather_rows(x, self.kept)
 
-    def spread(self, y: Tensor) -> Tensor:
+    def broadcast(self, y: Tensor) -> Tensor:
         """To every token, the row of its group.  [B, K, C] -> [B, N, C]"""
-        return take(y, self.assign)
+        return gather_rows(y, self.assign)
 
     def check(self) -> None:
         """Read every index and raise ValueError on a broken invariant. Waits for the device."""

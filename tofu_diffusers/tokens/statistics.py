@@ -12,7 +12,7 @@ from .grid import TokenGrid
 from .methods.base import Source
 
 
-class Tracker:
+class TokenStatistics:
     """Ages and importance of the tokens of one batch of images, changed in place.
 
     Predictions are compared at the resolution of the latents and pooled to each level's grid.
@@ -37,7 +37,8 @@ class Tracker:
         # Levels are numbered from the finest.
         self.finest = min(grids)
         self.last = {
-            level: torch.zeros(images, grid.tokens, device=device) for level, grid in grids.items()
+            resolution: torch.zeros(images, grid.tokens, device=device)
+            for resolution, grid in grids.items()
         }
         self.prediction: Tensor | None = None
         self.first: Tensor | None = None
@@ -57,7 +58,7 @@ class Tracker:
             first, second = x.chunk(2)
             return (first if conditional_first else second).clone()
 
-        self.last = {level: conditional(last) for level, last in self.last.items()}
+        self.last = {resolution: conditional(last) for resolution, last in self.last.items()}
         self.scores = {source: conditional(score) for source, score in self.scores.items()}
         if self.prediction is not None:
             self.prediction = conditional(self.prediction)
@@ -65,13 +66,13 @@ class Tracker:
             self._note_guidance(*self.first.chunk(2))
             self.first = conditional(self.first)
 
-    def age(self, level: int, step: Tensor) -> Tensor:
+    def age(self, resolution: int, step: Tensor) -> Tensor:
         """Steps since each token of the level was computed.  -> [I, N] float32"""
-        return step - self.last[level]
+        return step - self.last[resolution]
 
-    def importance(self, level: int) -> dict[Source, Tensor]:
+    def importance(self, resolution: int) -> dict[Source, Tensor]:
         """The scores pooled to the level's grid.  -> source -> [I, N] float32"""
-        sides, grid = self.grids[self.finest].sides, self.grids[level]
+        sides, grid = self.grids[self.finest].sides, self.grids[resolution]
         return {
             source: _pool(score.view(-1, 1, *sides), grid) for source, score in self.scores.items()
         }
@@ -97,8 +98,8 @@ class Tracker:
             self.first = prediction
             if other is not None:
                 self._note_guidance(prediction, other)
-        for level, positions in kept.items():
-            last = self.last[level]
+        for resolution, positions in kept.items():
+            last = self.last[resolution]
             if not positions:
                 last.copy_(step.expand_as(last))
             for rows in positions:

@@ -19,16 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import one_launch
-from ..kernels.reference import scale_of, wide
-from .gather import put_, take
+from ..kernels import use_fused_rows
+from ..kernels.reference import max_abs, upcast
+from .gather import gather_rows, scatter_rows_
 from .plan import Plan
 
 UNMERGES = ("copy", "mlerp", "temporal", "taylor", "blend")
 CACHED = frozenset({"temporal", "taylor", "blend"})
 
 
-def _fit(x: Tensor, dtype: torch.dtype) -> Tensor:
+def clamp_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast, within the dtype's range: an extrapolation of finite values may leave it. Overwrites x."""
     limit = torch.finfo(dtype).max
     return x.clamp_(-limit, limit).to(dtype)
@@ -71,7 +71,7 @@ class UpdateCache:
 
     @staticmethod
     def nbytes_for(unmerge: str, batch: int, tokens: int, channels: int, dtype: torch.dtype) -> int:
-        """Bytes that `empty` would take; 0 for a unmerge without a cache."""
+        """Bytes that `empty` would take; 0 for an unmerge without a cache."""
         if unmerge not in CACHED:
             return 0
         tensors = 2 if unmerge == "taylor" else 1
@@ -102,12 +102,12 @@ class UpdateCache:
         update = update.to(self.value.dtype)
         slope = None
         if self.slope is not None:
-            old = self.value if kept is None else take(self.value, kept)
-            before = self.slope if kept is None else take(self.slope, kept)
+            old = self.value if kept is None else gather_rows(self.value, kept)
+            before = self.slope if kept is None else gather_rows(self.slope, kept)
             span = now - since
-            change = (wide(update) - wide(old)).div_(span.clamp(min=1e-6)[..., None])
+            change = (upcast(update) - upcast(old)).div_(span.clamp(min=1e-6)[..., None])
             # A second call within one step spans no time and says nothing of the slope.
-            slope = torch.where((span > 0)[..., None], _fit(change, before.dtype), before)
+            slope = torch.where((span > 0)[..., None], clamp_cast(change, before.dtype), before)
             slope = slope.masked_fill_((since < 0)[..., None], 0)
         if kept is None:
             self.value.copy_(update)
@@ -116,10 +116,10 @@ class UpdateCache:
                 self.slope.copy_(slope)
             self.complete = True
         else:
-            put_(self.value, kept, update)
+            scatter_rows_(self.value, kept, update)
             self.last.scatter_(1, kept, now)
             if self.slope is not None and slope is not None:
-                put_(self.slope, kept, slope)
+                scatter_rows_(self.slope, kept, slope)
 
 
 def _rescaled(update: Tensor, plan: Plan, x: Tensor, merged: Tensor) -> Tensor:
@@ -128,16 +128,16 @@ def _rescaled(update: Tensor, plan: Plan, x: Tensor, merged: Tensor) -> Tensor:
     Capped at the group's size: without opposed tokens neither MLERP (rho <= 1) nor a mean asks
     for more, and with them the quotient has no bound.
     """
-    x, y = wide(x), wide(merged)
+    x, y = upcast(x), upcast(merged)
     # Norms as scale * norm, divided part by part: neither may be representable by itself.
-    x_scale, y_scale = scale_of(x), plan.spread(scale_of(y))
+    x_scale, y_scale = max_abs(x), plan.broadcast(max_abs(y))
     x_norm = (x / x_scale).norm(dim=-1, keepdim=True)
-    y_norm = plan.spread((y / scale_of(y)).norm(dim=-1, keepdim=True))
-    size = plan.spread(plan.sizes()[..., None]).to(x.dtype)
+    y_norm = plan.broadcast((y / max_abs(y)).norm(dim=-1, keepdim=True))
+    size = plan.broadcast(plan.sizes()[..., None]).to(x.dtype)
     quotient = x_norm / y_norm.clamp(min=torch.finfo(x.dtype).tiny) * (x_scale / y_scale)
     # Behind a group of zeros there is no length to compare: a plain copy.
     rho = torch.where(y_norm > 0, torch.minimum(quotient, size), 1.0)
-    return (plan.spread(wide(update)) * rho).to(update.dtype)
+    return (plan.broadcast(upcast(update)) * rho).to(update.dtype)
 
 
 def own_update(kind: str, cache: UpdateCache, step: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,7 +145,9 @@ def own_update(kind: str, cache: UpdateCache, step: Tensor, dtype: torch.dtype) 
     if kind == "temporal" or cache.slope is None:
         return cache.value.to(dtype, copy=True)
     age = step.to(torch.float32) - cache.last
-    return _fit(torch.addcmul(wide(cache.value), age[..., None], wide(cache.slope)), dtype)
+    return clamp_cast(
+        torch.addcmul(upcast(cache.value), age[..., None], upcast(cache.slope)), dtype
+    )
 
 
 def _from_past(
@@ -159,10 +161,10 @@ def _from_past(
     if kind != "blend":
         own = own_update(kind, cache, step, copied.dtype)
     else:
-        before = plan.spread(plan.rows(cache.value))
-        own = _fit(wide(cache.value) + (wide(copied) - wide(before)), copied.dtype)
+        before = plan.broadcast(plan.rows(cache.value))
+        own = clamp_cast(upcast(cache.value) + (upcast(copied) - upcast(before)), copied.dtype)
         # The match's change is known only if its own past is.
-        known = known & plan.spread(plan.rows(cache.last[..., None]) >= 0)[..., 0]
+        known = known & plan.broadcast(plan.rows(cache.last[..., None]) >= 0)[..., 0]
     return torch.where((known & ~plan.is_kept())[..., None], own, copied)
 
 
@@ -223,7 +225,7 @@ def unmerge_onto(
     Raises:
         ValueError: as `unmerge`.
     """
-    if one_launch(x, update):
+    if use_fused_rows(x, update):
         if kind == "copy":
             copied: Tensor = torch.ops.tofu.unmerge_copy(
                 x, update, plan.kept, plan.assign, computed
@@ -242,7 +244,7 @@ def unmerge_onto(
     # In place: nobody else holds it, and on a CPU to make room for as much again costs more than the sum.
     full = unmerged.to(x.dtype).add_(x)
     if computed is not None:
-        put_(full, plan.kept, computed)
+        scatter_rows_(full, plan.kept, computed)
     return full
 
 
@@ -290,7 +292,7 @@ def unmerge_tokens(
             )
         return _rescaled(update, plan, x, merged)
     if kind == "copy":
-        return plan.spread(update)
+        return plan.broadcast(update)
     if cache is None or step is None:
         missing = "cache" if cache is None else "step"
         raise ValueError(
@@ -305,13 +307,13 @@ def unmerge_tokens(
         )
     if kind == "taylor" and cache.slope is None:
         raise ValueError("unmerge 'taylor' needs a cache with slopes; make it by empty('taylor')")
-    if _fits(update, cache, step, kind) and one_launch(update, cache.value):
+    if _fits(update, cache, step, kind) and use_fused_rows(update, cache.value):
         return _cached_in_one_launch(update, plan, kind, cache, step, max_age, None, None)
     if cache.complete and max_age is None and kind != "blend":
         full = own_update(kind, cache, step, update.dtype)
-        put_(full, plan.kept, update)
+        scatter_rows_(full, plan.kept, update)
     else:
-        full = _from_past(kind, plan.spread(update), plan, cache, step, max_age)
+        full = _from_past(kind, plan.broadcast(update), plan, cache, step, max_age)
     cache.record(update, step, plan.kept)
     if kind == "blend":  # the next step builds on what this one used, for removed tokens too
         cache.value.copy_(full)

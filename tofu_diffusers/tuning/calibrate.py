@@ -120,7 +120,7 @@ def gradients(
     model: nn.Module, family: Family, named: Kwargs, seed: int
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, image tokens and their gradient [B, N, C] of every block, for one call of the denoiser."""
-    runs = family.runs(model)
+    runs = family.block_stacks(model)
     inputs: dict[str, Tensor] = {}
     hooks = [
         block.register_forward_pre_hook(partial(_note_input, inputs, name), with_kwargs=True)
@@ -140,9 +140,9 @@ def gradients(
             hook.remove()
     grids = family.grids(model, named)
     by_name = dict(zip(inputs, found, strict=True))
-    levels = {name: run.level for run in runs for name, _ in run.blocks}
+    resolutions = {name: run.resolution for run in runs for name, _ in run.blocks}
     for name, gradient in by_name.items():
-        grid = grids[levels[name]]
+        grid = grids[resolutions[name]]
         tokens = slice(grid.text_before, grid.text_before + grid.tokens)
         # Some blocks take their tokens as a map.
         x, change = (

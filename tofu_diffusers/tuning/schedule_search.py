@@ -12,18 +12,18 @@ from torch import Tensor
 from ..api import apply_tofu, only_denoiser, remove_tofu
 from ..config import TokenReduction
 from ..hooks.patch import state_of
-from ..runtime.session import Session
+from ..runtime.generation import Generation
 from ..steps.schedule import Schedule
 from .calibrate import latents
 
 # Of the policy: factors at these many noise levels and depths, evenly spread.
-LEVELS, DEPTHS = 4, 3
+NOISE_POINTS, DEPTHS = 4, 3
 SPREAD = 1.0
 RATE = 0.5
 
 
 @dataclass(frozen=True)
-class Learned:
+class LearnedSchedule:
     """Result of `learn_schedule`.
 
     Attributes:
@@ -38,33 +38,34 @@ class Learned:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What there is to shrink in a generation: noise levels of the steps, depth and weight of the units."""
+class ReductionBudget:
+    """What there is to shrink in a generation: noise levels of the steps, depth and weight of the sites."""
 
     positions: tuple[float, ...]
     depths: tuple[float, ...]
     weights: tuple[float, ...]
 
     @classmethod
-    def of(cls, session: Session) -> Work:
-        """Of the generation that the session has just seen; steps that ran whole are left out.
+    def of(cls, generation: Generation) -> ReductionBudget:
+        """Of the generation just seen; its warm-up and cool-down steps are left out.
 
         Raises:
-            ValueError: if all did.
+            ValueError: if it had no others.
         """
-        assert session.reduction is not None
-        whole, last = session.warmup_steps(), len(session.noise) - session.reduction.cooldown_steps
-        if whole >= last:
+        setup, call, noise = generation.runtime.setup, generation.runtime.call, generation.noise
+        assert setup.reduction is not None
+        first, last = setup.warmup_steps, len(noise) - setup.reduction.cooldown_steps
+        if first >= last:
             raise ValueError(
-                f"all {len(session.noise)} steps run whole, so there is nothing to learn; ask for more than "
-                f"{len(session.noise) - last + whole} steps"
+                f"all {len(noise)} steps compute all tokens, so there is nothing to learn; ask for more than "
+                f"{len(noise) - last + first} steps"
             )
-        units = [unit for unit in session.units if session.in_use(unit)]
+        sites = [site for site in setup.sites if call.in_use(site)]
         return cls(
-            tuple(1.0 - noise for noise in session.noise[whole:last]),
-            tuple(unit.depth for unit in units),
+            tuple(1.0 - level for level in noise[first:last]),
+            tuple(site.depth for site in sites),
             # Linear layers have the larger part of a block's FLOPs.
-            tuple(float(session.grids[unit.level].tokens * unit.width**2) for unit in units),
+            tuple(float(call.grids[site.resolution].tokens * site.width**2) for site in sites),
         )
 
     def removed(self, config: TokenReduction) -> float:
@@ -86,7 +87,7 @@ def learn_schedule(
     candidates: int = 6,
     seed: int = 0,
     **options: Any,
-) -> Learned:
+) -> LearnedSchedule:
     """Spread a configuration's ratio over noise levels and depths such that latents drift less.
 
     A Gaussian policy draws factors for the two schedules, all scaled such that no less is left out than by
@@ -125,27 +126,27 @@ def learn_schedule(
     model = only_denoiser(pipe, config.family)
     wanted = generated()
 
-    def error(tried: TokenReduction) -> tuple[float, Work]:
+    def error(tried: TokenReduction) -> tuple[float, ReductionBudget]:
         apply_tofu(pipe, tried)
         try:
             pairs = zip(generated(), wanted, strict=True)
             squares = [float((mine - other).square().mean()) for mine, other in pairs]
-            return sum(squares) / len(squares), Work.of(state_of(model).session)
+            return sum(squares) / len(squares), ReductionBudget.of(state_of(model).generation)
         finally:
             remove_tofu(pipe)
 
     # The same, but its blocks are not joined to spans: with a schedule over depth none are.
     constant, work = error(config.replace(depth_schedule=_evenly([1.0, 1.0])))
-    met = [(constant, config)]
+    tried_all = [(constant, config)]
 
     def reward(logits: Tensor) -> float:
         tried = spread(config, most, logits, work)
-        met.append((error(tried)[0], tried))
-        return -met[-1][0]
+        tried_all.append((error(tried)[0], tried))
+        return -tried_all[-1][0]
 
-    follow_rewards(reward, LEVELS + DEPTHS, rounds, candidates, seed)
-    least, best = min(met, key=lambda each: each[0])
-    return Learned(best, least, constant)
+    follow_rewards(reward, NOISE_POINTS + DEPTHS, rounds, candidates, seed)
+    least, best = min(tried_all, key=lambda each: each[0])
+    return LearnedSchedule(best, least, constant)
 
 
 def follow_rewards(
@@ -155,19 +156,21 @@ def follow_rewards(
     draw = torch.Generator().manual_seed(seed)
     mean = torch.zeros(size)
     for _ in range(rounds):
-        moves = torch.randn(candidates, size, generator=draw) * SPREAD
-        rewards = torch.tensor([reward(mean + move) for move in moves])
+        step_sizes = torch.randn(candidates, size, generator=draw) * SPREAD
+        rewards = torch.tensor([reward(mean + move) for move in step_sizes])
         advantage = (rewards - rewards.mean()) / rewards.std().clamp(min=1e-12)
-        mean = mean + RATE * (advantage[:, None] * moves).mean(dim=0) / SPREAD
+        mean = mean + RATE * (advantage[:, None] * step_sizes).mean(dim=0) / SPREAD
     return mean
 
 
-def spread(config: TokenReduction, most: float, logits: Tensor, work: Work) -> TokenReduction:
+def spread(
+    config: TokenReduction, most: float, logits: Tensor, work: ReductionBudget
+) -> TokenReduction:
     """The configuration with these schedules, leaving out no less than before: by the least such shift."""
 
     def at(shift: float) -> TokenReduction:
         factors = torch.sigmoid(logits + shift).tolist()
-        noise, depth = factors[:LEVELS], factors[LEVELS:]
+        noise, depth = factors[:NOISE_POINTS], factors[NOISE_POINTS:]
         return config.replace(ratio=most, schedule=_evenly(noise), depth_schedule=_evenly(depth))
 
     wanted = work.removed(config)

@@ -29,7 +29,7 @@ FORMS = ("temporal", "taylor", "blend")
 
 
 @triton.jit
-def _fit(x, limit):
+def clamp_cast(x, limit):
     """Within the range of a dtype; NaN stays."""
     return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
 
@@ -92,14 +92,14 @@ def _restore(
         guess, changed = past, inside & own
         if TAYLOR:
             trend = tl.load(slope + at, mask=needs_past, other=0.0).to(tl.float32)
-            guess = _fit(past + age * trend, limit)
-            change = _fit(tl.div_rn(copied - past, tl.maximum(age, 1e-6)), limit)
+            guess = clamp_cast(past + age * trend, limit)
+            change = clamp_cast(tl.div_rn(copied - past, tl.maximum(age, 1e-6)), limit)
             # A second call within one step spans no time and says nothing of the slope.
             change = tl.where(since >= 0, tl.where(age > 0, change, trend), 0.0)
             tl.store(slope + at, change.to(slope.dtype.element_ty), mask=inside & own)
         if BLEND:
             was = tl.load(before + theirs, mask=needs_past, other=0.0).to(tl.float32)
-            guess = _fit(past + (copied - was), limit)
+            guess = clamp_cast(past + (copied - was), limit)
             # What it used is what the next step builds on, of removed tokens too.
             changed = inside
         used = tl.where(known, guess, copied)

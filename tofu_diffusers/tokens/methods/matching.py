@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import best_match, best_match_tiles, energy, energy_tiles
-from ..gather import take
+from ..gather import gather_rows
 from ..grid import TokenGrid
 from ..plan import Plan, make_plan, positions_of
 from .base import Evidence, as_sides
@@ -88,7 +88,7 @@ def match(
     """
     metric, grid = evidence.metric, evidence.grid
     if window is None or _is_global(grid, window):
-        value, index = best_match(take(metric, queries), take(metric, candidates))
+        value, index = best_match(gather_rows(metric, queries), gather_rows(metric, candidates))
         return value, candidates.gather(1, index)
     members, place = _tiles(evidence, window)
     flag = torch.zeros(metric.shape[:2], dtype=torch.int64, device=metric.device)

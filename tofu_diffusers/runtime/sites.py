@@ -1,4 +1,4 @@
-"""What shrinks and returns as one, what units share, and what is remembered of them."""
+"""What shrinks and returns as one, what sites share, and what is remembered of them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ..tokens.unmerge import UpdateCache
 
 
 @dataclass(eq=False)
-class Shelf:
-    """The plans that some units share, by tokens removed (and "/" conditions, for a whole batch).
+class PlanCache:
+    """The plans that some sites share, by tokens removed (and "/" conditions, for a whole batch).
 
     Plans without "/" are those of the images, over the grid's tokens. Those with it have a row for every
     row of the batch and also keep what stands around the grid; `removed` holds the positions [B, N - K]
     that they do not keep, where these are asked for.
 
-    An object of its own, reached from the unit: looked up by name in one dictionary, plans would make a
+    An object of its own, reached from the site: looked up by name in one dictionary, plans would make a
     compiled block depend on its name, and every block would need a graph of its own.
     """
 
-    level: int
+    resolution: int
     plans: dict[str, Plan] = field(default_factory=dict)
     removed: dict[str, Tensor] = field(default_factory=dict)
 
@@ -37,13 +37,13 @@ class Shelf:
 
 
 @dataclass(eq=False)
-class Unit:
+class Site:
     """What shrinks and returns once: an attention, a block, or a span of blocks.
 
     Args:
         name: Of the module, or of the span's first block and last index.
         level: Of the token grid.
-        shelf: Where its plans are, shared with other units.
+        plan cache: Where its plans are, shared with other sites.
         depth: Position in the denoiser, in [0, 1].
         merge, unmerge: Names, resolved for this depth.
         width: Channels of its tokens.
@@ -54,8 +54,8 @@ class Unit:
     """
 
     name: str
-    level: int
-    shelf: Shelf
+    resolution: int
+    plan_cache: PlanCache
     depth: float
     merge: str
     unmerge: str
@@ -70,6 +70,6 @@ class Projection:
     """A key or value projection whose rows the session remembers (keys_values "cached")."""
 
     name: str
-    level: int
+    resolution: int
     width: int
     rows: dict[str, Tensor] = field(default_factory=dict)

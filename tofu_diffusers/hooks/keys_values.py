@@ -1,7 +1,9 @@
-"""Contexts where queries and keys are rotated by position between projection and product.
+"""Keys and values of removed tokens.
 
-Removed tokens must enter the attention after that. Their keys and values are made by the attention's own
-code, whatever its projections, norms and rotations are:
+Where queries and keys are not rotated, the projections are given all tokens, or remember their rows.
+
+Where they are rotated by position, between projection and product, removed tokens must enter after that.
+Their keys and values are made by the attention's own code, whatever its projections, norms and rotations are:
 
     fresh   the attention is given [.., kept, removed] tokens with the rotations in that order; its query
             projection skips the removed ones, and the product drops the empty queries again
@@ -14,61 +16,57 @@ attention backends of diffusers end in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..runtime.units import Projection
-from ..tokens.gather import put_
+from ..tokens.gather import scatter_rows_
 from .patch import bind
-
-if TYPE_CHECKING:
-    from .sites import Site
+from .state import ProjectionHook, QueryHook, RotaryAttentionHook
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-@dataclass(eq=False)
-class RotarySite:
-    """State on an attention whose keys_values is made around its product.
-
-    Args:
-        keys, values: What the session remembers of it (keys_values "cached").
-        skip: How many rows at the end of the query projection's input are no queries.
-    """
-
-    name: str
-    attribute: str
-    site: Site
-    keys: Projection
-    values: Projection
-    original: Callable[..., Any]
-    forward: Callable[..., Any]
-    names: tuple[str, ...]
-    skip: int = 0
-
-    def forget(self) -> None:
-        """Drop what belongs to one call."""
-        self.skip = 0
+def projection_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Keys or values of all tokens, though the attention was given the kept ones."""
+    here: ProjectionHook = module.__dict__["_tofu"]
+    hook = here.hook
+    whole = hook.inputs.get(here.attribute)
+    if whole is not None:
+        rows: Tensor = here.original(module, whole, *args, **kwargs)
+        return rows
+    rows = here.original(module, x, *args, **kwargs)
+    cache = None if hook.probing else hook.runtime.rows_of(here.projection)
+    if cache is None:
+        return rows
+    if hook.plan is None:
+        cache.copy_(rows.detach())
+        return rows
+    scatter_rows_(cache, hook.plan.kept, rows.detach().to(cache.dtype))
+    return cache.to(rows.dtype)
 
 
-@dataclass(eq=False)
-class QuerySite:
-    """State on the query projection of such an attention (keys_values "fresh")."""
+def check_unfused(attention: nn.Module, name: str, keys_values: str) -> None:
+    """Raise ValueError if queries, keys and values of all rows are not each projected by one module."""
+    processor = type(getattr(attention, "processor", None)).__name__
+    if processor.startswith("PAG"):
+        raise ValueError(
+            f"{name} projects the rows of perturbed-attention guidance apart from the others ({processor}), "
+            f"which keys_values {keys_values!r} cannot follow; use keys_values='dropped', or StepSkipping"
+        )
+    # Attentions that cannot be unfused keep the flag when their processors are put back.
+    flag = getattr(attention, "fused_projections", False)
+    if "Fused" in processor or (flag and hasattr(attention, "unfuse_projections")):
+        raise ValueError(
+            f"{name} has fused QKV projections, which hide what keys_values {keys_values!r} needs; call "
+            "unfuse_qkv_projections() or use keys_values='dropped'"
+        )
 
-    name: str
-    rotary: RotarySite
-    module: nn.Module
-    original: Callable[..., Any]
-    forward: Callable[..., Any]
 
-
-class Product(TorchFunctionMode):
+class SdpaPatch(TorchFunctionMode):
     """Changes what the first attention product inside it sees (and, for `skip`, every one).
 
     Args:
@@ -118,41 +116,41 @@ class Product(TorchFunctionMode):
         if self.kept is None:
             cache.copy_(image)
             return rows
-        put_(cache, self.kept, image)
+        scatter_rows_(cache, self.kept, image)
         whole = cache.view(*cache.shape[:2], heads, depth).transpose(1, 2).to(rows.dtype)
         return torch.cat([rows[:, :, :-tokens], whole], dim=2)
 
 
-def with_context(here: RotarySite, module: nn.Module, kwargs: dict[str, Any]) -> Any:
+def with_context(here: RotaryAttentionHook, module: nn.Module, kwargs: dict[str, Any]) -> Any:
     """Run an attention on the tokens that its site's plan keeps, with the keys_values of the others.
 
     Raises:
         RuntimeError: if the attention's product is not `scaled_dot_product_attention`.
     """
-    site, session = here.site, here.site.session
-    plan = site.plan
-    if session.keys_values == "fresh":
+    hook, runtime = here.hook, here.hook.runtime
+    plan = hook.plan
+    if runtime.setup.keys_values == "fresh":
         if plan is None:
             return here.original(module, **kwargs)
-        removed = site.inputs[here.attribute]
+        removed = hook.inputs[here.attribute]
         x = kwargs["hidden_states"]
         kwargs = {**kwargs, "hidden_states": torch.cat([x, removed], dim=1)}
         here.skip = removed.shape[1]
-        product = Product(skip=here.skip)
+        product = SdpaPatch(skip=here.skip)
     else:
-        keys, values = session.context_cache(here.keys), session.context_cache(here.values)
+        keys, values = runtime.rows_of(here.keys), runtime.rows_of(here.values)
         if keys is None or values is None:
             return here.original(module, **kwargs)
-        if site.row is not None:
-            keys, values = keys[site.row : site.row + 1], values[site.row : site.row + 1]
-        product = Product(keys=keys, values=values, kept=None if plan is None else plan.kept)
+        if hook.row is not None:
+            keys, values = keys[hook.row : hook.row + 1], values[hook.row : hook.row + 1]
+        product = SdpaPatch(keys=keys, values=values, kept=None if plan is None else plan.kept)
     with product:
         out = here.original(module, **kwargs)
     here.skip = 0
     if product.calls == 0:
         raise RuntimeError(
             f"{here.name} does not end in torch's scaled_dot_product_attention, where keys_values "
-            f"{session.keys_values!r} enters; call set_attention_backend('native') on the denoiser, or "
+            f"{runtime.setup.keys_values!r} enters; call set_attention_backend('native') on the denoiser, or "
             "use keys_values='dropped'"
         )
     return out
@@ -160,13 +158,13 @@ def with_context(here: RotarySite, module: nn.Module, kwargs: dict[str, Any]) ->
 
 def rotary_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of such an attention where its block shrinks."""
-    here: RotarySite = module.__dict__["_tofu"]
+    here: RotaryAttentionHook = module.__dict__["_tofu"]
     return with_context(here, module, bind(here.names, args, kwargs))
 
 
 def query_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Queries of the tokens that have one, empty rows for the others."""
-    here: QuerySite = module.__dict__["_tofu"]
+    here: QueryHook = module.__dict__["_tofu"]
     skip = here.rotary.skip
     rows: Tensor = here.original(module, x[:, :-skip] if skip else x, *args, **kwargs)
     return F.pad(rows, (0, 0, 0, skip)) if skip else rows

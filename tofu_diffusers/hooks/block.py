@@ -1,0 +1,225 @@
+"""A block on its kept tokens.
+
+With tokens x, plan M, block f and unmerge U a block becomes
+
+    x + U(f(M x) - M x)        (ToMe for SD, arXiv 2303.17604, unmerges the update, not the state)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families.base import Kwargs
+from ..runtime.runtime import Runtime
+from ..runtime.sites import Site
+from ..tokens.gather import gather_rows
+from ..tokens.merge import merge_tokens
+from ..tokens.methods.base import Source
+from ..tokens.plan import Plan
+from ..tokens.statistics import key_norm, received_attention
+from ..tokens.unmerge import UpdateCache, unmerge_onto, unmerge_tokens
+from ..tuning.probes import sensitivity
+from .patch import bind
+from .state import BlockHook
+
+
+def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A block's forward on the kept tokens, alone or as part of a span."""
+    hook: BlockHook = module.__dict__["_tofu"]
+    runtime, family = hook.runtime, hook.runtime.setup.family
+    site = hook.own_site if runtime.call.per_block else hook.span
+    # In this order: compiled, where runs are split it must not matter where in one the block stands.
+    first, last = runtime.call.per_block or hook.first, runtime.call.per_block or hook.last
+    named = bind(hook.names, args, kwargs)
+    x = family.hidden(named)
+    if first:
+        plan = runtime.plan(site, x, lambda images: importance_of(module, x, named, images))
+        merged = x if plan is None else merge_tokens(x, plan, site.merge)
+        runtime.call.open_span = (x, merged, plan)
+    else:
+        assert runtime.call.open_span is not None
+        plan, merged = runtime.call.open_span[2], x
+    if plan is None:
+        out = hook.original(module, *args, **kwargs)
+    else:
+        out = on_kept(
+            hook,
+            lambda given: hook.original(module, **given),
+            lambda tokens, given: family.attention_inputs(module, tokens, given),
+            named,
+            x,
+            merged,
+            plan,
+            runtime.removed_by(site),
+        )
+    if not last:
+        return out
+    assert runtime.call.open_span is not None
+    entered, merged, _ = runtime.call.open_span
+    runtime.call.open_span = None
+    y = family.output(out)
+    if plan is None:
+        record_whole(runtime, site, y, entered)
+        return out
+    cache, update = cached_update(runtime, site, y - merged)
+    full = unmerge_onto(
+        entered,
+        update,
+        plan,
+        site.unmerge,
+        # Pruned, exactly what the model computed, not x + (y - x).
+        computed=y.to(entered.dtype) if site.merge == "prune" else None,
+        merged=merged,
+        cache=cache,
+        step=runtime.call.step,
+        max_age=runtime.setup.max_age,
+    )
+    return family.with_output(out, full, named)
+
+
+def observed_block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A whole block whose attentions shrink: its input, before the first norm, is their metric."""
+    hook: BlockHook = module.__dict__["_tofu"]
+    named = bind(hook.names, args, kwargs)
+    x = hook.runtime.setup.family.hidden(named)
+    hook.metric = x
+    hook.importance = lambda images: importance_of(module, x, named, images)
+    out = hook.original(module, *args, **kwargs)
+    hook.metric = hook.importance = None
+    return out
+
+
+def on_kept(
+    hook: BlockHook,
+    call: Callable[[Kwargs], Any],
+    inputs: Callable[[Tensor, Kwargs], dict[str, Tensor]],
+    named: Kwargs,
+    x: Tensor,
+    given: Tensor,
+    plan: Plan,
+    removed: Tensor | None,
+) -> Any:
+    """Call a block or attention with the kept tokens instead of all.
+
+    Args:
+        call: The module's own forward, on arguments by name.
+        inputs: (tokens, arguments) -> what the attentions read of these tokens (keys_values "fresh").
+        x: All tokens [B, N, C].
+        given: The kept ones [B, K, C], where the module takes it so behind the text.
+        removed: Positions of the others, in rotary families.
+    """
+    runtime, family = hook.runtime, hook.runtime.setup.family
+    batch = given.shape[0]
+
+    def once(named: Kwargs, x: Tensor, given: Tensor, plan: Plan, removed: Tensor | None) -> Any:
+        hook.plan, hook.whole = plan, x
+        if runtime.setup.keys_values == "fresh":
+            if removed is None:
+                hook.inputs = inputs(x, named)
+            else:
+                hook.inputs = inputs(
+                    gather_rows(x, removed), family.slice_per_token(named, removed)
+                )
+        following = family.slice_block_arguments(named, plan, runtime.setup.keys_values, removed)
+        out = call(family.with_hidden(following, given))
+        hook.plan, hook.whole, hook.inputs = None, None, {}
+        return out
+
+    if not runtime.call.per_image:
+        return once(named, x, given, plan, removed)
+    outs = []
+    for row in range(batch):
+        hook.row = row
+        at = slice(row, row + 1)
+        one = Plan(plan.kept[at], plan.assign[at])
+        gone = None if removed is None else removed[at]
+        outs.append(
+            parts_of(
+                once(family.arguments_of_image(named, row, batch), x[at], given[at], one, gone)
+            )
+        )
+    hook.row = None
+    whole = tuple(None if part[0] is None else torch.cat(part) for part in zip(*outs, strict=True))
+    return whole if len(whole) > 1 else whole[0]
+
+
+def parts_of(out: Any) -> tuple[Any, ...]:
+    """What a module returned, as a tuple."""
+    return out if isinstance(out, tuple) else (out,)
+
+
+def record_whole(runtime: Runtime, site: Site, y: Tensor, x: Tensor | None) -> None:
+    """Remember the update of a step that ran whole."""
+    cache = runtime.update_cache(site)
+    if cache is not None and runtime.call.step is not None:
+        with torch.no_grad():
+            update = y if x is None else y - x
+            cache.record(update.to(cache.value.dtype), runtime.call.step)
+
+
+def cached_update(
+    runtime: Runtime, site: Site, update: Tensor
+) -> tuple[UpdateCache | None, Tensor]:
+    """The site's cache, and the update in its dtype."""
+    cache = runtime.update_cache(site)
+    return cache, update if cache is None else update.to(cache.value.dtype)
+
+
+def unmerged(
+    runtime: Runtime, site: Site, plan: Plan, update: Tensor, x: Tensor, merged: Tensor
+) -> Tensor:
+    """The update of every token from that of the kept ones.  [B, K, C] -> [B, N, C]"""
+    cache, update = cached_update(runtime, site, update)
+    return unmerge_tokens(
+        update,
+        plan,
+        site.unmerge,
+        x=x,
+        merged=merged,
+        cache=cache,
+        step=runtime.call.step,
+        max_age=runtime.setup.max_age,
+    )
+
+
+def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> dict[Source, Tensor]:
+    """What the method's sources in the block say of the conditional rows.  -> source -> [I, N] float32"""
+    hook: BlockHook = module.__dict__["_tofu"]
+    runtime = hook.runtime
+    found: dict[Source, Tensor] = {}
+    for source in runtime.setup.method.sources if runtime.setup.method is not None else ():
+        if source == "gradient":
+            assert hook.probe is not None
+            hook.probe = hook.probe.to(x.device)
+            found[source] = sensitivity(runtime.conditional(x), hook.probe)
+        elif source in ("attention", "key_norm"):
+            found[source] = attention_importance(module, x, named, images, source)
+    return found
+
+
+def attention_importance(
+    module: Any, x: Tensor, named: Kwargs, images: int, source: Source
+) -> Tensor:
+    """Importance read from the block's own first attention, of the conditional rows.  -> [I, N] float32"""
+    hook: BlockHook = module.__dict__["_tofu"]
+    runtime = hook.runtime
+    family = runtime.setup.family
+    attentions: dict[str, Any] = dict(family.attentions(module))
+    if not attentions:
+        raise ValueError(
+            f"{hook.name} has no self-attention to read importance from; use source 'change'"
+        )
+    name, attention = next(iter(attentions.items()))
+    inputs = runtime.conditional(family.attention_inputs(module, x, named)[name])
+    hook.probing = True
+    keys = attention.to_k(inputs)
+    if source == "key_norm":
+        importance = key_norm(keys)
+    else:
+        importance = received_attention(attention.to_q(inputs), keys, attention.heads)
+    hook.probing = False
+    return importance

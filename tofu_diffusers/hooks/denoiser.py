@@ -1,0 +1,109 @@
+"""The denoiser's own forward: a call begins, is skipped or runs, and ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..families.base import Kwargs
+from .keys_values import check_unfused
+from .patch import attach, bind, checkpoints_blocks, compiled_alone, detach, hook_on, state_of
+from .state import AttentionHook, BlockHook, DenoiserHook, RotaryAttentionHook
+
+
+def denoiser_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run one call of the denoiser, or forecast what it would return if the step is skipped."""
+    hook: DenoiserHook = module.__dict__["_tofu"]
+    named = bind(hook.names, args, kwargs)
+    if not torch.compiler.is_compiling():
+        hook.generation.find_scheduler(named)
+        choose_layout(hook, module)
+        follow_projections(hook)
+    runtime = hook.runtime
+    blocks = runtime.setup.blocks
+    # 1 to 3
+    runtime.begin(
+        module, named, acts_between(hook, module, named), any(map(compiled_alone, blocks))
+    )
+    if runtime.call.skip:
+        return runtime.forecast(named.get("return_dict", True))
+    # 4 to 7, in the blocks
+    if torch.compiler.is_compiling():
+        # Traced, what hooks hold during a call is never written to them.
+        out = hook.original(module, *args, **kwargs)
+    else:
+        out = call_or_clean_up(hook, module, args, kwargs)
+    # 8 to 10
+    return runtime.end(out)
+
+
+def choose_layout(hook: DenoiserHook, module: nn.Module) -> None:
+    """Put on the forwards without memory where there is no past to use, and those asked for elsewhere.
+
+    There is none in a generation of few steps, and in one call of a bare denoiser whose steps nobody tells.
+    """
+    if len(hook.layouts) == 1:
+        return
+    (asked, _), (memoryless, _) = hook.layouts
+    wanted = asked if asked.has_past else memoryless
+    if wanted is hook.generation:
+        return
+    for part in module.modules():
+        if part is not module and state_of(part) is not None:
+            detach(part)
+    hook.generation.forget()
+    hook.projections.clear()
+    hook.generation = wanted
+    for generation, layout in hook.layouts:
+        if generation is wanted:
+            layout.attach_blocks(generation.runtime, hook)
+
+
+def acts_between(hook: DenoiserHook, module: nn.Module, named: Kwargs) -> str | None:
+    """What acts between the blocks of a stack in this call, so that they must shrink one by one."""
+    setup = hook.runtime.setup
+    reason = setup.family.splits_stacks(named)
+    if reason is None and checkpoints_blocks(module):
+        reason = "gradient checkpointing"
+    for block in setup.blocks:
+        other = hook_on(block)
+        reason = reason or (None if other is None else f"the diffusers hook {other!r}")
+    return reason
+
+
+def call_or_clean_up(
+    hook: DenoiserHook, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
+) -> Any:
+    """Run the denoiser's own forward; one that fails on the way leaves nothing behind for the next."""
+    try:
+        return hook.original(module, *args, **kwargs)
+    except BaseException:
+        for part in module.modules():
+            state = state_of(part)
+            if isinstance(state, AttentionHook):
+                state = state.rotary
+            if isinstance(state, BlockHook | RotaryAttentionHook):
+                state.forget()
+        hook.runtime.call.open_span = None
+        raise
+
+
+def follow_projections(hook: DenoiserHook) -> None:
+    """Move to projections that were wrapped or unwrapped since (LoRA puts its own module there).
+
+    Raises:
+        ValueError: if keys and values are no longer projected by modules of their own (fused QKV).
+    """
+    for attention, attribute, state in hook.projections:
+        check_unfused(attention, state.name, hook.runtime.setup.keys_values)
+        current = getattr(attention, attribute)
+        if state_of(current) is state:
+            continue
+        for module in (state.module, current):
+            if state_of(module) is state:
+                detach(module)
+        state.module = current
+        state.original = type(current).forward
+        attach(current, state.forward, state)

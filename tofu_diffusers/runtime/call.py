@@ -1,0 +1,82 @@
+"""What one call of the denoiser looks like: read inside it, also while it is traced.
+
+Python values here choose the graph of a compiled denoiser; what changes from step to step is a tensor
+(`step`) or one of few values (`skip`, and `Site.ratio`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..tokens.grid import TokenGrid
+from ..tokens.plan import Plan
+from .setup import Setup
+from .sites import Site
+
+CALLS_LIMIT = 8
+
+
+@dataclass(eq=False)
+class Call:
+    """The running call; the first group is handed over by the generation, the rest is found at its start.
+
+    Attributes:
+        step: 0-d float32, the step's index; None before the first generation.
+        step_known: Whether anybody tells the step.
+        skip: Whether the denoiser is skipped.
+        caches_are_warm: Whether the step builds on what caches hold.
+        cfg_branches: How many branches of guidance a batch holds, as a string; "0": not known yet.
+        number: How many calls of this step came before.
+        cfg_branch: Which of the step's calls this is, the key of what is remembered.
+        images, branches_in_batch: The batch holds so many images, each so many times.
+        per_block: Whether blocks of a stack shrink one by one, because something acts between them.
+        per_image: Whether reduced blocks run the images one by one.
+        all_tokens: Whether all tokens are computed whatever the ratio, because something is not known yet.
+        grids: The token grid of every resolution.
+        open_span: Of the span that tokens have left: all tokens, the kept ones, the plan.
+        shapes: Of every branch's latents, to see when they change.
+        inputs: Arguments of the last call, on the meta device, for counted FLOPs.
+    """
+
+    step: Tensor | None = None
+    step_known: bool = False
+    skip: bool = False
+    caches_are_warm: bool = False
+    cfg_branches: str = "1"
+
+    number: int = 0
+    cfg_branch: str = "0"
+    images: int = 1
+    branches_in_batch: int = 1
+    per_block: bool = False
+    per_image: bool = False
+    all_tokens: bool = False
+    grids: dict[int, TokenGrid] = field(default_factory=dict)
+    open_span: tuple[Tensor, Tensor, Plan | None] | None = None
+    shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    inputs: dict[str, Any] | None = None
+
+    def count(self) -> None:
+        """Note that a call begins, the first of its step or another one.
+
+        Raises:
+            RuntimeError: if there are too many in one step, so that nobody seems to tell it.
+        """
+        if self.step_known and self.number >= CALLS_LIMIT:
+            raise RuntimeError(
+                f"the denoiser was called {self.number} times without a scheduler step; "
+                "in a loop of your own, call handle.step(i, n) before each step"
+            )
+        self.cfg_branch = str(self.number)
+        self.number += 1
+
+    def in_use(self, site: Site) -> bool:
+        """Whether the site shrinks in this call: some only where stacks are split, some only where not."""
+        return site.split is None or site.split == self.per_block
+
+    def conditional(self, x: Tensor, setup: Setup) -> Tensor:
+        """The conditional rows of a batch.  [B, ...] -> [I, ...]"""
+        return x[: self.images] if setup.family.conditional_first else x[-self.images :]

@@ -1,0 +1,81 @@
+"""Reads what shapes do not tell without making a step wait: at once where that is free, else later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families.base import Family
+from ..tokens.grid import TokenGrid
+from .call import Call
+
+
+class GridReader:
+    """The token grids of a denoiser, and what is to be read once the step is over.
+
+    Attributes:
+        fixed: Grids to take whatever the arguments are; None: read them.
+        known: What was read from positions in this generation.
+        deferred: A tensor to be read when the step is over.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.fixed: dict[int, TokenGrid] | None = None
+        self.known: dict[int, TokenGrid] | None = None
+        self.deferred: Tensor | None = None
+        self._ids: Tensor | None = None
+
+    def start(self) -> None:
+        """Forget what the last generation was read to be."""
+        self.known = self.deferred = None
+
+    def grids(self, model: Any, named: dict[str, Any], call: Call) -> dict[int, TokenGrid]:
+        """The grid of every resolution; where its numbers cannot be read now, a row of as many tokens.
+
+        Raises:
+            RuntimeError: if they cannot be read now and there is no step to wait for.
+        """
+        family = self.family
+        if self.fixed is not None:
+            return self.fixed
+        if family.ids_name is None:
+            return family.grids(model, named)
+        ids: Tensor = named[family.ids_name]
+        if not torch.compiler.is_compiling():
+            if self.known is None or ids is not self._ids:
+                self.known, self._ids = family.grids(model, named), ids
+            return self.known
+        if not call.step_known:
+            raise RuntimeError(
+                f"a compiled {type(model).__name__} must be told its steps, or it cannot be known which "
+                "tokens are neighbours: call handle.step(i, n) before each step of a bare model, or "
+                "apply tofu to the whole pipeline"
+            )
+        if self.known is not None:
+            return self.known
+        call.all_tokens, self.deferred = True, ids
+        return {0: TokenGrid(1, ids.shape[-2])}
+
+    def resolve(self, computed_steps: int) -> int | None:
+        """Read what was deferred; until then all tokens are computed.
+
+        A grid from the positions, where the call was traced. Whether a batch holds two branches of guidance,
+        where the pipeline does not say: then its halves have the same latents, also after the first step,
+        which moves those of different prompts apart.
+
+        Returns:
+            How many branches there are, if that was to be read.
+        """
+        seen, self.deferred = self.deferred, None
+        if seen is None:
+            return None
+        if self.family.ids_name is not None:
+            self.known = self.family.grids(None, {self.family.ids_name: seen})
+            return None
+        if computed_steps <= 1:
+            return None
+        first, second = seen.chunk(2)
+        return 1 + torch.equal(first, second)

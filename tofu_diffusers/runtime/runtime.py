@@ -1,0 +1,341 @@
+"""What happens inside one call of the denoiser: it begins, blocks ask for plans and caches, it ends.
+
+All of it may be traced. It reads the step as a tensor, never its number, so that a compiled model is not
+compiled again from step to step; nothing here waits for the device. The numbers are those of
+docs/how_it_works.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..kernels.reference import normalise
+from ..steps.corrector import Corrector, CorrectorState
+from ..steps.forecast import with_prediction
+from ..tokens.methods import Evidence
+from ..tokens.methods.base import Source
+from ..tokens.plan import Plan
+from ..tokens.statistics import TokenStatistics, flags_of, on_maps
+from ..tokens.unmerge import CACHED, UpdateCache
+from .caches import Caches
+from .call import Call
+from .grid_reader import GridReader
+from .setup import Setup
+from .sites import Projection, Site
+
+
+def shapes_only(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments with tensors on the meta device, in float32: their shapes and nothing else."""
+
+    def shape_only(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        dtype = torch.float32 if leaf.is_floating_point() else leaf.dtype
+        return torch.empty(leaf.shape, dtype=dtype, device="meta")
+
+    shapes: dict[str, Any] = tree_map(shape_only, arguments)
+    return shapes
+
+
+class Runtime:
+    """One denoiser's setup, running call and caches, for the forwards on its modules."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.call = Call()
+        self.caches = Caches(setup)
+        self.reader = GridReader(setup.family)
+
+    # ---- the denoiser --------------------------------------------------------------------------
+
+    def begin(self, model: Any, named: dict[str, Any], between: str | None, alone: bool) -> None:
+        """Begin a call, before any module of the denoiser runs.
+
+        Args:
+            named: The denoiser's arguments.
+            between: What acts between the blocks of a stack in this call, if anything does.
+            alone: Whether blocks are compiled one by one.
+
+        Raises:
+            RuntimeError: if the configuration needs the step and nobody told it.
+            ValueError: if the ratio cannot be reached on this grid, or the call does not fit the scope.
+            MemoryError: if the caches would exceed `memory_limit`.
+        """
+        setup, call = self.setup, self.call
+        sample: Tensor = named[setup.family.sample_name]
+        # 2, of what needs no grid: refuse what cannot run.
+        refusal = setup.family.refusal(setup.scope, named)
+        if refusal is not None:
+            raise ValueError(refusal)
+        self._split_stacks(between, alone)
+        if not call.step_known:
+            self._run_without_step()
+        call.count()
+        # 1  Read images, branches of guidance and the grid.
+        call.all_tokens = False
+        self._read_batch(sample)
+        call.grids = self.reader.grids(model, named, call)
+        # One plan fits all rows if it is one image's, if images share it, or if only the seed decides.
+        alike = call.images == 1 or setup.reduction is None or setup.reduction.share_plan
+        alike = alike or (setup.method is not None and setup.method.same_for_all)
+        call.per_image = setup.family.shared_positions and not alike
+        # 2  Refuse a ratio that this grid cannot reach.
+        if not call.all_tokens:
+            self._check_ratios()
+        # 3  Make room, where this branch is new or its latents have another shape.
+        call.open_span = None
+        shape = (*sample.shape, str(sample.device))
+        if call.shapes.get(call.cfg_branch) != shape:
+            self.caches.allocate(call, sample)
+            # Caches made now (guidance began or ended on the way) are empty, where others hold a past.
+            call.all_tokens = call.all_tokens or (call.caches_are_warm and self.caches.nbytes > 0)
+            call.shapes[call.cfg_branch] = shape
+            if call.cfg_branch == "0" and not torch.compiler.is_compiling():
+                call.inputs = shapes_only(named)
+        if call.step is not None and call.step.device != sample.device:
+            call.step = call.step.to(sample.device)
+        if self.caches.with_step_sizes is not None:
+            self.caches.with_step_sizes.to(sample.device)
+        forecaster = self.caches.forecaster
+        if forecaster is not None and call.cfg_branch not in forecaster.past:
+            call.skip = False
+
+    def forecast(self, return_dict: bool) -> Any:
+        """What the denoiser would return at a step that skips it."""
+        call, caches = self.call, self.caches
+        assert caches.forecaster is not None and call.step is not None
+        out = caches.forecaster.forecast(call.cfg_branch, call.step, return_dict)
+        if caches.corrects_tokens and caches.corrector is not None:
+            # No token is computed; what the latents get is noted for when it is.
+            maps = self._maps(out[0])
+            none = torch.zeros_like(maps[:, :1], dtype=torch.bool)
+            caches.corrector.apply(call.cfg_branch, maps, none, call.step)
+        return out
+
+    def end(self, out: Any) -> Any:
+        """End a call, behind the denoiser.
+
+        Returns:
+            What the pipeline is given.
+        """
+        call, caches = self.call, self.caches
+        if call.step is None:
+            return out
+        # 9  Remember the output for forecasts. Before it is corrected for tokens: what is forecast is what
+        # the denoiser computed.
+        if caches.forecaster is not None:
+            if call.cfg_branch not in caches.forecaster.past:
+                caches.check_limit(caches.nbytes + caches.forecaster.nbytes_for(out[0]))
+            corrects = self.setup.corrects_steps
+            out = caches.forecaster.record(call.cfg_branch, out, call.step, corrects)
+            caches.peak_bytes = max(caches.peak_bytes, caches.nbytes)
+        # 8  Note which tokens were computed and how their predictions changed.
+        if caches.statistics is not None:
+            self._note_statistics(out, caches.statistics, call.step)
+        # 10  Correct the output by what was predicted wrongly for its tokens.
+        if caches.corrects_tokens and caches.corrector is not None:
+            with torch.no_grad():
+                return self._corrected(out, caches.corrector, call.step)
+        return out
+
+    # ---- its blocks ----------------------------------------------------------------------------
+
+    def plan(
+        self, site: Site, metric: Tensor, importance: Callable[[int], dict[Source, Tensor]]
+    ) -> Plan | None:
+        """Choose the site's plan for this call's rows (4), or take the one it shares.
+
+        Rows of one image share the plan of its conditional row.
+
+        Args:
+            metric: [B, N, C], what tokens are compared by.
+            importance: Called with the number of images; gives what the method reads from the block itself.
+
+        Returns:
+            The plan; None where all tokens are computed.
+
+        Raises:
+            RuntimeError: if the metric's tokens are not the grid's.
+        """
+        setup, call = self.setup, self.call
+        grid = call.grids[site.resolution]
+        if metric.shape[1] != grid.total:
+            raise RuntimeError(
+                f"{site.name} got {metric.shape[1]} tokens where its grid {grid} has {grid.total}; "
+                "this denoiser does not belong to its family"
+            )
+        remove = setup.tokens_removed(grid.tokens, site.ratio)
+        if remove == 0 or call.all_tokens:
+            return None
+        branches = call.branches_in_batch
+        cache, of_images, of_batch = site.plan_cache, str(remove), f"{remove}/{branches}"
+        if of_batch not in cache.plans:
+            if of_images not in cache.plans:
+                cache.plans[of_images] = self._make_plan(site, metric, remove, importance)
+            plan = cache.plans[of_images].padded(grid.text_before, grid.text_after)
+            cache.plans[of_batch] = plan.repeat(branches) if branches > 1 else plan
+            if setup.family.rotary and setup.keys_values == "fresh":
+                cache.removed[of_batch] = cache.plans[of_batch].removed()
+        return cache.plans[of_batch]
+
+    def removed_by(self, site: Site) -> Tensor | None:
+        """Positions [B, N - K] that the site's plan removes, where the attentions are given those too."""
+        tokens = self.call.grids[site.resolution].tokens
+        remove = self.setup.tokens_removed(tokens, site.ratio)
+        return site.plan_cache.removed.get(f"{remove}/{self.call.branches_in_batch}")
+
+    def update_cache(self, site: Site) -> UpdateCache | None:
+        """The site's cached updates of this branch, if its unmerge has any."""
+        # Nothing else depends on the branch: compiled, it must not be looked at without need.
+        return site.updates.get(self.call.cfg_branch) if site.unmerge in CACHED else None
+
+    def rows_of(self, projection: Projection) -> Tensor | None:
+        """The projection's remembered keys or values [B, N, C] of this branch."""
+        return projection.rows.get(self.call.cfg_branch)
+
+    def conditional(self, x: Tensor) -> Tensor:
+        """The conditional rows of a batch.  [B, ...] -> [I, ...]"""
+        return self.call.conditional(x, self.setup)
+
+    # ---- parts of the above --------------------------------------------------------------------
+
+    def _run_without_step(self) -> None:
+        if self.setup.needs:
+            raise RuntimeError(
+                f"{', '.join(self.setup.needs)} must know the denoising step, and nobody told it: call "
+                "handle.step(i, n) before each step of a bare model, or apply tofu to the whole pipeline"
+            )
+        self.caches.clear_plans()
+        self.call.number = 0
+        self.call.cfg_branches = "1"
+
+    def _split_stacks(self, between: str | None, alone: bool) -> None:
+        if between is not None and self.setup.scope == "span":
+            raise ValueError(
+                f"scope 'span' cannot run with {between}, which acts between the blocks of a "
+                "span; use scope='block'"
+            )
+        # Compiled one by one, blocks share a graph only if none of them is the first or last of something.
+        self.call.per_block = between is not None or (alone and self.setup.scope == "block")
+
+    def _read_batch(self, sample: Tensor) -> None:
+        """Find how many images the batch holds, and how often each."""
+        call, batch = self.call, sample.shape[0]
+        if call.cfg_branch == "0":
+            before = call.shapes.get("0")
+            changed = call.step_known and before is not None and before[0] != batch
+            if changed and not batch % call.images:
+                # Guidance began or ended on the way; the images are the same.
+                call.cfg_branches = str(batch // call.images)
+            branches = int(call.cfg_branches)
+            if branches == 0:
+                call.all_tokens = batch % 2 == 0
+                self.reader.deferred = sample if call.all_tokens else None
+            branches = max(1, branches)
+            call.images = batch // branches if batch % branches == 0 else batch
+        call.branches_in_batch = batch // call.images if batch % call.images == 0 else 1
+
+    def _check_ratios(self) -> None:
+        setup = self.setup
+        for resolution, ratio in sorted({(site.resolution, site.ratio) for site in setup.sites}):
+            grid = self.call.grids[resolution]
+            remove = setup.tokens_removed(grid.tokens, ratio)
+            most = setup.method.max_remove(grid) if remove and setup.method is not None else 0
+            if remove > most:
+                raise ValueError(
+                    f"ratio {float(ratio):g} would remove {remove} of {grid.tokens} tokens on the "
+                    f"{grid.height}x{grid.width} grid of resolution {resolution}, but method "
+                    f"{setup.reduction and setup.reduction.method!r} can remove at most {most} there "
+                    f"(ratio {most / grid.tokens:.3f}); lower the ratio, change the "
+                    "method's options, or leave small grids out with min_tokens"
+                )
+
+    @property
+    def _finest(self) -> int:
+        """The finest resolution with sites: a denoiser may have no attention on finer ones (SDXL)."""
+        return min(each.resolution for each in self.setup.plan_caches)
+
+    def _maps(self, prediction: Tensor) -> Tensor:
+        """A prediction as maps, by the finest grid."""
+        return self.setup.family.prediction(prediction, self.call.grids[self._finest])
+
+    def _corrected(self, out: Any, corrector: Corrector, step: Tensor) -> Any:
+        """What the denoiser returned, with what the tokens lack that this step computed."""
+        call, family, resolution = self.call, self.setup.family, self._finest
+        grid, maps = call.grids[resolution], self._maps(out[0])
+        if call.cfg_branch not in corrector.states:
+            self.caches.require(self.caches.nbytes + CorrectorState.nbytes_for(maps))
+        finest = [each for each in self.setup.plan_caches if each.resolution == resolution]
+        kept = [rows for each in finest for rows in each.kept()]
+        computed = None
+        if kept:
+            flags = flags_of(kept, maps.new_empty(call.images, grid.tokens))
+            places = on_maps(flags, grid.row if family.latents_are_tokens else grid, maps)
+            computed = places.repeat(call.branches_in_batch, 1, 1, 1, 1)
+        maps = corrector.apply(call.cfg_branch, maps, computed, step)
+        return with_prediction(out, family.with_prediction(out[0], grid, maps))
+
+    def _note_statistics(self, out: Any, statistics: TokenStatistics, step: Tensor) -> None:
+        call = self.call
+        with torch.no_grad():
+            maps = self._maps(out[0])
+            first = self.conditional(maps)
+            if call.cfg_branch == "0":
+                kept: dict[int, list[Tensor]] = {resolution: [] for resolution in statistics.grids}
+                for each in self.setup.plan_caches:
+                    kept[each.resolution] += each.kept()
+                images = call.images
+                back = maps[-images:] if self.setup.family.conditional_first else maps[:images]
+                statistics.note(first, back if call.branches_in_batch > 1 else None, kept, step)
+            elif call.cfg_branch == "1":
+                statistics.note_second(first)
+
+    def _make_plan(
+        self,
+        site: Site,
+        metric: Tensor,
+        remove: int,
+        importance: Callable[[int], dict[Source, Tensor]],
+    ) -> Plan:
+        setup, call, caches = self.setup, self.call, self.caches
+        method, reduction = setup.method, setup.reduction
+        assert method is not None and reduction is not None
+        with torch.no_grad():
+            grid = call.grids[site.resolution]
+            image = slice(grid.text_before, grid.text_before + grid.tokens)
+            rows = self.conditional(metric)[:, image]
+            age, scores = None, {}
+            if caches.statistics is not None and call.step is not None:
+                age = caches.statistics.age(site.resolution, call.step)
+                scores = caches.statistics.importance(site.resolution)
+                if "cfg" in scores and not caches.statistics.guided:
+                    raise ValueError(
+                        "importance source 'cfg' needs classifier-free guidance, and this generation "
+                        "has none; raise guidance_scale above 1 or use source 'change'"
+                    )
+            for source, score in importance(call.images).items():
+                scores[source] = score[:, image]
+            if reduction.share_plan and call.images > 1:
+                # Side by side, the cosine of two tokens is the mean of their cosines in every image.
+                rows = normalise(rows).transpose(0, 1).flatten(1)[None]
+                age = age[:1] if age is not None else None
+                scores = {source: score.mean(0, keepdim=True) for source, score in scores.items()}
+            evidence = Evidence(
+                metric=rows,
+                grid=grid,
+                remove=remove,
+                depth=site.depth if method.reads_depth else 0.0,
+                step=call.step if call.step_known else None,
+                age=age,
+                importance=scores,
+                seed=reduction.seed,
+                matched=setup.needs_assignment,
+                constants=caches.memo,
+            )
+            plan = method.plan(evidence)
+            return plan if plan.kept.shape[0] == call.images else plan.repeat(call.images)

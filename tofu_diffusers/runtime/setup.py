@@ -1,0 +1,186 @@
+"""What one `apply_tofu` decided about a denoiser: frozen, with the settings of a step as a pure function."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..config import Config, StepSkipping, TokenReduction
+from ..families.base import Family
+from ..steps.rules import skipped_steps
+from ..tokens.methods import Method
+from .sites import PlanCache, Projection, Site
+
+
+class PipelineReference:
+    """The pipeline that tofu serves, without keeping it alive or copying it along with a model."""
+
+    def __init__(self, pipeline: Any = None) -> None:
+        self.given = pipeline is not None
+        self.get = weakref.ref(pipeline) if self.given else _nothing
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineReference:
+        # Inside a deepcopy of the pipeline the copy is already known; a copied model alone belongs to none.
+        return PipelineReference(memo.get(id(self.get())))
+
+    def __reduce__(self) -> tuple[type[PipelineReference], tuple[()]]:
+        return PipelineReference, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What one step of a generation is run with.
+
+    Attributes:
+        ratios: Of every site; see `Site.ratio`.
+        skip: Whether the denoiser is skipped.
+        caches_are_warm: Whether the caches hold a past by now that the step builds on.
+    """
+
+    ratios: tuple[str, ...]
+    skip: bool
+    caches_are_warm: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """What was asked for, and what follows from it once for all.
+
+    Args:
+        reduction, skipping: The configurations, resolved; one of them may be None.
+        family: Of the denoiser.
+        sites: Everything that shrinks, in the order of execution; the forwards refer to the same objects.
+        projections: Key and value projections to remember (keys_values "cached" only).
+        blocks: The modules that shrink.
+        pipeline: Whose scheduler and guidance tell the step and the branches.
+        stands_in: Whether this is what runs without memory, for one that was asked for.
+        has_stand_in: Whether another one runs without memory where there is no past.
+
+    Attributes:
+        method: Of the reduction.
+        needs: Why the denoising step must be known; empty if each call can stand alone.
+        max_age: Steps after which unmerges must not reuse an update; None: they need not look.
+        needs_assignment: Whether anybody reads where removed tokens go.
+        plan_caches: Those of the sites, each once.
+    """
+
+    reduction: TokenReduction | None
+    skipping: StepSkipping | None
+    family: Family
+    sites: tuple[Site, ...]
+    projections: tuple[Projection, ...]
+    blocks: tuple[nn.Module, ...]
+    pipeline: PipelineReference
+    stands_in: bool = False
+    has_stand_in: bool = False
+    method: Method | None = field(init=False)
+    needs: tuple[str, ...] = field(init=False)
+    max_age: int | None = field(init=False)
+    needs_assignment: bool = field(init=False)
+    plan_caches: tuple[PlanCache, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        reduction, skipping = self.reduction, self.skipping
+        needs = [] if reduction is None else reduction.needs_steps
+        if skipping is not None and skipping.speedup > 1:
+            needs = [*needs, f"speedup {skipping.speedup:g}"]
+        derived: dict[str, Any] = {
+            "method": None if reduction is None else reduction.make_method(),
+            "needs": tuple(needs),
+            "max_age": None,
+            "needs_assignment": False,
+            "plan_caches": tuple(dict.fromkeys(site.plan_cache for site in self.sites)),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+        if reduction is None or self.method is None:
+            return
+        # Where the choice of tokens keeps the bound, unmerges need not look for tokens beyond it.
+        bounded = self.method.bounds_age and reduction.schedule.is_constant and reduction.reuse == 1
+        object.__setattr__(self, "max_age", None if bounded else reduction.max_age or None)
+        # With a past of its own to build on, no removed token gets another's update.
+        own = all(site.unmerge in ("temporal", "taylor") for site in self.sites)
+        inside = reduction.scope in ("block", "span")
+        alone = own and inside and self.max_age is None and self.warmup_steps > 0
+        object.__setattr__(self, "needs_assignment", not alone)
+
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        """What is in force, one of each workflow at most."""
+        return tuple(each for each in (self.reduction, self.skipping) if each is not None)
+
+    @property
+    def scope(self) -> str:
+        """Around what tokens shrink; "step" if steps are skipped and nothing else is done."""
+        return "step" if self.reduction is None else str(self.reduction.scope)
+
+    @property
+    def keys_values(self) -> str:
+        """What attention sees of removed tokens."""
+        return "dropped" if self.reduction is None else str(self.reduction.keys_values)
+
+    @property
+    def memory_limit(self) -> float | None:
+        """The smaller of the limits in GiB, if there is one."""
+        limits = [each.memory_limit for each in self.configs if each.memory_limit is not None]
+        return min(limits, default=None)
+
+    @property
+    def corrects_steps(self) -> bool:
+        """Whether forecasts of skipped steps are corrected; where tokens are, that does it for both."""
+        skipping, reduction = self.skipping, self.reduction
+        by_token = reduction is not None and bool(reduction.corrector)
+        return skipping is not None and skipping.corrector and skipping.order > 0 and not by_token
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps at the start that compute all tokens: as asked, and until there is evidence."""
+        if self.reduction is None or self.method is None:
+            return 0
+        cached = int(self.keys_values == "cached")
+        return max(self.reduction.warmup_steps or 0, self.method.warmup, cached)
+
+    def skipped_steps(self, total: int) -> set[int]:
+        """The steps of so many at which the denoiser is skipped, if enough was computed before."""
+        config = self.skipping
+        if config is None or config.speedup == 1:
+            return set()
+        first, last = config.steps_needed, total - config.cooldown_steps
+        return skipped_steps(str(config.rule), total, config.speedup, first, last)
+
+    def settings_at(self, index: int, computed_steps: int, noise: list[float]) -> StepSettings:
+        """What a step is run with.
+
+        Args:
+            index: Of the step; past the last one, or in a generation without steps, nothing is skipped.
+            computed_steps: How many steps this denoiser has computed before.
+            noise: Levels of all steps (1: pure noise).
+        """
+        total = len(noise)
+        skip = index < total and self.skipping is not None
+        if skip and self.skipping is not None:
+            ready = computed_steps >= self.skipping.steps_needed
+            skip = ready and index in self.skipped_steps(total)
+        reduction = self.reduction
+        if reduction is None:
+            return StepSettings((), skip, False)
+        level = noise[min(index, total - 1)] if total else 1.0
+        first, last = self.warmup_steps, total - reduction.cooldown_steps
+        whole = bool(total) and (computed_steps < first or index >= last)
+        ratios = tuple(
+            str(0.0 if whole else reduction.ratio_at(1.0 - level, site.depth))
+            for site in self.sites
+        )
+        return StepSettings(ratios, skip, not whole and first > 0)
+
+    def tokens_removed(self, tokens: int, ratio: str) -> int:
+        """How many of a grid's tokens go at a ratio; none of a grid smaller than `min_tokens`."""
+        least = 0 if self.reduction is None else self.reduction.min_tokens
+        return 0 if tokens < least else int(tokens * float(ratio))

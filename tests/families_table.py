@@ -50,7 +50,7 @@ def batches(model: Any, inputs: dict[str, Any]) -> str:
     """How images that keep different tokens are run."""
     with apply_tofu(model, ratio=0.5, method="tome") as handle:
         model(**inputs)
-        alone = handle._generations[0][1].runtime.call.per_image
+        alone = handle.inspect()[0].per_image
     return "one after another, unless `share_plan`" if alone else "together"
 
 

@@ -53,7 +53,7 @@ def test_a_call_that_fails_leaves_nothing_for_the_next(family, setting):
                 tiny.generate(pipe, steps=6)
         hook.remove()
         assert torch.equal(tiny.generate(pipe, steps=6), whole)
-    assert handle._generations[0][1].runtime.caches.nbytes == 0
+    assert handle.inspect()[0].cache_bytes == 0
 
 
 @pytest.mark.parametrize("setting", ["step", "cached"])
@@ -124,7 +124,7 @@ def test_attributes_of_a_scheduler_can_be_kept_and_put_back():
     kept = copy.deepcopy(pipe.scheduler.__dict__)
     pipe.scheduler.__dict__.update(kept)
     assert torch.equal(tiny.generate(pipe, steps=4), whole)
-    assert len(handle._generations[0][1].steps()) == 4
+    assert len(handle.inspect()[0].steps) == 4
     remove_tofu(pipe)
     assert not {"_tofu_clock", "step", "set_timesteps"} & {*pipe.scheduler.__dict__}
 

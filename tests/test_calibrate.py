@@ -15,14 +15,12 @@ from tofu_diffusers import apply_tofu, calibrate_gradient, remove_tofu
 from tofu_diffusers.families import find_family
 from tofu_diffusers.hooks.patch import bind, parameters_of
 from tofu_diffusers.tokens.random_bits import uniform
+from tofu_diffusers.tokens.sources.gradient import features, log_norm, sensitivity
 from tofu_diffusers.tuning.calibrate import gradients
 from tofu_diffusers.tuning.probes import (
     Fit,
-    features,
     load_probes,
-    log_norm,
     rank_correlation,
-    sensitivity,
 )
 
 PROMPTS = {"dit": [[1], [2], [3]], "unet2d": [1, 1, 1]}

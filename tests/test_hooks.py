@@ -181,7 +181,7 @@ def test_a_modular_pipeline_with_guidance_in_two_calls():
     baseline = run()
     with apply_tofu(pipe, ratio=0.5, keys_values="cached") as handle:
         assert not torch.equal(run(), baseline)
-        steps = handle._generations[0][1].steps()
+        steps = handle.inspect()[0].steps
         assert [(step.calls, step.ratios[0]) for step in steps] == [
             (2, "0.0"),
             (2, "0.0"),

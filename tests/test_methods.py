@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, fields
-from typing import get_args
 
 import pytest
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 from tofu_diffusers.tokens.grid import TokenGrid
 from tofu_diffusers.tokens.merge import MERGES, merge_tokens
 from tofu_diffusers.tokens.methods import METHODS, Evidence, Method, make_method, matching, register
-from tofu_diffusers.tokens.methods.base import Source
 from tofu_diffusers.tokens.methods.tome import Tome
 from tofu_diffusers.tokens.plan import Plan
+from tofu_diffusers.tokens.sources import SOURCES
 from tofu_diffusers.tokens.unmerge import UNMERGES
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True)
@@ -29,7 +28,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 def evidence(grid: TokenGrid, remove: int, seed: int = 0, **more: object) -> Evidence:
     ages = torch.ones(2, grid.tokens)
     scores = normal(seed + 1, 2, grid.tokens).abs()
-    by_source = dict.fromkeys(get_args(Source), scores)
+    by_source = dict.fromkeys(sorted(SOURCES), scores)
     given = {"step": torch.tensor(0.0), "age": ages, "importance": by_source, "seed": seed}
     return Evidence(normal(seed, 2, grid.tokens, 5), grid, remove, **{**given, **more})
 
@@ -84,11 +83,11 @@ def test_defaults_name_known_merges_and_unmerges(name: str) -> None:
         ("pitome", {"margin": float("nan")}, "margin is nan"),
         ("pitome", {"alpha": -1}, "alpha is -1"),
         ("pitome", {"protect": 3}, "protect is 3"),
-        ("importance", {"source": "grad"}, "unknown source 'grad'; choose one of change, cfg"),
+        ("importance", {"source": "grad"}, "unknown source 'grad'; choose one of attention, cfg"),
         (
             "importance",
             {"source": {"change": 1, "key": 1}},
-            "unknown source 'key'; choose one of change",
+            "unknown source 'key'; choose one of attention",
         ),
         ("importance", {"source": {}}, "source is {}; name one, or several with their exponents"),
         ("importance", {"source": ["cfg"]}, "source is .'cfg'.; name one, or several with"),
@@ -355,7 +354,7 @@ def kept_by(method: Method, scores: list[float], ages: list[float], count: int) 
     grid = TokenGrid(1, len(scores))
     e = Evidence(
         normal(0, 1, len(scores), 3), grid, len(scores) - count,
-        age=torch.tensor([ages]), importance=dict.fromkeys(get_args(Source), torch.tensor([scores])),
+        age=torch.tensor([ages]), importance=dict.fromkeys(sorted(SOURCES), torch.tensor([scores])),
     )  # fmt: skip
     return method.plan(e).kept[0].tolist()
 

@@ -218,7 +218,7 @@ def test_a_pipeline_computes_the_steps_that_the_rule_leaves(rule):
     with apply_tofu(pipe, config) as handle:
         ran = []
         pipe.unet.conv_in.register_forward_pre_hook(
-            lambda module, args: ran.append(handle._generations[0][1].index)
+            lambda module, args: ran.append(handle.inspect()[0].index)
         )
         tiny.generate(pipe, steps=14)
         assert handle.summary().steps == (StepCount("UNet2DConditionModel", 14, 7),)
@@ -288,7 +288,7 @@ def test_a_bare_model_returns_what_it_always_returns(dtype):
         for step in range(4):
             handle.step(step, 4)
             outs.append(model(**inputs))
-        skipped = [step.skipped for step in handle._generations[0][1].steps()]
+        skipped = [step.skipped for step in handle.inspect()[0].steps]
     # Of still inputs the prediction does not change.
     assert skipped == [False, False, True, False]
     assert {type(out) for out in outs} == {type(model(**inputs))}

@@ -91,7 +91,7 @@ def test_image_to_image_skips_steps_of_its_own_and_comes_to_an_end(compiled):
         plain = tiny.tiny_sd()
         with apply_tofu(plain, speedup=1.8) as other:
             tiny.generate(plain, steps=9)
-            assert skipped == [step.skipped for step in other._generations[0][1].steps()]
+            assert skipped == [step.skipped for step in other.inspect()[0].steps]
         assert skipped.count(False) == 5
         assert not generation.runtime.call.step_known and generation.runtime.caches.nbytes == 0
 
@@ -111,7 +111,7 @@ def test_warmup_and_cooldown_steps_stay_whole():
     pipe = tiny.tiny_sd()
     handle = apply_tofu(pipe, ratio=0.5, method="tome", warmup_steps=1, cooldown_steps=2)
     tiny.generate(pipe, steps=6)
-    ratios = [step.ratios[0] for step in handle._generations[0][1].steps()]
+    ratios = [step.ratios[0] for step in handle.inspect()[0].steps]
     assert ratios == ["0.0", "0.5", "0.5", "0.5", "0.0", "0.0"]
 
 

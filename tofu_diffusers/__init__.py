@@ -10,6 +10,7 @@ from .api import Handle, apply_tofu, remove_tofu
 from .config import KEYS_VALUES, SCOPES, Config, StepSkipping, TokenReduction
 from .families import FAMILIES
 from .profiles import profile, resolve
+from .report.inspection import Inspection
 from .report.summary import Summary
 from .steps.rules import SKIP_RULES
 from .steps.schedule import Schedule
@@ -34,6 +35,7 @@ __all__ = [
     "Config",
     "Evidence",
     "Handle",
+    "Inspection",
     "LearnedSchedule",
     "Method",
     "Plan",

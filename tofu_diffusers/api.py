@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .config import CONFIGS, Config, StepSkipping, TokenReduction, one_of
 from .families import find_family, known_classes
+from .hooks.denoiser import DenoiserHook
 from .hooks.layout import Layout, attach_root
 from .hooks.patch import (
     changed_by_tomesd,
@@ -18,8 +19,8 @@ from .hooks.patch import (
     state_of,
     unwrap,
 )
-from .hooks.state import DenoiserHook
 from .profiles import MEMORYLESS, fastest, resolve
+from .report.inspection import Inspection, inspect
 from .report.summary import Summary, site_stats, summarise
 from .runtime.generation import Generation
 from .runtime.runtime import Runtime
@@ -182,6 +183,15 @@ class Handle:
         """
         self._check()
         return [row for _, each in self._generations for row in site_stats(each)]
+
+    def inspect(self) -> list[Inspection]:
+        """What is known at this moment, one entry a denoiser: step, plans, grids, caches.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+        """
+        self._check()
+        return [inspect(model, generation) for model, generation in self._generations]
 
     def computed(self, denoiser: int = 0) -> dict[int, Tensor]:
         """At which share of the last generation's steps each token was computed, by grid level.
@@ -381,7 +391,9 @@ def _attached(model: nn.Module, like: Setup) -> Generation:
     """Put the same tofu on a bare model; returns its generation."""
     configs = [each.replace(memory_limit=None) for each in like.configs]
     # Steps of its generation do not matter, so none is skipped and none warned of.
-    still = [each.replace(speedup=1) if isinstance(each, StepSkipping) else each for each in configs]
+    still = [
+        each.replace(speedup=1) if isinstance(each, StepSkipping) else each for each in configs
+    ]
     return apply_tofu(model, *still)._generations[0][1]
 
 

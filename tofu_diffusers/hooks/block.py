@@ -18,11 +18,9 @@ from ..runtime.runtime import Runtime
 from ..runtime.sites import Site
 from ..tokens.gather import gather_rows
 from ..tokens.merge import merge_tokens
-from ..tokens.methods.base import Source
 from ..tokens.plan import Plan
-from ..tokens.statistics import key_norm, received_attention
+from ..tokens.sources import SOURCES, BlockReading
 from ..tokens.unmerge import UpdateCache, unmerge_onto, unmerge_tokens
-from ..tuning.probes import sensitivity
 from .patch import bind
 from .state import BlockHook
 
@@ -186,40 +184,42 @@ def unmerged(
     )
 
 
-def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> dict[Source, Tensor]:
-    """What the method's sources in the block say of the conditional rows.  -> source -> [I, N] float32"""
+def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> dict[str, Tensor]:
+    """What the method's sources read of a block, of the conditional rows.  -> source -> [I, N] float32"""
     hook: BlockHook = module.__dict__["_tofu"]
     runtime = hook.runtime
-    found: dict[Source, Tensor] = {}
-    for source in runtime.setup.method.sources if runtime.setup.method is not None else ():
-        if source == "gradient":
-            assert hook.probe is not None
-            hook.probe = hook.probe.to(x.device)
-            found[source] = sensitivity(runtime.conditional(x), hook.probe)
-        elif source in ("attention", "key_norm"):
-            found[source] = attention_importance(module, x, named, images, source)
-    return found
+    method = runtime.setup.method
+    wanted = () if method is None else method.sources
+    sources = [SOURCES[name] for name in wanted if SOURCES[name].score is not None]
+    if not sources:
+        return {}
+    if hook.probe is not None:
+        hook.probe = hook.probe.to(x.device)
 
+    def attention() -> tuple[Any, Tensor]:
+        """The block's first self-attention and its inputs."""
+        attentions: dict[str, Any] = dict(runtime.setup.family.attentions(module))
+        if not attentions:
+            raise ValueError(
+                f"{hook.name} has no self-attention to read importance from; use source 'change'"
+            )
+        name, first = next(iter(attentions.items()))
+        inputs = runtime.setup.family.attention_inputs(module, x, named)[name]
+        return first, runtime.conditional(inputs)
 
-def attention_importance(
-    module: Any, x: Tensor, named: Kwargs, images: int, source: Source
-) -> Tensor:
-    """Importance read from the block's own first attention, of the conditional rows.  -> [I, N] float32"""
-    hook: BlockHook = module.__dict__["_tofu"]
-    runtime = hook.runtime
-    family = runtime.setup.family
-    attentions: dict[str, Any] = dict(family.attentions(module))
-    if not attentions:
-        raise ValueError(
-            f"{hook.name} has no self-attention to read importance from; use source 'change'"
-        )
-    name, attention = next(iter(attentions.items()))
-    inputs = runtime.conditional(family.attention_inputs(module, x, named)[name])
-    hook.probing = True
-    keys = attention.to_k(inputs)
-    if source == "key_norm":
-        importance = key_norm(keys)
-    else:
-        importance = received_attention(attention.to_q(inputs), keys, attention.heads)
-    hook.probing = False
-    return importance
+    def projected(key: str) -> Tensor:
+        first, inputs = attention()
+        # The projections remember nothing of this.
+        hook.probing = True
+        rows: Tensor = getattr(first, key)(inputs)
+        hook.probing = False
+        return rows
+
+    reading = BlockReading(
+        runtime.conditional(x),
+        lambda: projected("to_k"),
+        lambda: projected("to_q"),
+        lambda: int(attention()[0].heads),
+        hook.probe,
+    )
+    return {each.name: each.score(reading) for each in sources if each.score is not None}

@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..families.base import Kwargs
+from ..runtime.generation import Generation
+from ..runtime.runtime import Runtime
 from .keys_values import check_unfused
 from .patch import attach, bind, checkpoints_blocks, compiled_alone, detach, hook_on, state_of
-from .state import AttentionHook, BlockHook, DenoiserHook, RotaryAttentionHook
+from .state import AttentionHook, BlockHook, ProjectionHook, QueryHook, RotaryAttentionHook
+
+
+@dataclass(eq=False)
+class DenoiserHook:
+    """State on the denoiser itself.
+
+    Args:
+        generation: Whose forwards are on the blocks now.
+        names: Its forward's parameters, in order.
+        layouts: Generations with what puts their forwards on the blocks: the one that was asked for, and
+            where that needs a past, one without.
+        projections: (attention, attribute, state) of every projection that has one.
+    """
+
+    generation: Generation
+    original: Callable[..., Any]
+    forward: Callable[..., Any]
+    names: tuple[str, ...]
+    layouts: list[tuple[Generation, Any]] = field(default_factory=list)
+    projections: list[tuple[nn.Module, str, ProjectionHook | QueryHook]] = field(
+        default_factory=list
+    )
+
+    @property
+    def runtime(self) -> Runtime:
+        """What its calls are run with now."""
+        return self.generation.runtime
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserHook:
+        hook = DenoiserHook.__new__(DenoiserHook)
+        memo[id(self)] = hook
+        hook.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return hook
+
+    def __reduce__(self) -> Any:
+        # Its forwards would be looked for on the classes, and only when it is read back.
+        raise pickle.PicklingError(
+            "a denoiser with tofu cannot be pickled; call remove_tofu first, or write its weights by "
+            "save_pretrained"
+        )
 
 
 def denoiser_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -15,14 +15,13 @@ from ..runtime.sites import PlanCache, Projection, Site
 from ..tuning.probes import load_probes
 from .attention import attention_forward
 from .block import block_forward, observed_block_forward
-from .denoiser import denoiser_forward
+from .denoiser import DenoiserHook, denoiser_forward
 from .keys_values import check_unfused, projection_forward, query_forward, rotary_forward
 from .norm import norm_forward
 from .patch import attach, detach, parameters_of, state_of
 from .state import (
     AttentionHook,
     BlockHook,
-    DenoiserHook,
     NormHook,
     ProjectionHook,
     QueryHook,

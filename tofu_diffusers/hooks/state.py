@@ -6,59 +6,15 @@ carries its own.
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..runtime.generation import Generation
 from ..runtime.runtime import Runtime
 from ..runtime.sites import Projection, Site
-from ..tokens.methods.base import Source
 from ..tokens.plan import Plan
-
-
-@dataclass(eq=False)
-class DenoiserHook:
-    """State on the denoiser itself.
-
-    Args:
-        generation: Whose forwards are on the blocks now.
-        names: Its forward's parameters, in order.
-        layouts: Generations with what puts their forwards on the blocks: the one that was asked for, and
-            where that needs a past, one without.
-        projections: (attention, attribute, state) of every projection that has one.
-    """
-
-    generation: Generation
-    original: Callable[..., Any]
-    forward: Callable[..., Any]
-    names: tuple[str, ...]
-    layouts: list[tuple[Generation, Any]] = field(default_factory=list)
-    projections: list[tuple[nn.Module, str, ProjectionHook | QueryHook]] = field(
-        default_factory=list
-    )
-
-    @property
-    def runtime(self) -> Runtime:
-        """What its calls are run with now."""
-        return self.generation.runtime
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DenoiserHook:
-        hook = DenoiserHook.__new__(DenoiserHook)
-        memo[id(self)] = hook
-        hook.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return hook
-
-    def __reduce__(self) -> Any:
-        # Its forwards would be looked for on the classes, and only when it is read back.
-        raise pickle.PicklingError(
-            "a denoiser with tofu cannot be pickled; call remove_tofu first, or write its weights by "
-            "save_pretrained"
-        )
 
 
 @dataclass(eq=False)
@@ -91,7 +47,7 @@ class BlockHook:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     row: int | None = None
     metric: Tensor | None = None
-    importance: Callable[[int], dict[Source, Tensor]] | None = None
+    importance: Callable[[int], dict[str, Tensor]] | None = None
     probing: bool = False
 
     def forget(self) -> None:

@@ -18,7 +18,6 @@ from ..kernels.reference import normalise
 from ..steps.corrector import Corrector, CorrectorState
 from ..steps.forecast import with_prediction
 from ..tokens.methods import Evidence
-from ..tokens.methods.base import Source
 from ..tokens.plan import Plan
 from ..tokens.statistics import TokenStatistics, flags_of, on_maps
 from ..tokens.unmerge import CACHED, UpdateCache
@@ -146,7 +145,7 @@ class Runtime:
     # ---- its blocks ----------------------------------------------------------------------------
 
     def plan(
-        self, site: Site, metric: Tensor, importance: Callable[[int], dict[Source, Tensor]]
+        self, site: Site, metric: Tensor, importance: Callable[[int], dict[str, Tensor]]
     ) -> Plan | None:
         """Choose the site's plan for this call's rows (4), or take the one it shares.
 
@@ -300,7 +299,7 @@ class Runtime:
         site: Site,
         metric: Tensor,
         remove: int,
-        importance: Callable[[int], dict[Source, Tensor]],
+        importance: Callable[[int], dict[str, Tensor]],
     ) -> Plan:
         setup, call, caches = self.setup, self.call, self.caches
         method, reduction = setup.method, setup.reduction

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .grid import TokenGrid
-from .methods.base import Source
 
 
 class TokenStatistics:
@@ -28,7 +27,7 @@ class TokenStatistics:
 
     def __init__(
         self,
-        sources: Collection[Source],
+        sources: Collection[str],
         images: int,
         grids: Mapping[int, TokenGrid],
         device: torch.device,
@@ -44,7 +43,7 @@ class TokenStatistics:
         self.first: Tensor | None = None
         self.guided = False
         finest = grids[self.finest].tokens
-        tracked: tuple[Source, ...] = ("change", "cfg")
+        tracked: tuple[str, ...] = ("change", "cfg")
         self.scores = {
             source: torch.zeros(images, finest, device=device)
             for source in tracked
@@ -70,7 +69,7 @@ class TokenStatistics:
         """Steps since each token of the level was computed.  -> [I, N] float32"""
         return step - self.last[resolution]
 
-    def importance(self, resolution: int) -> dict[Source, Tensor]:
+    def importance(self, resolution: int) -> dict[str, Tensor]:
         """The scores pooled to the level's grid.  -> source -> [I, N] float32"""
         sides, grid = self.grids[self.finest].sides, self.grids[resolution]
         return {
@@ -145,27 +144,6 @@ def on_maps(flags: Tensor, grid: TokenGrid, maps: Tensor) -> Tensor:
     """Where flagged tokens stand on maps [B, C, F, H, W].  [I, N] bool -> [I, 1, F, H, W] bool"""
     volume = flags.float().view(-1, 1, *grid.sides)
     return F.interpolate(volume, size=maps.shape[2:], mode="nearest").bool()
-
-
-def received_attention(queries: Tensor, keys: Tensor, heads: int, chunk: int = 2**24) -> Tensor:
-    """Mean attention that each token receives, over heads and queries.  [I, N, H*D] x 2 -> [I, N] float32
-
-    In chunks of queries: the N x N map is never whole.
-    """
-    images, tokens, width = keys.shape
-    q = queries.view(images, tokens, heads, -1).transpose(1, 2).float() * (width // heads) ** -0.5
-    k = keys.view(images, tokens, heads, -1).transpose(1, 2).float().transpose(2, 3)
-    rows = max(1, chunk // (images * heads * tokens))
-    received = torch.zeros(images, tokens, device=keys.device)
-    for start in range(0, tokens, rows):
-        received = received + (q[:, :, start : start + rows] @ k).softmax(-1).sum((1, 2))
-    return received / (heads * tokens)
-
-
-def key_norm(keys: Tensor) -> Tensor:
-    """Euclidean norm of each token's key over all heads.  [I, N, C] -> [I, N] float32"""
-    norms: Tensor = torch.linalg.vector_norm(keys.float(), dim=-1)
-    return norms
 
 
 def _pool(volume: Tensor, grid: TokenGrid) -> Tensor:

@@ -16,7 +16,8 @@ from ..families import Family, find_family
 from ..families.base import Kwargs
 from ..hooks.patch import bind, compiled_alone, components, parameters_of
 from ..tokens.random_bits import uniform
-from .probes import Fit, log_norm, rank_correlation, save_probes, sensitivity
+from ..tokens.sources.gradient import log_norm, sensitivity
+from .probes import Fit, rank_correlation, save_probes
 
 
 def calibrate_gradient(

@@ -6,17 +6,15 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..grid import TokenGrid
 from ..plan import Plan
+from ..sources import SOURCES
 
-Source = Literal["change", "cfg", "attention", "key_norm", "gradient"]
-# Steps that must run whole before a source has something to say.
-WARMUP: dict[Source, int] = {"change": 2, "cfg": 1, "attention": 0, "key_norm": 0, "gradient": 0}
 _T = TypeVar("_T")
 
 
@@ -44,7 +42,7 @@ class Evidence:
     depth: float = 0.0
     step: Tensor | None = None
     age: Tensor | None = None
-    importance: Mapping[Source, Tensor] = field(default_factory=dict)
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     matched: bool = True
     constants: dict[Any, Any] | None = None
@@ -81,14 +79,14 @@ class Method(ABC):
     """Whether the method has an option `max_age` and lets no token wait longer."""
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[str, ...]:
         """What `Evidence.importance` must hold; none: the method does not read it."""
         return ()
 
     @property
     def warmup(self) -> int:
         """Steps that must run whole before there is evidence."""
-        return max((WARMUP[source] for source in self.sources), default=0)
+        return max((SOURCES[source].warmup for source in self.sources), default=0)
 
     @property
     def max_ratio(self) -> float:

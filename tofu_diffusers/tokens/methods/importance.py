@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ..grid import TokenGrid
 from ..plan import Plan, highest
-from .base import Evidence, Method, Source, register
+from ..sources import SOURCES
+from .base import Evidence, Method, register
 from .matching import as_window, assign_to_kept
 
 
@@ -39,7 +39,7 @@ class Importance(Method):
     name = "importance"
     bounds_age = True
 
-    source: Source | Mapping[Source, float] = "change"
+    source: str | Mapping[str, float] = "change"
     probe: str | None = None
     age_exponent: float | None = None
     max_age: int | None = None
@@ -51,9 +51,9 @@ class Importance(Method):
                 f"source is {self.source!r}; name one, or several with their exponents"
             )
         for source, power in self.powers.items():
-            if source not in get_args(Source):
+            if source not in SOURCES:
                 raise ValueError(
-                    f"unknown source {source!r}; choose one of {', '.join(get_args(Source))}"
+                    f"unknown source {source!r}; choose one of {', '.join(sorted(SOURCES))}"
                 )
             if isinstance(power, bool) or not isinstance(power, (int, float)) or power <= 0:
                 raise ValueError(f"source {source!r} has exponent {power!r}; give a number above 0")
@@ -74,12 +74,12 @@ class Importance(Method):
         object.__setattr__(self, "window", as_window(self.window))
 
     @property
-    def powers(self) -> dict[Source, float]:
+    def powers(self) -> dict[str, float]:
         """Exponent of each source."""
         return dict(self.source) if isinstance(self.source, Mapping) else {self.source: 1.0}
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[str, ...]:
         return tuple(self.powers)
 
     @property

@@ -3,9 +3,10 @@
     python -m eval study --pipeline unet --stage grid --out eval/results/study_unet.jsonl
     torchrun --nproc-per-node 2 -m eval study --pipeline mmdit --stage front --out rows.jsonl
 
-Stages: `grid`, every valid combination of method, merge, unmerge, scope, keys_values and ratio; `front`, the
-better ones with what they must beat; `lengths`, the best in 10, 20 and 50 steps with theirs; `plans`, plans
-shared by more blocks and steps; `samplers`, step skipping with what it must beat, for a `--scheduler`.
+Stages: `typed`, ratios and speed-ups as people type them, with fewer steps; `grid`, every valid combination
+of method, merge, unmerge, scope, keys_values and ratio; `front`, the better ones with what they must beat;
+`lengths`, the best in 10, 20 and 50 steps with theirs; `plans`, plans shared by more blocks and steps;
+`samplers`, step skipping with what it must beat, for a `--scheduler`.
 
 Drift is the PSNR to the unreduced picture of the same prompt and seed, savings are counted FLOPs. No picture
 is kept and no time taken: `eval sweep` does both, for few settings. Stopped anywhere, the same command goes
@@ -222,7 +223,18 @@ def plans(steps: int) -> Iterator[Trial]:
             yield Trial(tofu(f"{kind}-level-reuse{reuse}", **{**options, **more}), steps)
 
 
+def typed(steps: int) -> Iterator[Trial]:
+    """The values that people type, and fewer steps for as many FLOPs as each speed-up."""
+    for ratio in (0.25, 0.5, 0.75):
+        yield Trial(tofu(f"ratio-{ratio:g}", ratio=ratio), steps)
+    for speedup in SPEEDS:
+        yield Trial(tofu(f"speedup-{speedup:g}", speedup=speedup), steps)
+        count = int(steps / speedup)
+        yield Trial(Setting(f"steps-{count}", "fewer_steps", {"steps": count}), steps)
+
+
 STAGES = {
+    "typed": typed,
     "grid": grid,
     "front": front,
     "lengths": lengths,

@@ -35,8 +35,8 @@ from eval.tables_study import (
     plans_table,
     quality_table,
     samplers_table,
-    short_table,
     turns_table,
+    typed_table,
     worth_table,
 )
 
@@ -59,7 +59,7 @@ PLANS, SAMPLERS = "64px-25steps-n32", "64px-25steps-n16"
 TABLES: dict[str, Callable[[], str]] = {
     **{f"{model} drift": (lambda model=model: drift_table(model, FRONT)) for model in RESULTS},
     **{f"{model} speed": (lambda model=model: speed_table(model)) for model in SPEEDS},
-    "short": lambda: short_table(FRONT),
+    "typed": typed_table,
     "ahead": lambda: ahead_table(FRONT),
     "turns": lambda: turns_table(FRONT),
     "lengths": lambda: lengths_table(LENGTHS),

@@ -22,6 +22,8 @@ RESULTS = {name: ROOT / "eval" / "results" / f"study_{name}.jsonl" for name in F
 QUALITY = {name: ROOT / "eval" / "results" / f"sweep_{name}.json" for name in FAMILY}
 DISTANCES = {name: ROOT / "eval" / "results" / f"sweep_{name}_64px.json" for name in FAMILY}
 
+TYPED = {name: ROOT / "eval" / "results" / f"typed_{name}.jsonl" for name in FAMILY}
+
 Row = Mapping[str, Any]
 
 
@@ -73,9 +75,9 @@ def described(row: Row) -> str:
     return f"{options['method']}, ratio {options['ratio']:g}"
 
 
-def cite(model: str, row: Row) -> str:
+def cite(model: str, row: Row, files: Mapping[str, Path] = RESULTS) -> str:
     """The comment that names a row."""
-    return f"<!-- row: {RESULTS[model].name}#{row['id']} -->"
+    return f"<!-- row: {files[model].name}#{row['id']} -->"
 
 
 def line(model: str, row: Row) -> str:
@@ -113,7 +115,7 @@ def drift_table(model: str, stage: str) -> str:
 
 
 LENGTHS = (10, 20, 50)
-# In the order of the README: the profile's step skipping at two savings, what removes tokens, what must be
+# In the order of the plots: the profile's step skipping at two savings, what removes tokens, what must be
 # beaten.
 SHORT = (
     "step-17-corrected", "step-17-first4-corrected", "step-12-corrected", "step-12-first4-corrected",
@@ -142,18 +144,15 @@ def drawn_rows(model: str, stage: str) -> list[Row]:
     return list(chosen(model, stage, (*SHORT, *FURTHEST)).values())
 
 
-def short_table(stage: str) -> str:
-    """Both models side by side."""
-    found = {model: chosen(model, stage, SHORT) for model in RESULTS}
+def typed_table() -> str:
+    """The values that people type, both models side by side; of the weights at hand."""
     shown: dict[str, dict[str, Row]] = {}
-    for name in SHORT:
-        for model, rows in found.items():
-            if name not in rows:
-                continue
-            profile_row = f"**`speedup=`**, {name.split('-')[1]} of 25 steps computed"
-            label = profile_row if name.startswith("step-") else described(rows[name])
-            shown.setdefault(label, {})[model] = rows[name]
-    return side_by_side(shown)
+    for model, path in TYPED.items():
+        for row in read(path):
+            kind, amount = row["setting"]["name"].split("-")
+            label = f"{amount} steps" if kind == "steps" else f"`{kind}={amount}`"
+            shown.setdefault(label, {})[model] = row
+    return side_by_side(shown, TYPED)
 
 
 def plans_table(stage: str) -> str:
@@ -178,8 +177,10 @@ def by_name(rows: Iterable[Row]) -> dict[str, Row]:
     return {row["setting"]["name"]: row for row in rows}
 
 
-def side_by_side(shown: Mapping[str, Mapping[str, Row]]) -> str:
-    """A line a label, with a row of each model."""
+def side_by_side(
+    shown: Mapping[str, Mapping[str, Row]], files: Mapping[str, Path] = RESULTS
+) -> str:
+    """A line a label, with a row of each model from its file."""
     lines = [
         "| | `unet`, FLOPs | PSNR, dB | `mmdit`, FLOPs | PSNR, dB |",
         "|---|---|---|---|---|",
@@ -192,7 +193,7 @@ def side_by_side(shown: Mapping[str, Mapping[str, Row]]) -> str:
                 ["", ""]
                 if row is None
                 else [
-                    f"{row['flops_ratio']:.2f}x {cite(model, row)}",
+                    f"{row['flops_ratio']:.2f}x {cite(model, row, files)}",
                     interval(row["metrics"]["psnr_db"], 1),
                 ]
             )

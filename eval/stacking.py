@@ -131,7 +131,7 @@ def lane(
 
 def whole_steps(case: Case, own: Lane) -> int:
     """At how many steps of a generation the innermost block runs, of a transformer the last."""
-    *_, run = sorted(case.family.block_stacks(own.model), key=lambda run: run.level)
+    *_, run = sorted(case.family.block_stacks(own.model), key=lambda run: run.resolution)
     ran: list[object] = []
     # A part of it: a cache takes the block's own place.
     part = next(run.blocks[-1][1].children())

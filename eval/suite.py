@@ -166,7 +166,7 @@ class Bench:
         """Of one image, at the finest level that has blocks."""
         family, model = self.case.family, self.models[0][0]
         grids = family.grids(model, self.inputs[0])
-        return int(max(grids[run.level].tokens for run in family.block_stacks(model)))
+        return int(max(grids[run.resolution].tokens for run in family.block_stacks(model)))
 
     def row(self, cell: Cell, compiled: bool, rounds: int) -> dict[str, Any]:
         """Measured: times, speed, share of the ceiling, FLOPs, memory."""

@@ -19,7 +19,7 @@ from tofu_diffusers import (
     profile,
 )
 from tofu_diffusers.config import CONFIGS as TYPES
-from tofu_diffusers.profiles import MEMORYLESS, fastest, origin, resolved
+from tofu_diffusers.profiles import MEMORYLESS, fastest, origin, resolve
 
 CONFIGS = [
     TokenReduction(),
@@ -73,7 +73,7 @@ def test_saved_beside_a_pipeline(tmp_path):
     loaded = type(pipe).from_pretrained(tmp_path, safety_checker=None)
     configs = [kind.load(tmp_path) for kind in TYPES]
     with apply_tofu(loaded, *configs) as handle:
-        assert handle.configs == tuple(resolved(each, "unet") for each in configs)
+        assert handle.configs == tuple(resolve(each, "unet") for each in configs)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_every_family_has_a_valid_profile_that_says_where_it_is_from(family):
     for kind, key in ((TokenReduction, "tokens"), (workflow, "speedup")):
         # An amount is not the profile's to say, and what is open without one is all in it.
         assert not {"ratio", "speedup"} & {*data[key]["options"]}
-        config = resolved(kind(**amounts[kind]), family)
+        config = resolve(kind(**amounts[kind]), family)
         assert config == kind(**amounts[kind], **data[key]["options"])
         said = "measured" if data[key]["result"] else "provisional"
         assert said in origin(family, config) and ("like" in data) == (

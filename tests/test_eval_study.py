@@ -157,8 +157,12 @@ def test_goes_on_where_it_was_killed(command):
 
 
 def test_no_setting_hangs_on_a_profile():
-    """Profiles change: a row must say all that it was measured with."""
-    trials = [trial for stage in study.STAGES.values() for trial in stage(25)]
+    """Profiles change: a row must say all that it was measured with.
+
+    But for stage `typed`, which asks what the profiles of its commit do.
+    """
+    stages = [stage for name, stage in study.STAGES.items() if name != "typed"]
+    trials = [trial for stage in stages for trial in stage(25)]
     settings = [trial.setting.to_dict() for trial in trials]
     settings += [row["setting"] for path in tables.RESULTS.values() for row in read(path)]
     given = [setting["options"] for setting in settings if setting["kind"] == "tofu"]
@@ -166,6 +170,16 @@ def test_no_setting_hangs_on_a_profile():
     for options in given:
         assert "method" in options or {"speedup", "rule", "warmup_steps"} <= {*options}, options
         assert config_of(options).is_resolved
+
+
+def test_typed_settings_are_what_people_type():
+    typed = [trial.setting for trial in study.typed(25)]
+    given = [list(each.options) for each in typed if each.kind == "tofu"]
+    assert given.count(["ratio"]) == given.count(["speedup"]) == 3 and len(given) == 6
+    # Fewer steps have no more FLOPs than each speed-up.
+    counts = [each.options["steps"] for each in typed if each.kind == "fewer_steps"]
+    speedups = [each.options["speedup"] for each in typed if "speedup" in each.options]
+    assert all(25 / n >= s for n, s in zip(counts, speedups, strict=True))
 
 
 def test_rows_made_otherwise_are_not_mixed(command, capsys):

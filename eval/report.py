@@ -183,7 +183,7 @@ def mixed(rows: Sequence[Row]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class BlockStack:
+class Run:
     """A setting's pictures by prompt and seed, and the PSNR of each, or the problem with all of them."""
 
     folder: Path
@@ -192,7 +192,7 @@ class BlockStack:
     problem: str | None = None
 
     @classmethod
-    def of(cls, sweep: Path, row: Row) -> BlockStack:
+    def of(cls, sweep: Path, row: Row) -> Run:
         name = row["setting"]["name"]
         folder, scores = sweep / name, sweep / "scores" / f"{name}.json"
         try:
@@ -242,7 +242,7 @@ def inline_file(path: Path) -> str:
     return inline(buffer.getvalue())
 
 
-def shown(run: BlockStack, pair: tuple[str, int], is_reference: bool) -> Shown:
+def shown(run: Run, pair: tuple[str, int], is_reference: bool) -> Shown:
     """What the grid has for one setting, prompt and seed."""
     try:
         if run.problem or pair not in run.pairs:
@@ -270,7 +270,7 @@ def unreduced_first(rows: Sequence[Row]) -> list[tuple[int, Row]]:
 def grid(sweep: Path, rows: Sequence[Row], prompts: int) -> list[tuple[str, int, list[Shown]]]:
     """For the first prompts: prompt, seed, and every setting's picture, unreduced first."""
     ordered = [row for _, row in unreduced_first(rows)]
-    runs = [BlockStack.of(sweep, row) for row in ordered]
+    runs = [Run.of(sweep, row) for row in ordered]
     # The first run that is there says which prompts there are.
     pairs = next((run.pairs for run in runs if run.pairs), ())[:prompts]
     references = [row["setting"]["kind"] == "unreduced" for row in ordered]

@@ -168,7 +168,7 @@ class Lpips:
 
 
 @dataclass(frozen=True)
-class BlockStack:
+class Run:
     """A finished run folder."""
 
     folder: Path
@@ -176,7 +176,7 @@ class BlockStack:
     pictures: Pictures
 
     @classmethod
-    def read(cls, folder: str | Path) -> BlockStack:
+    def read(cls, folder: str | Path) -> Run:
         """Raises ValueError if an image is missing."""
         folder = Path(folder)
         manifest = Manifest.load(folder)
@@ -194,7 +194,7 @@ class BlockStack:
         return {"manifest": digest, "images": self.pictures.digest}
 
 
-def check_match(run: BlockStack, reference: BlockStack) -> None:
+def check_match(run: Run, reference: Run) -> None:
     """Whether image i of both was made by one model from one prompt and seed, in one size.
 
     Raises:
@@ -274,7 +274,7 @@ def score(
     Raises:
         ValueError: if the runs do not match image by image.
     """
-    mine, base = BlockStack.read(run), BlockStack.read(reference)
+    mine, base = Run.read(run), Run.read(reference)
     check_match(mine, base)
     out = Path(out or _place(mine.folder, mine.manifest))
     # Beside the scores: the pictures may lie where nothing may be written.
@@ -422,7 +422,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _aligned(alignment: Alignment, run: BlockStack) -> Tensor:
+def _aligned(alignment: Alignment, run: Run) -> Tensor:
     parts: list[Tensor] = []
     start = 0
     for batch in run.pictures.batches():

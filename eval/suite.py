@@ -134,8 +134,7 @@ class Lane:
             return 0
         (config,) = self.handle.configs
         assert isinstance(config, TokenReduction)
-        cached = int(config.keys_values == "cached")
-        return max(config.warmup_steps or 0, config.make_method().warmup, cached)
+        return config.steps_needed
 
 
 @dataclass

@@ -185,7 +185,7 @@ def test_an_extractor_takes_bytes_and_gives_what_it_says():
 
 def test_features_are_kept_until_a_picture_or_the_extractor_changes(reference):
     def seen(extractor: Extractor) -> tuple[int, Tensor]:
-        found = features(extractor, scores.BlockStack.read(reference).pictures)
+        found = features(extractor, scores.Run.read(reference).pictures)
         return extractor.net.seen, found
 
     count, first = seen(tiny())
@@ -225,7 +225,7 @@ def test_pictures_keep_their_order_and_form_whatever_the_batches(tmp_path):
 
 
 def test_pictures_of_an_array_are_those_of_the_files(tmp_path, reference):
-    from_files = features(tiny(), scores.BlockStack.read(reference).pictures)
+    from_files = features(tiny(), scores.Run.read(reference).pictures)
     np.save(tmp_path / "real.npy", pixels())
     np.savez(tmp_path / "real.npz", images=pixels(), names=np.arange(9))
     for name in ("real.npy", "real.npz"):

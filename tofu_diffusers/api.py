@@ -221,9 +221,9 @@ class Handle:
         Args:
             index: Of the step, from 0.
             total: Steps in this generation.
-            conditions: Into how many equal parts the batch falls by guidance (2: unconditional rows,
+            cfg_branches: Into how many equal parts the batch falls by guidance (2: unconditional rows,
                 then conditional ones; DiT has them the other way round). Guidance in two calls is
-                `conditions=1`, conditional call first.
+                `cfg_branches=1`, conditional call first.
 
         Raises:
             RuntimeError: if the handle was removed.
@@ -233,7 +233,7 @@ class Handle:
         if not 0 <= index < total:
             raise ValueError(f"step {index} is not one of {total} steps; count from 0")
         if cfg_branches < 1:
-            raise ValueError(f"conditions {cfg_branches} is below 1")
+            raise ValueError(f"cfg_branches {cfg_branches} is below 1")
         for generation in self._all:
             generation.set_step(index, total, cfg_branches)
 

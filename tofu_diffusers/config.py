@@ -327,6 +327,12 @@ class TokenReduction(Config):
         return self.ratio * (factor if factor == 1.0 else quantise(factor))
 
     @property
+    def steps_needed(self) -> int:
+        """Steps that must compute all tokens first: as asked, and until there is a past."""
+        cached = int(self.keys_values == "cached")
+        return max(self.warmup_steps or 0, self.make_method().warmup, cached)
+
+    @property
     def needs_steps(self) -> list[str]:
         """Why this configuration must know the denoising step; empty if each call can stand alone."""
         method = self.make_method()

@@ -142,10 +142,7 @@ class Setup:
     @property
     def warmup_steps(self) -> int:
         """Steps at the start that compute all tokens: as asked, and until there is evidence."""
-        if self.reduction is None or self.method is None:
-            return 0
-        cached = int(self.keys_values == "cached")
-        return max(self.reduction.warmup_steps or 0, self.method.warmup, cached)
+        return 0 if self.reduction is None else self.reduction.steps_needed
 
     def skipped_steps(self, total: int) -> set[int]:
         """The steps of so many at which the denoiser is skipped, if enough was computed before."""

@@ -47,6 +47,12 @@ class Emoji:
         return [names[0] for names in self.names]
 
     @property
+    def described(self) -> list[str]:
+        """What each picture shows in the fewest words: its concept, of a recoloured one with its colour."""
+        rows = zip(self.concepts, self.colours, self.recoloured, strict=True)
+        return [f"{colour} {name}" if turned else name for name, colour, turned in rows]
+
+    @property
     def held_out(self) -> np.ndarray:
         """bool [I]: whether the concept is kept from training."""
         return np.array([held_out(name) for name in self.concepts], bool)
@@ -54,8 +60,8 @@ class Emoji:
     @property
     def held_pair(self) -> np.ndarray:
         """bool [I]: whether a known concept is kept from training in this colour."""
-        pairs = zip(self.concepts, self.colours, self.recoloured, strict=True)
-        return np.array([turned and held_out(f"{colour} {name}") for name, colour, turned in pairs])
+        rows = zip(self.described, self.recoloured, strict=True)
+        return np.array([turned and held_out(words) for words, turned in rows])
 
     @property
     def trained(self) -> np.ndarray:

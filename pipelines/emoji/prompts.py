@@ -25,9 +25,7 @@ def prompt_sets(emoji: Emoji) -> dict[str, list[str]]:
     rows = list(zip(emoji.names, emoji.colours, emoji.recoloured, strict=True))
     known = sorted({names[0] for (names, *_), use in zip(rows, trained, strict=True) if use})
     unseen = sorted({names[0] for (names, *_), use in zip(rows, held, strict=True) if use})
-    compositions = sorted(
-        {f"{colour} {names[0]}" for (names, colour, _), use in zip(rows, pairs, strict=True) if use}
-    )
+    compositions = sorted({words for words, use in zip(emoji.described, pairs, strict=True) if use})
     # Several of each: with and without an article or its colour, under another name.
     captions = dict.fromkeys(
         caption(names, colour, bool(recoloured), rng)

@@ -52,11 +52,8 @@ def found(scorer: EmojiScorer, pictures: np.ndarray, prompts: list[str]) -> dict
 
 def asked_for(emoji: Emoji) -> dict[str, int]:
     """The row of the data that a name, or a colour and an object, asks for."""
-    rows = zip(emoji.concepts, emoji.colours, emoji.recoloured, strict=True)
-    return {
-        with_article(f"{colour} {name}") if recoloured else name: i
-        for i, (name, colour, recoloured) in enumerate(rows)
-    }
+    rows = zip(emoji.described, emoji.recoloured, strict=True)
+    return {with_article(words) if turned else words: i for i, (words, turned) in enumerate(rows)}
 
 
 def retrieval(

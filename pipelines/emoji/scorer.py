@@ -203,6 +203,7 @@ def train(data_path: Path, folder: Path, steps: int = 1500, seed: int = 0) -> No
     report: dict[str, Any] = {"seed": seed, "steps": steps, "train_images": len(rows)}
     report["parameters"] = sum(p.numel() for p in head.parameters())
     with torch.no_grad():
+        described = emoji.described
         sides = {
             "held_out": emoji.held_out,
             "training": emoji.trained & ~emoji.recoloured,
@@ -210,10 +211,7 @@ def train(data_path: Path, folder: Path, steps: int = 1500, seed: int = 0) -> No
         }
         for side, chosen in sides.items():
             index = np.flatnonzero(chosen).tolist()
-            words = [
-                f"{emoji.colours[i]} {name}" if emoji.recoloured[i] else name
-                for i, name in zip(index, (emoji.concepts[i] for i in index), strict=True)
-            ]
+            words = [described[i] for i in index]
             found = ranks(head, pictures[index], scorer.text_features(words))
             report[side] = {"n": len(index), "chance": 1 / len(index)} | found
     (folder / "head.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -14,18 +14,18 @@ from .hooks.layout import Layout, attach_root
 from .hooks.patch import (
     changed_by_tomesd,
     check_within_reach,
-    components,
     detach,
     state_of,
-    unwrap,
 )
 from .profiles import MEMORYLESS, fastest, resolve
 from .report.inspection import Inspection, inspect
 from .report.summary import Summary, site_stats, summarise
-from .runtime.generation import Generation
+from .runtime.generation import Generation, Turn
 from .runtime.runtime import Runtime
-from .runtime.setup import PipelineReference, Setup
-from .steps.clock import unwatch, watch
+from .runtime.setup import Setup
+from .steps.clock import listeners_of, unwatch, watch
+from .steps.pipelines import components, unwrap
+from .steps.reference import Reference
 
 DENOISER_NAMES = ("unet", "transformer", "transformer_2")
 
@@ -94,8 +94,7 @@ def apply_tofu(
     roots: list[tuple[nn.Module, DenoiserHook]] = []
     try:
         for model, kind, layouts in plans:
-            reference = PipelineReference(pipeline)
-            pairs = []
+            turn, pairs = Turn(), []
             for i, (way, layout) in enumerate(layouts):
                 setup = Setup(
                     *way,
@@ -103,11 +102,12 @@ def apply_tofu(
                     tuple(layout.sites),
                     tuple(layout.projections),
                     layout.blocks,
-                    reference,
+                    model,
+                    Reference(pipeline),
                     stands_in=i > 0,
                     has_stand_in=i == 0 and len(layouts) > 1,
                 )
-                pairs.append((Generation(Runtime(setup)), layout))
+                pairs.append((Generation(Runtime(setup), turn), layout))
             roots.append((model, attach_root(model, pairs)))
             scheduler = getattr(pipeline, "scheduler", None)
             if scheduler is not None:
@@ -130,11 +130,14 @@ def remove_tofu(target: Any) -> None:
         RuntimeError: if a forward was replaced since by one that calls tofu's. The target is then as it was.
     """
     parts = components(target)
-    for model in [
-        unwrap(part)
-        for part in (parts.values() if parts else [target])
-        if isinstance(part, nn.Module)
-    ]:
+    models = [part for part in parts.values() if isinstance(part, nn.Module)]
+    if not parts and isinstance(target, nn.Module):
+        models = [target]
+    # Denoisers that were exchanged since, whose steps the pipeline's scheduler still tells.
+    for part in parts.values():
+        told = listeners_of(part, target)
+        models += [each.runtime.setup.denoiser for each in told if isinstance(each, Generation)]
+    for model in map(unwrap, models):
         root = state_of(model)
         if isinstance(root, DenoiserHook):
             _remove(model, root)
@@ -247,7 +250,7 @@ class Handle:
         """
         self._check()
         for generation in self._all:
-            generation.begin([], cfg_branches=1)  # without asking the pipeline, which may be gone
+            generation.end()
 
     def remove(self) -> None:
         """Give back the exact original.

@@ -14,6 +14,7 @@ from torch import nn
 from ..families.base import Kwargs
 from ..runtime.generation import Generation
 from ..runtime.runtime import Runtime
+from ..steps.pipelines import generating
 from .keys_values import check_unfused
 from .patch import attach, bind, checkpoints_blocks, compiled_alone, detach, hook_on, state_of
 from .state import AttentionHook, BlockHook, ProjectionHook, QueryHook, RotaryAttentionHook
@@ -62,12 +63,20 @@ class DenoiserHook:
 def denoiser_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run one call of the denoiser, or forecast what it would return if the step is skipped."""
     hook: DenoiserHook = module.__dict__["_tofu"]
-    named = bind(hook.names, args, kwargs)
-    if not torch.compiler.is_compiling():
-        hook.generation.find_scheduler(named)
+    if torch.compiler.is_compiling():
+        return run(hook, module, args, kwargs)
+    with hook.generation.turn.taken(type(module).__name__):
+        caller, named = generating(module), bind(hook.names, args, kwargs)
+        for generation, _ in hook.layouts:
+            generation.called_by(caller, named)
         choose_layout(hook, module)
         follow_projections(hook)
-    runtime = hook.runtime
+        return run(hook, module, args, kwargs)
+
+
+def run(hook: DenoiserHook, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+    """One call, of the generation that is known by now."""
+    named, runtime = bind(hook.names, args, kwargs), hook.runtime
     blocks = runtime.setup.blocks
     # 1 to 3
     runtime.begin(

@@ -76,17 +76,6 @@ def state_of(module: nn.Module) -> Any:
     return module.__dict__.get(STATE)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a `torch.compile` wrapper."""
-    return getattr(model, "_orig_mod", model)
-
-
-def components(target: object) -> dict[str, Any]:
-    """The named parts of a pipeline (modular ones too); empty if the target is none."""
-    parts = getattr(target, "components", None)
-    return dict(parts) if isinstance(parts, dict) else {}
-
-
 def changed_by_tomesd(model: nn.Module) -> bool:
     """Whether tomesd has patched this model: it swaps the classes of its blocks."""
     # Not by the attribute `_tome_info`, which remove_patch leaves on the model.

@@ -59,16 +59,17 @@ class Call:
     shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     inputs: dict[str, Any] | None = None
 
-    def count(self) -> None:
+    def count(self, setup: Setup) -> None:
         """Note that a call begins, the first of its step or another one.
 
         Raises:
             RuntimeError: if there are too many in one step, so that nobody seems to tell it.
         """
-        if self.step_known and self.number >= CALLS_LIMIT:
+        if self.step_known and self.number >= CALLS_LIMIT and setup.reduces:
             raise RuntimeError(
-                f"the denoiser was called {self.number} times without a scheduler step; "
-                "in a loop of your own, call handle.step(i, n) before each step"
+                f"the denoiser was called {self.number} times without a scheduler step; in a loop of your "
+                "own, call handle.step(i, n) before each step; for a pipeline that does not step "
+                "its `scheduler` (as some inversions), call remove_tofu before it"
             )
         self.cfg_branch = str(self.number)
         self.number += 1

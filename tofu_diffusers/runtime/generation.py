@@ -6,14 +6,19 @@ the device: once when a generation starts, and what was deferred when a step is 
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..steps.clock import is_watched, watch
+from ..steps.clock import exchanged, is_watched, watch
+from ..steps.pipelines import generating, holds
+from ..steps.reference import Reference
 from ..steps.sampler import noise_level, noise_levels, step_sizes
 from .runtime import Runtime
 
@@ -29,55 +34,111 @@ class StepRecord:
     skipped: bool = False
 
 
+class Turn:
+    """Lets one thread at a time into a denoiser, and refuses others instead of waiting."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Turn:
+        return Turn()
+
+    @contextmanager
+    def taken(self, name: str) -> Iterator[None]:
+        """Keep others out meanwhile.
+
+        Raises:
+            RuntimeError: if a thread is inside.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise broken_into(name)
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+def broken_into(name: str) -> RuntimeError:
+    """What to raise where two generations meet in one denoiser."""
+    return RuntimeError(
+        f"another generation began with this {name} before the one that ran was over; with tofu a denoiser "
+        "is in one generation at a time: run them one after the other (with a lock around the pipelines), or "
+        "give each a denoiser of its own"
+    )
+
+
 class Generation:
     """Follows a scheduler, or a user's own loop, through the steps of one generation after another.
 
+    Whoever calls the denoiser is served by his own scheduler and guidance: the pipeline that was given,
+    another one around the same denoiser, or a loop of the user's.
+
     Attributes:
         runtime: Whose calls it sets up.
+        turn: Of the denoiser.
+        scheduler: That tells the steps; nothing where the user does, or nobody.
+        caller: The pipeline that generates; nothing in a loop of the user's.
         index: Of the step.
         noise: Levels of all its steps (1: pure noise); empty: there is no generation.
         computed_steps: How many steps the denoiser has computed.
         history: Of the steps that are over.
         compute_counts: By resolution, at how many steps each token was computed, [I, N].
-        schedulers: Those that tell the steps.
+        schedulers: Those that may tell the steps.
+        broken_off: Those whose generation was not over when another one began.
         removed: Whether tofu was taken off.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, turn: Turn) -> None:
         self.runtime = runtime
+        self.turn = turn
+        self.scheduler = Reference()
+        self.caller = Reference()
         self.index = 0
         self.noise: list[float] = []
         self.computed_steps = 0
         self.history: list[StepRecord] = []
         self.compute_counts: dict[int, Tensor] = {}
-        self.schedulers: list[Any] = []
+        self.schedulers: list[Reference] = []
+        self.broken_off: list[Reference] = []
         self.removed = False
+        self._timestep: Any = None
+        self._trimmed = False
         self._apply_settings()
 
     # ---- told from outside ---------------------------------------------------------------------
 
     @property
     def pipeline(self) -> Any:
-        """The pipeline whose scheduler and guidance are read; None if there is none, or it is gone."""
-        return self.runtime.setup.pipeline.get()
+        """What `apply_tofu` was given; None if that was a bare denoiser, or it is gone."""
+        return self.runtime.setup.pipeline()
 
     def start(self, scheduler: Any) -> None:
-        """Start the generation that a scheduler has set its timesteps for."""
-        self.begin(noise_levels(scheduler))
-        corrects = self.runtime.caches.with_step_sizes
-        if corrects is not None:
-            corrects.begin(step_sizes(scheduler))
+        """Start the generation that a scheduler has set its timesteps for.
 
-    def begin(self, noise: list[float], cfg_branches: int | None = None) -> None:
+        Raises:
+            RuntimeError: if the pipeline has another denoiser by now, or a thread is inside this one.
+        """
+        caller = generating(scheduler)
+        if caller is not None and not holds(caller, self.runtime.setup.denoiser):
+            if caller is self.pipeline:
+                raise exchanged(caller)
+            return  # of another denoiser
+        with self.turn.taken(self._denoiser):
+            self._follow(scheduler, caller)
+
+    def begin(self, noise: list[float], cfg_branches: int) -> None:
         """Start a generation whose steps have these noise levels.
 
         Args:
             noise: 1 is pure noise; empty: none, what is remembered is dropped.
-            cfg_branches: Of guidance in a batch; None: as the pipeline says.
+            cfg_branches: Of guidance in a batch; 0: not known yet, see `GridReader.resolve`.
         """
         call, caches = self.runtime.call, self.runtime.caches
-        branches = self._branches_of_pipeline() if cfg_branches is None else cfg_branches
-        call.cfg_branches = str(branches)
+        if call.step_known and self.scheduler() is not None:
+            self.broken_off.append(self.scheduler)
+        self.scheduler = self.caller = Reference()
+        self._timestep, self._trimmed = None, False
+        call.cfg_branches = str(cfg_branches)
         self.noise = noise
         # Anew: a tensor made in inference mode cannot be written outside of it.
         call.step = None
@@ -92,18 +153,24 @@ class Generation:
         self._set_index(0)
 
     def advance(self, scheduler: Any, timestep: Any) -> None:
-        """Go on by one step. One that this denoiser had no part in (its pipeline has two) counts as time."""
+        """Go on by one step. One that this denoiser had no part in (its pipeline has two) counts as time.
+
+        Raises:
+            RuntimeError: if that timestep was stepped before.
+        """
         call = self.runtime.call
-        if call.step_known:
-            if self.index == 0:
-                # Where the call was traced, nobody could look before it.
-                self._trim_to_executed(scheduler, timestep)
-                self._warn_of_few()
-            self._finish_step()
-            self._set_index(self.index + 1)
-            if not call.step_known:
-                # The generation is over: what decodes the latents may need the memory.
-                self.forget()
+        if scheduler is not self.scheduler() or not call.step_known:
+            return
+        if self.index == 0:
+            # Where the call was traced, nobody could look before it.
+            self._trim_to_executed(scheduler, timestep)
+            self._warn_of_few()
+        self._check_stepped_once(timestep)
+        self._finish_step()
+        self._set_index(self.index + 1)
+        if not call.step_known:
+            # The generation is over: what decodes the latents may need the memory.
+            self.forget()
 
     def set_step(self, index: int, total: int, cfg_branches: int) -> None:
         """Take a bare model's step from its user."""
@@ -114,18 +181,36 @@ class Generation:
             self._finish_step()
         self._set_index(index)
 
-    def find_scheduler(self, named: dict[str, Any]) -> None:
-        """Follow a scheduler swapped after `apply_tofu`, and see which of its steps are really executed."""
-        scheduler = getattr(self.pipeline, "scheduler", None)
-        if scheduler is None:
-            return
-        if not is_watched(scheduler, self):
-            watch(scheduler, self)
-            self.start(scheduler)
+    def called_by(self, caller: Any, named: dict[str, Any]) -> None:
+        """Follow the one who calls the denoiser, and see which of his scheduler's steps are executed.
+
+        Args:
+            caller: The pipeline; None: a loop of the user's, or one call alone.
+            named: The denoiser's arguments.
+
+        Raises:
+            RuntimeError: if another generation began while his was not over.
+        """
         call = self.runtime.call
-        if call.step_known and self.index == 0 and call.number == 0:
+        scheduler = getattr(caller, "scheduler", None)
+        if any(each() is scheduler for each in self.broken_off if scheduler is not None):
+            raise broken_into(self._denoiser)
+        if caller is None:
+            # One call alone, also after a pipeline's generation, whether that was over or not.
+            if self.noise and (self.caller() is not None or not call.step_known):
+                self.begin([], cfg_branches=1)
+        elif scheduler is not None and not is_watched(scheduler, self) and not self._told_by_hand:
+            # Set after `apply_tofu`, or in another pipeline around this denoiser.
+            watch(scheduler, self)
+            self._follow(scheduler, caller)
+        if call.step_known and self.index == 0 and call.number == 0 and self.scheduler():
             scale = self.runtime.setup.family.timestep_scale
-            self._trim_to_executed(scheduler, named["timestep"] / scale)
+            self._trim_to_executed(self.scheduler(), named["timestep"] / scale)
+
+    def end(self) -> None:
+        """End a generation that was broken off, if there is one."""
+        self.begin([], cfg_branches=1)
+        self.broken_off.clear()
 
     def forget(self) -> None:
         """Drop everything that belongs to one generation."""
@@ -138,9 +223,7 @@ class Generation:
     @property
     def has_past(self) -> bool:
         """Whether a call can build on earlier ones: its step is known, and steps are not few."""
-        if self.runtime.call.step_known:
-            return len(self.noise) > FEW_STEPS
-        return self.runtime.setup.pipeline.given
+        return self.runtime.call.step_known and len(self.noise) > FEW_STEPS
 
     def steps(self) -> list[StepRecord]:
         """The steps of the last generation, the running one included."""
@@ -148,15 +231,27 @@ class Generation:
 
     # ---- parts of the above --------------------------------------------------------------------
 
-    def _branches_of_pipeline(self) -> int:
+    @property
+    def _told_by_hand(self) -> bool:
+        return self.runtime.call.step_known and self.scheduler() is None
+
+    @property
+    def _denoiser(self) -> str:
+        return type(self.runtime.setup.denoiser).__name__
+
+    def _follow(self, scheduler: Any, caller: Any) -> None:
+        """Start the generation of this scheduler and pipeline."""
+        branches = self._branches_of(caller)
+        self.begin(noise_levels(scheduler), branches)
+        self.scheduler, self.caller = Reference(scheduler), Reference(caller)
+        self.broken_off = [each for each in self.broken_off if each() not in (None, scheduler)]
+        corrects = self.runtime.caches.with_step_sizes
+        if corrects is not None:
+            corrects.begin(step_sizes(scheduler))
+
+    def _branches_of(self, pipeline: Any) -> int:
         """Branches of guidance in a batch, as the pipeline says; 0: it does not, see `GridReader.resolve`."""
-        setup, pipeline = self.runtime.setup, self.pipeline
-        if pipeline is None and setup.pipeline.given:
-            raise RuntimeError(
-                "the pipeline that apply_tofu was given is gone, and with it what tells guidance; call "
-                "apply_tofu on the pipeline that generates"
-            )
-        if pipeline is None or not setup.family.guidance_in_batch:
+        if not self.runtime.setup.family.guidance_in_batch:
             return 1
         guided = getattr(pipeline, "do_classifier_free_guidance", None)
         if guided is None:
@@ -166,22 +261,41 @@ class Generation:
         perturbed = getattr(pipeline, "do_perturbed_attention_guidance", False)
         return 1 + others * bool(guided) + bool(perturbed)
 
+    def _check_stepped_once(self, timestep: Any) -> None:
+        """Refuse pipelines that denoise several views by turns: they seem to be in a later step."""
+        # By its place in the list of timesteps. It is kept, so that no other one comes to lie there.
+        last, self._timestep = self._timestep, timestep
+        if not (isinstance(timestep, Tensor) and isinstance(last, Tensor)):
+            return
+        if timestep.data_ptr() == last.data_ptr() and self.runtime.setup.reduces:
+            who = "the loop" if self.caller() is None else type(self.caller()).__name__
+            raise RuntimeError(
+                f"{who} stepped its scheduler twice at one timestep (several views or latents by turns), and "
+                "tofu takes each for a step of the whole; call remove_tofu before it"
+            )
+
     def _trim_to_executed(self, scheduler: Any, timestep: Any) -> None:
         """See which of the scheduler's steps are executed, from the first one's timestep.
 
         Image-to-image leaves out the first of them, a base model before a refiner the last. The timestep is
-        read where the pipeline announces fewer steps than were set, once.
+        read once, in a loop of the user's and where the pipeline announces fewer steps than were set.
         """
-        planned = getattr(self.pipeline, "num_timesteps", None)
-        if planned and planned < len(self.noise):
-            level = noise_level(scheduler, timestep)
-            distances = [abs(noise - level) for noise in self.noise]
-            begin = min(distances.index(min(distances)), len(self.noise) - planned)
-            self.noise = self.noise[begin : begin + planned]
-            corrects = self.runtime.caches.with_step_sizes
-            if corrects is not None and corrects.step_sizes is not None:
-                corrects.begin(corrects.step_sizes[begin : begin + planned])
-            self._apply_settings()
+        if self._trimmed:
+            return
+        self._trimmed, pipeline, count = True, self.caller(), len(self.noise)
+        planned = count if pipeline is None else getattr(pipeline, "num_timesteps", None) or count
+        if pipeline is not None and planned >= count:
+            return
+        level = noise_level(scheduler, timestep)
+        distances = [abs(noise - level) for noise in self.noise]
+        begin = distances.index(min(distances))
+        if pipeline is not None:
+            begin = min(begin, count - planned)
+        self.noise = self.noise[begin : begin + planned]
+        corrects = self.runtime.caches.with_step_sizes
+        if corrects is not None and corrects.step_sizes is not None:
+            corrects.begin(corrects.step_sizes[begin : begin + planned])
+        self._apply_settings()
 
     def _warn_of_few(self) -> None:
         setup, steps = self.runtime.setup, len(self.noise)
@@ -218,7 +332,9 @@ class Generation:
     def _apply_settings(self) -> None:
         """Hand over to the call what its step is run with."""
         setup, call = self.runtime.setup, self.runtime.call
-        settings = setup.settings_at(self.index, self.computed_steps, self.noise)
+        # Behind the last step there is none: a call is alone again.
+        noise = self.noise if call.step_known else []
+        settings = setup.settings_at(self.index, self.computed_steps, noise)
         call.skip, call.caches_are_warm = settings.skip, settings.caches_are_warm
         for site, ratio in zip(setup.sites, settings.ratios, strict=True):
             site.ratio = ratio

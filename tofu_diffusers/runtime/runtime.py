@@ -74,7 +74,7 @@ class Runtime:
         self._split_stacks(between, alone)
         if not call.step_known:
             self._run_without_step()
-        call.count()
+        call.count(setup)
         # 1  Read images, branches of guidance and the grid.
         call.all_tokens = False
         self._read_batch(sample)
@@ -207,7 +207,8 @@ class Runtime:
         if self.setup.needs:
             raise RuntimeError(
                 f"{', '.join(self.setup.needs)} must know the denoising step, and nobody told it: call "
-                "handle.step(i, n) before each step of a bare model, or apply tofu to the whole pipeline"
+                "handle.step(i, n) before each step of a bare model; for a pipeline that does not step its "
+                "`scheduler` (as some inversions), use TokenReduction(method='tofu') or remove_tofu"
             )
         self.caches.clear_plans()
         self.call.number = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,28 +9,10 @@ from torch import nn
 
 from ..config import Config, StepSkipping, TokenReduction
 from ..families.base import Family
+from ..steps.reference import Reference
 from ..steps.rules import skipped_steps
 from ..tokens.methods import Method
 from .sites import PlanCache, Projection, Site
-
-
-class PipelineReference:
-    """The pipeline that tofu serves, without keeping it alive or copying it along with a model."""
-
-    def __init__(self, pipeline: Any = None) -> None:
-        self.given = pipeline is not None
-        self.get = weakref.ref(pipeline) if self.given else _nothing
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineReference:
-        # Inside a deepcopy of the pipeline the copy is already known; a copied model alone belongs to none.
-        return PipelineReference(memo.get(id(self.get())))
-
-    def __reduce__(self) -> tuple[type[PipelineReference], tuple[()]]:
-        return PipelineReference, ()
-
-
-def _nothing() -> None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -59,7 +40,8 @@ class Setup:
         sites: Everything that shrinks, in the order of execution; the forwards refer to the same objects.
         projections: Key and value projections to remember (keys_values "cached" only).
         blocks: The modules that shrink.
-        pipeline: Whose scheduler and guidance tell the step and the branches.
+        denoiser: The model itself.
+        pipeline: What `apply_tofu` was given; nothing for a bare denoiser.
         stands_in: Whether this is what runs without memory, for one that was asked for.
         has_stand_in: Whether another one runs without memory where there is no past.
 
@@ -77,7 +59,8 @@ class Setup:
     sites: tuple[Site, ...]
     projections: tuple[Projection, ...]
     blocks: tuple[nn.Module, ...]
-    pipeline: PipelineReference
+    denoiser: nn.Module
+    pipeline: Reference
     stands_in: bool = False
     has_stand_in: bool = False
     method: Method | None = field(init=False)
@@ -138,6 +121,14 @@ class Setup:
         skipping, reduction = self.skipping, self.reduction
         by_token = reduction is not None and bool(reduction.corrector)
         return skipping is not None and skipping.corrector and skipping.order > 0 and not by_token
+
+    @property
+    def reduces(self) -> bool:
+        """Whether anything is asked for at all."""
+        reduction, skipping = self.reduction, self.skipping
+        return (reduction is not None and reduction.ratio > 0) or (
+            skipping is not None and skipping.speedup > 1
+        )
 
     @property
     def warmup_steps(self) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..api import only_denoiser
 from ..families import Family, find_family
 from ..families.base import Kwargs
-from ..hooks.patch import bind, compiled_alone, components, parameters_of
+from ..hooks.patch import bind, compiled_alone, parameters_of
+from ..steps.pipelines import components
 from ..tokens.random_bits import uniform
 from ..tokens.sources.gradient import log_norm, sensitivity
 from .probes import Fit, rank_correlation, save_probes

@@ -1,0 +1,45 @@
+"""Pipelines, seen from outside: their parts, and which of them is generating."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a `torch.compile` wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def components(target: object) -> dict[str, Any]:
+    """The named parts of a pipeline (modular ones too); empty if the target is none."""
+    parts = getattr(target, "components", None)
+    return dict(parts) if isinstance(parts, dict) else {}
+
+
+def holds(pipeline: object, part: object) -> bool:
+    """Whether a model or scheduler is one of the pipeline's parts, compiled or not."""
+    return any(
+        (unwrap(each) if isinstance(each, nn.Module) else each) is part
+        for each in components(pipeline).values()
+    )
+
+
+def generating(part: object) -> Any:
+    """The pipeline with this part that is running now, the innermost one; None if there is none.
+
+    Any number of pipelines may share a denoiser, and servers copy one for every request. None of them says
+    that it generates, and a denoiser is not told who calls it: that is read from the call stack, where a
+    pipeline is the `self` of a method. Takes some microseconds, and never reads a tensor.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            caller = frame.f_locals.get("self")
+            if not isinstance(caller, nn.Module) and holds(caller, part):
+                return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

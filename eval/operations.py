@@ -71,7 +71,7 @@ def operations(tokens: int) -> dict[str, Operation]:
             lambda merge=merge: tofu.merge_tokens(x, plan, merge), least
         )
     found["unmerge copy"] = Operation(lambda: tofu.unmerge_tokens(update, plan, "copy"), moved)
-    cache = tofu.UpdateCache.empty("taylor", 1, tokens, CHANNELS, dtype, device)
+    cache = tofu.UpdateCache.empty(tofu.CacheKind.SLOPE, 1, tokens, CHANNELS, dtype, device)
     step = torch.zeros((), device=device)
     for _ in range(2):
         cache.record(drawn(tokens), step)

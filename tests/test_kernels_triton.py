@@ -23,6 +23,8 @@ from tofu_diffusers.tokens.gather import gather_rows, scatter_rows_
 from tofu_diffusers.tokens.grid import TokenGrid
 from tofu_diffusers.tokens.methods.matching import tiles_of
 from tofu_diffusers.tokens.plan import Plan
+from tofu_diffusers.tokens.unmerges import UNMERGES
+from tofu_diffusers.tokens.update_cache import UpdateCache
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -368,7 +370,8 @@ def test_members_lists_every_group_in_order():
 def filled(how, batch, tokens, channels, dtype):
     """Two equal caches with a past: tokens of ages 1 and 2, and some that were never computed."""
     caches = [
-        unmerge.UpdateCache.empty(how, batch, tokens, channels, dtype, DEVICE) for _ in range(2)
+        UpdateCache.empty(UNMERGES[how].cache, batch, tokens, channels, dtype, DEVICE)
+        for _ in range(2)
     ]
     for cache in caches:
         for step, count in ((0, tokens * 3 // 5), (1, tokens // 2), (2, tokens // 4)):
@@ -572,7 +575,8 @@ def test_dispatch_reaches_the_kernels(monkeypatch):
     # What kernels do not take goes to torch.
     assert dispatch.best_match(x.double(), x.double())[0].dtype == torch.float64
     assert dispatch.use_triton(x) and not dispatch.use_triton(x.requires_grad_())
-    assert set(triton_unmerge.FORMS) == set(unmerge.CACHED)
+    fused = {name for name, each in UNMERGES.items() if each.cached and each.fused}
+    assert set(triton_unmerge.FORMS) == fused
 
 
 MODELS = {

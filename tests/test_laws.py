@@ -20,7 +20,9 @@ from tofu_diffusers.tokens.merge import EPS, MERGES, merge_tokens
 from tofu_diffusers.tokens.methods import METHODS, Evidence, Method, make_method
 from tofu_diffusers.tokens.plan import Plan
 from tofu_diffusers.tokens.sources import SOURCES
-from tofu_diffusers.tokens.unmerge import CACHED, UNMERGES, UpdateCache, unmerge_tokens
+from tofu_diffusers.tokens.unmerge import unmerge_tokens
+from tofu_diffusers.tokens.unmerges import UNMERGES
+from tofu_diffusers.tokens.update_cache import UpdateCache
 
 LAW = settings(max_examples=25, deadline=None, derandomize=True)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -278,8 +280,10 @@ def test_nothing_data_dependent_or_nondeterministic_runs(method: Method) -> None
                 y = merge_tokens(e.metric, plan, merge)
                 for how in UNMERGES:
                     cache = None
-                    if how in CACHED:
-                        cache = UpdateCache.empty(how, 2, 30, 4, torch.float32, "cpu")
+                    if UNMERGES[how].cached:
+                        cache = UpdateCache.empty(
+                            UNMERGES[how].cache, 2, 30, 4, torch.float32, "cpu"
+                        )
                         cache.record(e.metric, torch.tensor(0.0))
                     unmerge_tokens(
                         y, plan, how, x=e.metric, merged=y, cache=cache, step=e.step, max_age=9
@@ -336,8 +340,8 @@ def test_pruning_any_unmerged_update_gives_it_back(
     y = normal(seed, *plan.kept.shape, 4, dtype=dtype)
     x = normal(seed + 1, *plan.assign.shape, 4, dtype=dtype)
     cache = None
-    if how in CACHED:
-        cache = UpdateCache.empty(how, *plan.assign.shape, 4, dtype, "cpu")
+    if UNMERGES[how].cached:
+        cache = UpdateCache.empty(UNMERGES[how].cache, *plan.assign.shape, 4, dtype, "cpu")
         cache.record(normal(seed + 2, *x.shape, dtype=dtype), torch.tensor(0.0))
         cache.record(normal(seed + 3, *x.shape, dtype=dtype), torch.tensor(1.0))
     full = unmerge_tokens(
@@ -475,8 +479,10 @@ def test_finite_in_finite_out(kind: str, plan: Plan, dtype: torch.dtype, seed: i
         assert y.double().norm(dim=-1).amax() <= longest * (1 + TOLERANCE[dtype])
         for how in UNMERGES:
             cache = None
-            if how in CACHED:  # a sign that flips takes slopes and sums out of the dtype's range
-                cache = UpdateCache.empty(how, *plan.assign.shape, 3, dtype, "cpu")
+            if UNMERGES[
+                how
+            ].cached:  # a sign that flips takes slopes and sums out of the dtype's range
+                cache = UpdateCache.empty(UNMERGES[how].cache, *plan.assign.shape, 3, dtype, "cpu")
                 cache.record(x, torch.tensor(0.0))
                 cache.record(-x, torch.tensor(1.0))
             # Rescaling is finite where the rescaled norm is: at most sizes() times the update's.

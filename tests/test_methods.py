@@ -15,7 +15,7 @@ from tofu_diffusers.tokens.methods import METHODS, Evidence, Method, make_method
 from tofu_diffusers.tokens.methods.tome import Tome
 from tofu_diffusers.tokens.plan import Plan
 from tofu_diffusers.tokens.sources import SOURCES
-from tofu_diffusers.tokens.unmerge import UNMERGES
+from tofu_diffusers.tokens.unmerges import UNMERGES
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True)
 every_name = pytest.mark.parametrize("name", sorted(METHODS))

@@ -18,7 +18,9 @@ from .tokens.grid import TokenGrid
 from .tokens.merge import MERGES, merge_tokens
 from .tokens.methods import METHODS, Evidence, Method
 from .tokens.plan import Plan
-from .tokens.unmerge import UNMERGES, UpdateCache, unmerge_tokens
+from .tokens.unmerge import unmerge_tokens
+from .tokens.unmerges import UNMERGES
+from .tokens.update_cache import CacheKind, UpdateCache
 from .tuning.calibrate import calibrate_gradient
 from .tuning.schedule_search import LearnedSchedule, learn_schedule
 
@@ -32,6 +34,7 @@ __all__ = [
     "SCOPES",
     "SKIP_RULES",
     "UNMERGES",
+    "CacheKind",
     "Config",
     "Evidence",
     "Handle",

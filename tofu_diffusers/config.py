@@ -15,7 +15,7 @@ from .steps.schedule import Schedule, quantise
 from .tokens.merge import MERGES
 from .tokens.methods import Method, make_method
 from .tokens.methods.base import hint
-from .tokens.unmerge import CACHED, UNMERGES
+from .tokens.unmerges import UNMERGES
 
 SCOPES = ("attention", "block", "span")
 KEYS_VALUES = ("dropped", "fresh", "cached")
@@ -221,8 +221,14 @@ class TokenReduction(Config):
         # As JSON has them, so that a configuration read back is equal.
         options = {name: _plain(value) for name, value in dict(self.method_options).items()}
         object.__setattr__(self, "method_options", options)
-        choices = {"merge": MERGES, "unmerge": UNMERGES, "scope": SCOPES, "share": SHARES}
-        for name, valid in (choices | {"keys_values": KEYS_VALUES}).items():
+        choices: dict[str, Iterable[str]] = {
+            "merge": MERGES,
+            "unmerge": UNMERGES,
+            "scope": SCOPES,
+            "share": SHARES,
+            "keys_values": KEYS_VALUES,
+        }
+        for name, valid in choices.items():
             if getattr(self, name) is not None:
                 one_of(name, getattr(self, name), valid)
         for name in ("corrector", "share_plan"):
@@ -274,9 +280,14 @@ class TokenReduction(Config):
                 f"options {dict(self.method_options)}; lower the ratio or change the options"
             )
 
+    @property
+    def _cached_unmerges(self) -> set[str]:
+        """Of its unmerges, those that reuse earlier updates."""
+        return {name for name in map(self.unmerge_at, (0.0, 1.0)) if UNMERGES[name].cached}
+
     def _check_combination(self) -> None:
         prunes = {self.merge_at(depth) for depth in (0.0, 1.0)} == {"prune"}
-        cached = {self.unmerge_at(depth) for depth in (0.0, 1.0)} & CACHED
+        cached = self._cached_unmerges
         needs_prune = [
             f"keys_values {self.keys_values!r}" if self.keys_values != "dropped" else "",
             f"unmerge {min(cached)!r}" if cached else "",
@@ -337,9 +348,7 @@ class TokenReduction(Config):
         """Why this configuration must know the denoising step; empty if each call can stand alone."""
         method = self.make_method()
         reasons = {
-            f"unmerge {self.unmerge_at(0.0)!r}": bool(
-                {self.unmerge_at(0.0), self.unmerge_at(1.0)} & CACHED
-            ),
+            f"unmerge {self.unmerge_at(0.0)!r}": bool(self._cached_unmerges),
             "corrector True": bool(self.corrector),
             f"keys_values {self.keys_values!r}": self.keys_values == "cached",
             f"method {self.method!r} (source {', '.join(method.sources)})": method.warmup > 0,

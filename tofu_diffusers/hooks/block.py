@@ -20,7 +20,8 @@ from ..tokens.gather import gather_rows
 from ..tokens.merge import merge_tokens
 from ..tokens.plan import Plan
 from ..tokens.sources import SOURCES, BlockReading
-from ..tokens.unmerge import UpdateCache, unmerge_onto, unmerge_tokens
+from ..tokens.unmerge import unmerge_onto, unmerge_tokens
+from ..tokens.update_cache import UpdateCache
 from .patch import bind
 from .state import BlockHook
 

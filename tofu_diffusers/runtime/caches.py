@@ -13,7 +13,8 @@ from torch import Tensor
 from ..steps.corrector import Corrector, CorrectorState
 from ..steps.forecast import Forecaster
 from ..tokens.statistics import TokenStatistics
-from ..tokens.unmerge import CACHED, UpdateCache
+from ..tokens.unmerges import UNMERGES
+from ..tokens.update_cache import UpdateCache
 from .call import Call
 from .setup import Setup
 
@@ -105,7 +106,9 @@ class Caches:
             MemoryError: if that passes the limit; nothing is allocated then.
         """
         setup, branch, batch = self.setup, call.cfg_branch, sample.shape[0]
-        sites = [site for site in setup.sites if site.unmerge in CACHED and call.in_use(site)]
+        sites = [
+            site for site in setup.sites if UNMERGES[site.unmerge].cached and call.in_use(site)
+        ]
         for site in sites:
             site.updates.pop(branch, None)
         for projection in setup.projections:
@@ -118,7 +121,8 @@ class Caches:
         needed = self.nbytes
         for site in sites:
             tokens = call.grids[site.resolution].total
-            needed += UpdateCache.nbytes_for(site.unmerge, batch, tokens, site.width, sample.dtype)
+            kind = UNMERGES[site.unmerge].cache
+            needed += UpdateCache.nbytes_for(kind, batch, tokens, site.width, sample.dtype)
         for projection in setup.projections:
             tokens = call.grids[projection.resolution].total
             needed += batch * tokens * projection.width * sample.element_size()
@@ -131,7 +135,7 @@ class Caches:
         for site in sites:
             tokens = call.grids[site.resolution].total
             site.updates[branch] = UpdateCache.empty(
-                site.unmerge, batch, tokens, site.width, sample.dtype, sample.device
+                UNMERGES[site.unmerge].cache, batch, tokens, site.width, sample.dtype, sample.device
             )
         for projection in setup.projections:
             tokens = call.grids[projection.resolution].total

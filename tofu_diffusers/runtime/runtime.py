@@ -20,7 +20,8 @@ from ..steps.forecast import with_prediction
 from ..tokens.methods import Evidence
 from ..tokens.plan import Plan
 from ..tokens.statistics import TokenStatistics, flags_of, on_maps
-from ..tokens.unmerge import CACHED, UpdateCache
+from ..tokens.unmerges import UNMERGES
+from ..tokens.update_cache import UpdateCache
 from .caches import Caches
 from .call import Call
 from .grid_reader import GridReader
@@ -191,7 +192,7 @@ class Runtime:
     def update_cache(self, site: Site) -> UpdateCache | None:
         """The site's cached updates of this branch, if its unmerge has any."""
         # Nothing else depends on the branch: compiled, it must not be looked at without need.
-        return site.updates.get(self.call.cfg_branch) if site.unmerge in CACHED else None
+        return site.updates.get(self.call.cfg_branch) if UNMERGES[site.unmerge].cached else None
 
     def rows_of(self, projection: Projection) -> Tensor | None:
         """The projection's remembered keys or values [B, N, C] of this branch."""

@@ -12,6 +12,7 @@ from ..families.base import Family
 from ..steps.reference import Reference
 from ..steps.rules import skipped_steps
 from ..tokens.methods import Method
+from ..tokens.unmerges import UNMERGES
 from .sites import PlanCache, Projection, Site
 
 
@@ -89,7 +90,7 @@ class Setup:
         bounded = self.method.bounds_age and reduction.schedule.is_constant and reduction.reuse == 1
         object.__setattr__(self, "max_age", None if bounded else reduction.max_age or None)
         # With a past of its own to build on, no removed token gets another's update.
-        own = all(site.unmerge in ("temporal", "taylor") for site in self.sites)
+        own = all(UNMERGES[site.unmerge].own_past for site in self.sites)
         inside = reduction.scope in ("block", "span")
         alone = own and inside and self.max_age is None and self.warmup_steps > 0
         object.__setattr__(self, "needs_assignment", not alone)

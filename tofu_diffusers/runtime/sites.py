@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..tokens.plan import Plan
-from ..tokens.unmerge import UpdateCache
+from ..tokens.update_cache import UpdateCache
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from ..kernels.reference import upcast
-from ..tokens.unmerge import UpdateCache, own_update
+from ..tokens.update_cache import CacheKind, UpdateCache
 
 
 @dataclass
@@ -51,9 +51,9 @@ class Forecaster:
     weights: Tensor | None = None
 
     @property
-    def kept(self) -> str:
-        """The unmerge whose cache is kept."""
-        return "taylor" if self.order else "temporal"
+    def kept(self) -> CacheKind:
+        """What is remembered of a prediction."""
+        return CacheKind.SLOPE if self.order else CacheKind.VALUE
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +103,7 @@ class Forecaster:
     def forecast(self, condition: str, step: Tensor, return_dict: bool) -> Any:
         """What the denoiser would return at this step."""
         past = self.past[condition]
-        rows = own_update(self.kept, past.cache, step, past.cache.value.dtype)
+        rows = past.cache.extrapolated(step, past.cache.value.dtype)
         prediction = rows.view(past.shape)
         return past.kind(sample=prediction) if return_dict else (prediction,)
 

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from tests.plans import plan_keeping
 from tofu_diffusers.tokens.plan import Plan
-from tofu_diffusers.tokens.unmerge import CACHED, UNMERGES, UpdateCache, unmerge_tokens
+from tofu_diffusers.tokens.unmerge import unmerge_tokens
+from tofu_diffusers.tokens.unmerges import UNMERGES
+from tofu_diffusers.tokens.update_cache import CacheKind, UpdateCache
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True)
 B, N, C = 2, 13, 3
+CACHED = [name for name, each in UNMERGES.items() if each.cached]
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -28,7 +31,7 @@ def plan_at(seed: int, slots: int = 5) -> Plan:
 
 
 def empty(how: str, dtype: torch.dtype = torch.float64) -> UpdateCache:
-    return UpdateCache.empty(how, B, N, C, dtype, "cpu")
+    return UpdateCache.empty(UNMERGES[how].cache, B, N, C, dtype, "cpu")
 
 
 def at(step: float) -> Tensor:
@@ -88,7 +91,7 @@ def test_blend_is_its_formula_over_two_steps() -> None:
             torch.testing.assert_close(second[b, i], first[b, i] + u[2, b, m] - u[1, b, m])
 
 
-@pytest.mark.parametrize("how", sorted(CACHED))
+@pytest.mark.parametrize("how", CACHED)
 def test_a_copy_until_there_is_a_value(how: str) -> None:
     cache = empty(how)
     known = torch.zeros(B, N, dtype=torch.bool)
@@ -120,7 +123,7 @@ def test_taylor_of_one_value_is_temporal() -> None:
     assert (taylor.slope[gone] == 0).all() and (taylor.slope[~gone] != 0).all()
 
 
-@pytest.mark.parametrize("how", sorted(CACHED))
+@pytest.mark.parametrize("how", CACHED)
 def test_too_old_a_value_is_not_used(how: str) -> None:
     plan, update = plan_at(0), normal(1, B, 5, C)
     copied = unmerge_tokens(update, plan, "copy")
@@ -143,7 +146,7 @@ def test_a_second_call_in_one_step_keeps_the_slope() -> None:
     assert torch.equal(cache.slope, slope) and torch.equal(plan.rows(cache.value), plan.rows(u[3]))
 
 
-@pytest.mark.parametrize("how", sorted(CACHED))
+@pytest.mark.parametrize("how", CACHED)
 def test_recording_a_whole_step_is_recording_every_token_as_kept(how: str) -> None:
     whole, rows = empty(how), empty(how)
     every = torch.arange(N).expand(B, -1)
@@ -155,12 +158,12 @@ def test_recording_a_whole_step_is_recording_every_token_as_kept(how: str) -> No
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("how", sorted(CACHED))
+@pytest.mark.parametrize("how", CACHED)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_memory_is_what_was_foretold(how: str, dtype: torch.dtype) -> None:
-    cache = UpdateCache.empty(how, B, N, C, dtype, "cpu")
+    cache = UpdateCache.empty(UNMERGES[how].cache, B, N, C, dtype, "cpu")
     held = sum(t.untyped_storage().nbytes() for t in parts(cache))
-    assert UpdateCache.nbytes_for(how, B, N, C, dtype) == cache.nbytes == held
+    assert UpdateCache.nbytes_for(UNMERGES[how].cache, B, N, C, dtype) == cache.nbytes == held
     before = [t.data_ptr() for t in parts(cache)]
     cache.record(torch.ones(B, N, C, dtype=dtype), at(0))
     unmerge_tokens(torch.ones(B, 5, C, dtype=dtype), plan_at(0), how, cache=cache, step=at(1))
@@ -168,11 +171,10 @@ def test_memory_is_what_was_foretold(how: str, dtype: torch.dtype) -> None:
 
 
 def test_unmerges_without_a_cache_need_no_memory() -> None:
-    assert all(
-        UpdateCache.nbytes_for(how, B, N, C, torch.float16) == 0 for how in set(UNMERGES) - CACHED
-    )
-    with pytest.raises(ValueError, match="'copy' needs no cache"):
-        UpdateCache.empty("copy", B, N, C, torch.float32, "cpu")
+    for name in set(UNMERGES) - {*CACHED}:
+        assert UpdateCache.nbytes_for(UNMERGES[name].cache, B, N, C, torch.float16) == 0
+    with pytest.raises(ValueError, match="no cache of kind NONE"):
+        UpdateCache.empty(CacheKind.NONE, B, N, C, torch.float32, "cpu")
 
 
 def test_a_step_given_as_float32_serves_a_cache_of_any_dtype() -> None:
@@ -198,8 +200,8 @@ def test_compiled_unmerges_equal_eager_ones(how: str) -> None:
         )
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    eager = empty(how, torch.float32) if how in CACHED else None
-    traced = empty(how, torch.float32) if how in CACHED else None
+    eager = empty(how, torch.float32) if UNMERGES[how].cached else None
+    traced = empty(how, torch.float32) if UNMERGES[how].cached else None
     for step in range(5):
         update, plan = normal(step, B, 5, C).float(), plan_at(step)
         want = run(update, plan, eager, at(step))
@@ -214,8 +216,8 @@ def test_unmerges_run_on_meta_tensors(how: str) -> None:
     plan = Plan(*(t.to("meta") for t in plan_at(0)))
     x = torch.empty(B, N, C, device="meta", dtype=torch.float16)
     cache = None
-    if how in CACHED:
-        cache = UpdateCache.empty(how, B, N, C, torch.float16, "meta")
+    if UNMERGES[how].cached:
+        cache = UpdateCache.empty(UNMERGES[how].cache, B, N, C, torch.float16, "meta")
     full = unmerge_tokens(
         plan.rows(x),
         plan,
@@ -232,7 +234,7 @@ def test_mistakes_are_named() -> None:
     plan, update, x = plan_at(0), normal(0, B, 5, C), normal(1, B, N, C)
     cache = empty("temporal")
     for arguments, said in [
-        ({"kind": "cpoy"}, "unknown unmerge 'cpoy'; choose one of copy, mlerp"),
+        ({"kind": "cpoy"}, "unknown unmerge 'cpoy'; choose one of blend, copy, mlerp"),
         ({"kind": "mlerp", "x": x}, "'mlerp' needs merged"),
         ({"kind": "mlerp", "merged": update}, "'mlerp' needs x"),
         ({"kind": "temporal", "step": at(0)}, "'temporal' needs cache"),
@@ -243,7 +245,7 @@ def test_mistakes_are_named() -> None:
             unmerge_tokens(update, plan, **arguments)
     with pytest.raises(ValueError, match=r"update is \(2, 13, 3\) but the plan keeps \(2, 5\)"):
         unmerge_tokens(x, plan)
-    small = UpdateCache.empty("temporal", 1, N, C, torch.float32, "cpu")
+    small = UpdateCache.empty(CacheKind.VALUE, 1, N, C, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"cache is \(1, 13, 3\)"):
         unmerge_tokens(update, plan, "temporal", cache=small, step=at(0))
     with pytest.raises(ValueError, match="a whole update is"):

@@ -65,13 +65,33 @@ def denoiser_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     hook: DenoiserHook = module.__dict__["_tofu"]
     if torch.compiler.is_compiling():
         return run(hook, module, args, kwargs)
-    with hook.generation.turn.taken(type(module).__name__):
+    take_turn(hook, module, args, kwargs)
+    try:
+        return run(hook, module, args, kwargs)
+    finally:
+        leave_turn(hook)
+
+
+# Stacks and locks are not for tracing. Where a graph breaks in this forward, what is behind it would be.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def take_turn(hook: DenoiserHook, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
+    """Keep other threads out, follow the one who calls, and put on what his generation needs."""
+    hook.generation.turn.take(type(module).__name__)
+    try:
         caller, named = generating(module), bind(hook.names, args, kwargs)
         for generation, _ in hook.layouts:
             generation.called_by(caller, named)
         choose_layout(hook, module)
         follow_projections(hook)
-        return run(hook, module, args, kwargs)
+    except BaseException:
+        hook.generation.turn.leave()
+        raise
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def leave_turn(hook: DenoiserHook) -> None:
+    """Let the next one in."""
+    hook.generation.turn.leave()
 
 
 def run(hook: DenoiserHook, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Any:

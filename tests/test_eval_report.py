@@ -1,4 +1,4 @@
-"""eval.report and eval.plots: every row is there with its intervals; documents cite what exists."""
+"""eval.report: every row is there with its intervals; documents cite what exists."""
 
 import argparse
 import base64
@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import plots, report
-from eval.manifest import Manifest
-from eval.plots import Point, front, metric_names, overlay_kept, pareto
-from eval.report import cell, check_citations, columns_of, markdown_table
-from eval.settings import KINDS, Setting
+from eval.generate.manifest import Manifest
+from eval.generate.settings import KINDS, Setting
+from eval.report import page as report
+from eval.report import plots
+from eval.report.page import cell, check_citations, columns_of, markdown_table
+from eval.report.plots import Point, front, metric_names, overlay_kept, pareto
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = "5c4c38d352d7c162"

@@ -1,4 +1,4 @@
-"""eval.features, eval.bootstrap and eval.scores: against direct formulas, other code and known values."""
+"""eval.metrics: against direct formulas, other code and known values."""
 
 import argparse
 import json
@@ -26,10 +26,11 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from eval import bootstrap, scores
-from eval import features as extracting
-from eval.bootstrap import difference, of_frechet, of_kernel, of_mean, relative_increase
-from eval.features import (
+from eval.generate.manifest import Manifest, image_path
+from eval.metrics import extractors as extracting
+from eval.metrics import resampling
+from eval.metrics import score as scores
+from eval.metrics.extractors import (
     Extractor,
     Pictures,
     features,
@@ -38,9 +39,9 @@ from eval.features import (
     load_extractor,
     read_pictures,
 )
-from eval.manifest import Manifest, image_path
-from eval.plots import metric_of
-from eval.scores import ClipAlignment, Lpips, compare, score
+from eval.metrics.resampling import difference, of_frechet, of_kernel, of_mean, relative_increase
+from eval.metrics.score import ClipAlignment, Lpips, compare, score
+from eval.report.plots import metric_of
 from pipelines.emoji import load_pipeline, weights_hash
 from pipelines.emoji.scorer import EmojiScorer
 from tofu_diffusers import apply_tofu
@@ -288,7 +289,7 @@ def test_frechet_distance_is_that_of_sqrtm(n, m):
     value = frechet_distance(x, y)
     assert value == pytest.approx(direct_frechet(x, y), rel=1e-6)
     ones = [torch.ones(k, dtype=torch.float64) for k in (n, m)]
-    assert bootstrap._frechet(x.double(), y.double(), *ones) == pytest.approx(value, rel=1e-6)
+    assert resampling._frechet(x.double(), y.double(), *ones) == pytest.approx(value, rel=1e-6)
 
 
 def test_frechet_distance_of_known_sets():
@@ -421,18 +422,18 @@ def test_relative_increase_and_what_it_cannot_do():
 @pytest.mark.parametrize("n", [30, 8])
 def test_a_draw_counts_pictures_as_often_as_it_holds_them(n):
     x, y = gaussian(n, 12, 0).double(), gaussian(25, 12, 1, 0.5).double()
-    a, b = (torch.from_numpy(counts) for counts in bootstrap._counts(n, 25, 3, False))
+    a, b = (torch.from_numpy(counts) for counts in resampling._counts(n, 25, 3, False))
     for i in range(3):
         drawn = [rows.repeat_interleave(c[i].long(), 0) for rows, c in ((x, a), (y, b))]
         assert [len(rows) for rows in drawn] == [n, 25]
-        value = bootstrap._frechet(x, y, a[i], b[i])
+        value = resampling._frechet(x, y, a[i], b[i])
         assert value == pytest.approx(direct_frechet(*drawn), rel=1e-5)
 
 
 def test_draws_of_the_kernel_distance_are_those_of_the_drawn_pictures(monkeypatch):
-    monkeypatch.setattr(bootstrap, "MANY", 4)
+    monkeypatch.setattr(resampling, "MANY", 4)
     x, y = gaussian(9, 4, 0), gaussian(7, 4, 1, 0.5)
-    a, b = (torch.from_numpy(counts).long() for counts in bootstrap._counts(9, 7, 4, False))
+    a, b = (torch.from_numpy(counts).long() for counts in resampling._counts(9, 7, 4, False))
     direct = np.array(
         [
             direct_kernel(x.repeat_interleave(i, 0), y.repeat_interleave(j, 0))
@@ -444,9 +445,9 @@ def test_draws_of_the_kernel_distance_are_those_of_the_drawn_pictures(monkeypatc
 
 
 def test_every_setting_draws_the_same_pictures_whatever_it_is_compared_with():
-    mine, others = bootstrap._counts(20, 20, 5, False)
-    assert np.array_equal(bootstrap._counts(20, 30, 5, False)[0], mine)
-    assert np.array_equal(bootstrap._counts(20, 20, 5, True), [mine, mine])
+    mine, others = resampling._counts(20, 20, 5, False)
+    assert np.array_equal(resampling._counts(20, 30, 5, False)[0], mine)
+    assert np.array_equal(resampling._counts(20, 20, 5, True), [mine, mine])
     assert not np.array_equal(mine, others)  # real pictures are drawn apart
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.baselines import StepCache, computed_steps, scheduler_like
-from eval.settings import Setting, denoiser_of
-from eval.speed import Bench, counted_flops, measure
+from eval.bench.pipeline import Bench, counted_flops, measure
+from eval.generate.settings import Setting, denoiser_of
 from tests import tiny
 
 TOFU = {"name": "a", "kind": "tofu", "options": {"ratio": 0.5}}

@@ -1,15 +1,15 @@
-"""eval.stacking: each alone and both together do what they say, and rows add up."""
+"""eval.bench.stacking: each alone and both together do what they say, and rows add up."""
 
 import json
 
 import pytest
 import torch
 
-from eval import stacking
 from eval.__main__ import main
+from eval.bench import stacking
+from eval.bench.models import SUITES
+from eval.bench.stacking import STEPS, partners, stacked
 from eval.jsonl import read
-from eval.stacking import STEPS, partners, stacked
-from eval.suite_models import SUITES
 
 CPU = torch.device("cpu")
 FLUX, UNET = SUITES["tiny"]

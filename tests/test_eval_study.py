@@ -1,4 +1,4 @@
-"""eval.study and eval.tables: every valid combination, rows that add up, and documents that show them."""
+"""eval.studies and report.tables: every valid combination, rows that add up, and documents that show them."""
 
 import itertools
 import json
@@ -9,14 +9,15 @@ import pytest
 import tiny
 import torch
 
-from eval import study, tables, tables_study
 from eval.__main__ import main
-from eval.bootstrap import difference, of_mean
-from eval.generate import Loaded
+from eval.bench.pipeline import UNREDUCED, Bench
+from eval.generate.run import Loaded
+from eval.generate.settings import Setting, config_of
 from eval.jsonl import read
-from eval.settings import Setting, config_of
-from eval.speed import UNREDUCED, Bench
-from eval.study import Study, Trial
+from eval.metrics.resampling import difference, of_mean
+from eval.report import tables, tables_study
+from eval.studies import study
+from eval.studies.study import Study, Trial
 from tofu_diffusers import (
     FAMILIES,
     KEYS_VALUES,
@@ -124,7 +125,7 @@ def command(monkeypatch, tmp_path):
     out = tmp_path / "rows.jsonl"
     loaded = tiny_study().loaded
     monkeypatch.setattr(
-        study.generate,
+        study.run,
         "load",
         lambda source, dtype, scheduler: replace(loaded, scheduler=scheduler),
     )

@@ -1,4 +1,4 @@
-"""eval.suite: the models are the published ones, ceilings are what they say, rows are kept and go on."""
+"""bench.denoisers: the models are the published ones, ceilings are what they say, rows are kept and go on."""
 
 import csv
 from dataclasses import replace
@@ -7,17 +7,17 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from eval import ceilings, kernel_check, suite
 from eval.__main__ import main
-from eval.suite import Bench, Cell
-from eval.suite_models import SUITES, WAN_1B, Case, _wan, twin
-from eval.suite_rows import FIELDS, append_row, read_rows
-from eval.tables_speed import suite_table
+from eval.bench import ceilings, denoisers, parity
+from eval.bench.denoisers import Bench, Cell
+from eval.bench.models import SUITES, WAN_1B, Case, _wan, twin
+from eval.bench.rows import FIELDS, append_row, read_rows
+from eval.report.tables_speed import suite_table
 from tofu_diffusers import METHODS
 
 CPU = torch.device("cpu")
 FLUX, UNET = SUITES["tiny"]
-SHORT = list(suite.FIRST_CELLS[:2])
+SHORT = list(denoisers.FIRST_CELLS[:2])
 # In billions, as published.
 PARAMETERS = {
     "SD1.5": 0.860,
@@ -110,7 +110,7 @@ def test_the_free_ceiling_is_the_blocks_on_the_first_tokens(bench):
 
 
 def test_a_ceiling_has_the_flops_of_what_it_bounds(bench):
-    for tofu in suite.FIRST_CELLS[1:]:
+    for tofu in denoisers.FIRST_CELLS[1:]:
         cells = (*tofu.bounds, tofu)
         least, ours = (bench.row(cell, False, 1)["flops_ratio"] for cell in cells)
         assert ours > 1.2
@@ -141,7 +141,7 @@ def test_a_model_of_two_layers_is_scaled_to_all_of_them():
 
 def test_tomesd_is_timed_where_it_merges_and_not_available_elsewhere():
     pytest.importorskip("tomesd")
-    cell = suite.MORE_CELLS[-1]
+    cell = denoisers.MORE_CELLS[-1]
     assert cell.kind == "tomesd"
     assert Bench(UNET, CPU, torch.float32).row(cell, False, 1)["flops_ratio"] > 1
     # As in SDXL, the finest level has no attention.
@@ -155,7 +155,7 @@ def test_tomesd_is_timed_where_it_merges_and_not_available_elsewhere():
 
 
 def test_rows_are_written_and_a_second_call_measures_nothing(out, monkeypatch):
-    assert suite.run(work(), out, 1, commit="abc")
+    assert denoisers.run(work(), out, 1, commit="abc")
     first = out.read_text()
     rows = list(csv.DictReader(first.splitlines()))
     assert [row["kind"] for row in rows] == ["unreduced", "tofu"]
@@ -168,23 +168,23 @@ def test_rows_are_written_and_a_second_call_measures_nothing(out, monkeypatch):
     # In a single round the share is the quotient of the two speeds.
     share = float(rows[1]["speed"]) / float(rows[1]["ceiling_speed"])
     assert float(rows[1]["share"]) == pytest.approx(share, rel=1e-4)
-    monkeypatch.setattr(suite, "Bench", None)
-    assert suite.run(work(), out, 1) and out.read_text() == first
+    monkeypatch.setattr(denoisers, "Bench", None)
+    assert denoisers.run(work(), out, 1) and out.read_text() == first
 
 
 def test_what_was_written_before_a_kill_stays(out):
-    suite.run(work(SHORT[:1]), out, 1)
+    denoisers.run(work(SHORT[:1]), out, 1)
     whole = out.read_text()
     with out.open("a") as file:
         file.write("FLUX-tiny,96x96,1,")
-    suite.run(work(), out, 1)
+    denoisers.run(work(), out, 1)
     assert out.read_text().startswith(whole)
     assert len(read_rows(out)) == 2
 
 
 def test_a_row_that_fails_says_so_and_the_others_go_on(out, capsys):
     broken = [SHORT[0], Cell("tofu", 0.5, "block", "dropped", "nothing"), SHORT[1]]
-    assert suite.run(work(broken), out, 1)
+    assert denoisers.run(work(broken), out, 1)
     rows = read_rows(out)
     assert rows[1]["note"].startswith("failed: ValueError: unknown method")
     assert rows[1]["step_ms"] == "" and rows[2]["step_ms"]
@@ -192,27 +192,27 @@ def test_a_row_that_fails_says_so_and_the_others_go_on(out, capsys):
 
 
 def test_no_row_is_begun_when_the_time_is_up(out):
-    assert not suite.run(work(), out, 1, until=0.0)
+    assert not denoisers.run(work(), out, 1, until=0.0)
     assert not out.exists()
 
 
 def test_rows_of_another_device_are_not_mixed_in(out):
-    suite.run(work(SHORT[:1]), out, 1)
+    denoisers.run(work(SHORT[:1]), out, 1)
     out.write_text(out.read_text().replace("float32", "bfloat16"))
     with pytest.raises(ValueError, match="measured with dtype bfloat16"):
-        suite.run(work(), out, 1)
+        denoisers.run(work(), out, 1)
     out.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="no table of this suite"):
-        suite.run(work(), out, 1)
+        denoisers.run(work(), out, 1)
     with pytest.raises(ValueError, match="rounds 0"):
-        suite.run(work(), out, 0)
+        denoisers.run(work(), out, 0)
 
 
 def test_the_most_important_rows_come_first():
     cases = SUITES["full"]
-    items = list(suite.jobs(cases, suite.modes_of("full")))
+    items = list(denoisers.jobs(cases, denoisers.modes_of("full")))
     assert len(set(items_key(items))) == len(items)
-    head = len(cases) * len(suite.FIRST_CELLS)
+    head = len(cases) * len(denoisers.FIRST_CELLS)
     assert [case for case, *_ in items[:head:4]] == list(cases)
     modes = [mode for _, mode, _ in items]
     assert modes == sorted(modes)  # compiled, then eager
@@ -228,14 +228,14 @@ def items_key(items):
 
 def test_a_prediction_unlike_the_references_stops_everything(tmp_path):
     path = str(tmp_path / "a.pt")
-    kernel_check.save_predictions("tiny", 1, path)
+    parity.save_predictions("tiny", 1, path)
     mine = torch.load(path)
     assert {name.split()[-1] for name in mine} == {"dropped", "fresh", "cached"}
-    assert set(kernel_check.compare(mine, mine).values()) == {0.0}
+    assert set(parity.compare(mine, mine).values()) == {0.0}
     for wrong in (1.1, float("nan")):
         other = {name: wrong * x for name, x in mine.items()}
         with pytest.raises(ValueError, match="nothing is timed"):
-            kernel_check.compare(other, mine)
+            parity.compare(other, mine)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +251,8 @@ def test_wrong_arguments_end_with_code_2(wrong, out, capsys):
 
 def test_the_command_runs_a_suite(out, monkeypatch):
     monkeypatch.setitem(SUITES, "cpu", (FLUX,))
-    monkeypatch.setattr(suite, "FIRST_CELLS", tuple(SHORT))
-    monkeypatch.setattr(suite, "MORE_CELLS", ())
+    monkeypatch.setattr(denoisers, "FIRST_CELLS", tuple(SHORT))
+    monkeypatch.setattr(denoisers, "MORE_CELLS", ())
     assert main(["speed", "--suite", "cpu", "--rounds", "1", "--out", str(out)]) == 0
     assert len(read_rows(out)) == 2
 
@@ -338,7 +338,7 @@ def test_the_table_says_why_something_was_not_measured(out):
 
 
 def test_the_table_reads_what_a_suite_writes(out):
-    suite.run(work(), out, 1)
+    denoisers.run(work(), out, 1)
     (line,) = suite_table(out).splitlines()[4:]
     row = read_rows(out)[-1]
     share = f"{float(row['share']):.0%}"

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval import generate, scores, sweep
+from eval import sweep
 from eval.__main__ import main
-from eval.prompts import load_prompts
-from eval.settings import Setting
+from eval.generate import run
+from eval.generate.prompts import load_prompts
+from eval.generate.settings import Setting
+from eval.metrics import score
 from eval.sweep import baselines, others, skip_settings, tofu_settings
 from tests import tiny
 
@@ -49,7 +51,7 @@ def test_a_sweep_from_one_command_and_again_after_a_stop(folder, tmp_path, monke
     class Stop(Exception):
         pass
 
-    made, inner = [], generate.generate
+    made, inner = [], run.generate
 
     def stopping(*args, **kwargs):
         made.append(args[1].name)
@@ -57,11 +59,11 @@ def test_a_sweep_from_one_command_and_again_after_a_stop(folder, tmp_path, monke
             raise Stop
         return inner(*args, **kwargs)
 
-    monkeypatch.setattr(generate, "generate", stopping)
+    monkeypatch.setattr(run, "generate", stopping)
     with pytest.raises(Stop):
         main(words)
     assert not (out / "results.json").exists()
-    monkeypatch.setattr(generate, "generate", inner)
+    monkeypatch.setattr(run, "generate", inner)
     assert main(words) == 0
     rows = json.loads((out / "results.json").read_text())["rows"]
     names = [row["setting"]["name"] for row in rows]
@@ -185,13 +187,13 @@ def test_savings_are_counted_anew_where_anything_changed(folder, tmp_path):
 
 
 def test_one_process_writes_what_all_of_them_count(folder, tmp_path, monkeypatch):
-    loaded = generate.load(str(folder), "float32")
+    loaded = run.load(str(folder), "float32")
     call = {"num_inference_steps": 2, "height": 64, "width": 96}
     each = sweep.Sweep(tmp_path / "sweep", loaded, ["a", "b"], 0, 2, call, 0)
     half = Setting("half", "fewer_steps", {"steps": 1})
     for main_process in (False, True):
         state = SimpleNamespace(is_main_process=main_process)
-        monkeypatch.setattr(generate, "processes", lambda state=state: state)
+        monkeypatch.setattr(run, "processes", lambda state=state: state)
         assert each.flops([half]) == {"half": 2.0}
         assert (tmp_path / "sweep" / "flops.json").exists() == main_process
 
@@ -222,7 +224,7 @@ def test_a_sweep_scores_as_it_is_told(folder, tmp_path, monkeypatch):
         def __call__(self, images, prompts):
             return images.float().mean((1, 2, 3))
 
-    monkeypatch.setattr(scores, "ClipAlignment", Clip)
+    monkeypatch.setattr(score, "ClipAlignment", Clip)
     half = {"name": "half", "kind": "fewer_steps", "options": {"steps": 3}}
     more = ["--rounds", "0", "--clip", "a model", "--resize", "bicubic"]
     assert main(["sweep", *command(folder, tmp_path, "--setting", json.dumps(half)), *more]) == 0

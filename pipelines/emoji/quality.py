@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.features import (
+from eval.metrics.extractors import (
     Extractor,
     Pictures,
     features,

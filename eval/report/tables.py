@@ -13,10 +13,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from eval.manifest import ROOT
-from eval.plots import pareto
-from eval.plots_growth import growth
-from eval.tables_speed import (
+from eval.generate.manifest import ROOT
+from eval.report.plots import pareto
+from eval.report.plots_growth import growth
+from eval.report.tables_speed import (
     SPEEDS,
     growth_rows,
     growth_table,
@@ -24,7 +24,7 @@ from eval.tables_speed import (
     stacking_table,
     suite_table,
 )
-from eval.tables_study import (
+from eval.report.tables_study import (
     RESULTS,
     ahead_table,
     best_table,

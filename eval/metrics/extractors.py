@@ -26,7 +26,7 @@ from torchmetrics.image import fid
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-from eval.manifest import write_whole
+from eval.generate.manifest import write_whole
 from pipelines.emoji.scorer import EmojiScorer
 
 EXTRACTORS = ("effnetlite0", "inception")

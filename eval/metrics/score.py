@@ -33,9 +33,9 @@ from torchmetrics.functional.image import (
 from torchmetrics.functional.multimodal import clip_score
 from transformers import AutoModel, AutoProcessor, CLIPModel
 
-from eval import bootstrap
-from eval.bootstrap import Change, Resampled, of_frechet, of_kernel, of_mean
-from eval.features import (
+from eval.generate.manifest import NAME, Manifest, image_path, write_whole
+from eval.metrics import resampling
+from eval.metrics.extractors import (
     EXTRACTORS,
     RESIZES,
     Extractor,
@@ -46,7 +46,7 @@ from eval.features import (
     read_pictures,
     weights_of,
 )
-from eval.manifest import NAME, Manifest, image_path, write_whole
+from eval.metrics.resampling import Change, Resampled, of_frechet, of_kernel, of_mean
 from pipelines.emoji import MODELS, weights_hash
 from pipelines.emoji.scorer import EmojiScorer
 
@@ -287,7 +287,7 @@ def score(
         "alignment": None if alignment is None else alignment.identity,
         "lpips": None if perceptual is None else perceptual.identity,
         "psnr_cap_db": PSNR_CAP_DB,
-        "bootstrap": {"seed": bootstrap.SEED, "means": bootstrap.MANY, "fd": bootstrap.FEW},
+        "bootstrap": {"seed": resampling.SEED, "means": resampling.MANY, "fd": resampling.FEW},
     }
     if out.exists():
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
@@ -343,7 +343,7 @@ def compare(
         if name != "run" and value != others["inputs"][name]:
             raise ValueError(f"{name} is {value} of one, {others['inputs'][name]} of the other")
     a, b = (_resampled(result, metric) for result in (mine, others))
-    return bootstrap.relative_increase(a, b) if relative else bootstrap.difference(a, b)
+    return resampling.relative_increase(a, b) if relative else resampling.difference(a, b)
 
 
 def changes(mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, dict[str, float | int]]:

@@ -10,8 +10,8 @@ import tempfile
 import torch
 from torch import Tensor
 
-from eval.suite import Bench, Cell
-from eval.suite_models import SUITES, free_memory, here
+from eval.bench.denoisers import Bench, Cell
+from eval.bench.models import SUITES, free_memory, here
 from tofu_diffusers import KEYS_VALUES
 
 CHECKED = 0.03
@@ -43,8 +43,8 @@ def check_kernels(suite: str, count: int) -> dict[str, float]:
         subprocess.CalledProcessError: if the reference fails.
     """
     call = (
-        "import sys; from eval import kernel_check; "
-        f"kernel_check.save_predictions({suite!r}, {count}, sys.argv[1])"
+        "import sys; from eval.bench.parity import save_predictions; "
+        f"save_predictions({suite!r}, {count}, sys.argv[1])"
     )
     with tempfile.TemporaryDirectory() as folder:
         mine, theirs = f"{folder}/mine.pt", f"{folder}/reference.pt"

@@ -18,7 +18,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from eval.features import frechet_distance, kernel_distance
+from eval.metrics.extractors import frechet_distance, kernel_distance
 
 SEED = 0
 MANY, FEW = 2000, 50

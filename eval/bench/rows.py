@@ -1,4 +1,4 @@
-"""What a row of `eval.suite` says, and how rows are kept in a file: written one by one, read back as texts.
+"""What a row of `denoisers` says, and how rows are kept in a file: written one by one, read back as texts.
 
 The share is how much of the ceiling's speed is reached, round by round; what it lacks goes into plan, merge
 and unmerge.
@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from eval.manifest import write_whole
+from eval.generate.manifest import write_whole
 
 FIELDS = (
     "model", "size", "batch", "conditions", "tokens", "kind", "method", "scope", "keys_values", "ratio",

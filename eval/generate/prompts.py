@@ -1,6 +1,6 @@
 """What to generate: a built-in set of prompts, or a text file with one prompt a line.
 
->>> from eval.prompts import load_prompts
+>>> from eval.generate.prompts import load_prompts
 >>> load_prompts("emoji")[:3]
 ['a red apple', 'a smiling face', 'a blue car']
 """

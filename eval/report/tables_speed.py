@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from eval.bench.rows import read_rows
+from eval.generate.manifest import ROOT
 from eval.jsonl import read
-from eval.manifest import ROOT
-from eval.report import interval, versions
-from eval.suite_rows import read_rows
-from eval.tables_study import described
+from eval.report.page import interval, versions
+from eval.report.tables_study import described
 
 SPEEDS = {name: ROOT / "eval" / "results" / f"speed_{name}.json" for name in ("unet", "mmdit")}
 

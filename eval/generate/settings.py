@@ -167,7 +167,7 @@ def known_saving(setting: Setting, applied: Applied, pipe: Any, steps: int) -> f
 
     Returns:
         None for what other packages did to the pipeline, and for fewer steps where a sampler's steps are
-        not its calls of the denoiser: count it, as `eval.speed` does.
+        not its calls of the denoiser: count it, as `eval.bench.pipeline` does.
     """
     plain = len(pipe.scheduler.timesteps) == applied.call.get("num_inference_steps", steps)
     summaries = [handle.summary() for handle in applied.handles]

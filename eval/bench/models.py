@@ -1,4 +1,4 @@
-"""The denoisers that `eval.suite` times: their architectures, with random weights, and arguments of a step.
+"""The models that `denoisers` times: their architectures, with random weights, and arguments of a step.
 
 Configurations are those of the published models. The small ones are of the same families, with the same
 kinds of blocks and fewer, narrower layers.

@@ -26,11 +26,11 @@ import torch._dynamo.config
 from torch import Tensor
 
 from eval.baselines import deep_cached, first_block_cached
+from eval.bench.denoisers import GRAPHS, Cell, compile_blocks
+from eval.bench.models import SUITES, Case, free_memory, here, twin
+from eval.bench.pipeline import spread
+from eval.generate.manifest import provenance
 from eval.jsonl import append, mend, read
-from eval.manifest import provenance
-from eval.speed import spread
-from eval.suite import GRAPHS, Cell, compile_blocks
-from eval.suite_models import SUITES, Case, free_memory, here, twin
 from pipelines.timer import Timer
 from tofu_diffusers import Handle, apply_tofu
 

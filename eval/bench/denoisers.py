@@ -2,8 +2,8 @@
 
     python -m eval speed --suite full --out suite.csv
 
-Every row is one way to run a step, in turns with the unreduced model and with its ceiling (`eval.ceilings`),
-after the whole steps that it needs; what a row says is in `eval.suite_rows`.
+Every row is one way to run a step, in turns with the unreduced model and with its ceiling (`ceilings`),
+after the whole steps that it needs; what a row says is in `rows`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.ceilings import First, first_method, run_on_first
-from eval.manifest import provenance
-from eval.speed import spread
-from eval.suite_models import SUITES, Case, free_memory, here, twin
-from eval.suite_rows import KEY, SAME, append_row, as_text, line, read_rows
+from eval.bench.ceilings import First, first_method, run_on_first
+from eval.bench.models import SUITES, Case, free_memory, here, twin
+from eval.bench.pipeline import spread
+from eval.bench.rows import KEY, SAME, append_row, as_text, line, read_rows
+from eval.generate.manifest import provenance
 from pipelines.timer import Timer
 from tofu_diffusers import Handle, TokenReduction, apply_tofu
 

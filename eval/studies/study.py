@@ -26,15 +26,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval import generate
-from eval.bootstrap import of_mean
-from eval.generate import Loaded
+from eval.bench.pipeline import UNREDUCED, Bench, one_batch
+from eval.generate import run
+from eval.generate.manifest import differences, provenance
+from eval.generate.prompts import first, load_prompts
+from eval.generate.run import Loaded
+from eval.generate.settings import Setting, known_saving
 from eval.jsonl import append, mend, read
-from eval.manifest import differences, provenance
-from eval.prompts import first, load_prompts
-from eval.scores import psnr_db
-from eval.settings import Setting, known_saving
-from eval.speed import UNREDUCED, Bench, one_batch
+from eval.metrics.resampling import of_mean
+from eval.metrics.score import psnr_db
 from eval.sweep import others
 from tofu_diffusers import KEYS_VALUES, MERGES, METHODS, SCOPES, UNMERGES, TokenReduction
 
@@ -311,18 +311,18 @@ class Study:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `generate` but the setting, and the stage."""
-    generate.add_run_arguments(parser, out="JSON-lines file; goes on where it was")
+    run.add_run_arguments(parser, out="JSON-lines file; goes on where it was")
     parser.add_argument("--stage", choices=sorted(STAGES), required=True)
 
 
 def main(args: argparse.Namespace) -> None:
     """`python -m eval study`. A mistake in the arguments is a ValueError."""
-    loaded = generate.load(args.pipeline, args.dtype, scheduler=args.scheduler)
+    loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     prompts = first(load_prompts(args.prompts), args.n, least=2)
-    call = generate.call_of(args)
+    call = run.call_of(args)
     del call["num_inference_steps"]
     study = Study(loaded, prompts, args.seed, args.batch_size, call)
-    state = generate.processes()
+    state = run.processes()
     if state.is_main_process:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         mend(args.out)

@@ -1,6 +1,6 @@
 """All that needs a GPU, the most important first, in one command that ends before its time is up.
 
-    make gpu OUT=results                              # or: python -m eval.gpu --out results
+    make gpu OUT=results                              # or: python -m eval.bench.gpu --out results
     make gpu OUT=results WHEELS=wheels PYTHON=python3    # without a network
 
 Parts, each done once for an output folder; the same command goes on where it stopped:
@@ -29,7 +29,7 @@ from typing import Any
 
 from pipelines.gpu_command import cut_off_after, with_wheels, without_wheels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEAD_CASES = 4
 CORE = "is_the_reference or gather_and_add or bit_by_bit or runs_the_same"
 PARITY_SHARE = 0.4
@@ -77,17 +77,17 @@ def parity(job: Job) -> str | None:
 
 def sync(job: Job) -> str | None:
     """A reduced step of every kind of denoiser with waiting for the device made an error."""
-    from eval import suite
-    from eval.suite_models import SUITES, here
+    from eval.bench import denoisers
+    from eval.bench.models import SUITES, here
 
     device, dtype = here()
     small = "cpu" if device.type == "cuda" else "tiny"
     found = []
     for case in SUITES[small]:
-        bench = suite.Bench(case, device, dtype)
-        for cell in suite.FIRST_CELLS:
+        bench = denoisers.Bench(case, device, dtype)
+        for cell in denoisers.FIRST_CELLS:
             with bench.applied(cell, *bench.models[0]) as lane:
-                for _ in range(lane.whole_steps() + suite.REDUCED):
+                for _ in range(lane.whole_steps() + denoisers.REDUCED):
                     lane.step()
                 waits = waiting(lane.forward, device)
             if waits:
@@ -119,35 +119,36 @@ def waiting(call: Callable[[], object], device: Any) -> str:
 
 def head(job: Job) -> str | None:
     """The first rows of the suite's first denoisers."""
-    from eval import suite
-    from eval.suite_models import SUITES
+    from eval.bench import denoisers
+    from eval.bench.models import SUITES
 
     cases = SUITES[job.suite][:HEAD_CASES]
-    mode = suite.modes_of(job.suite)[0]
-    firsts = [(case, mode, cell) for case in cases for cell in suite.FIRST_CELLS]
+    mode = denoisers.modes_of(job.suite)[0]
+    firsts = [(case, mode, cell) for case in cases for cell in denoisers.FIRST_CELLS]
     return _rows(job, firsts, len(cases))
 
 
 def rest(job: Job) -> str | None:
     """All rows of the suite."""
-    from eval import suite
-    from eval.suite_models import SUITES
+    from eval.bench import denoisers
+    from eval.bench.models import SUITES
 
     cases = SUITES[job.suite]
-    return _rows(job, list(suite.jobs(cases, suite.modes_of(job.suite))), len(cases))
+    return _rows(job, list(denoisers.jobs(cases, denoisers.modes_of(job.suite))), len(cases))
 
 
 def _rows(job: Job, work: Sequence[Any], count: int) -> str | None:
     """Rows of the suite's first `count` cases, whose kernels are compared with the reference before."""
-    from eval import kernel_check, suite
-    from eval.suite_rows import read_rows
+    from eval.bench import denoisers
+    from eval.bench.parity import check_kernels, kernels_run
+    from eval.bench.rows import read_rows
 
     out, file = job.out / "suite.csv", job.out / "checked.json"
     checked = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"cases": 0}
-    if kernel_check.kernels_run() and checked["cases"] < count:
-        checked = {"cases": count, "differences": kernel_check.check_kernels(job.suite, count)}
+    if kernels_run() and checked["cases"] < count:
+        checked = {"cases": count, "differences": check_kernels(job.suite, count)}
         file.write_text(json.dumps(checked, indent=2) + "\n", encoding="utf-8")
-    if not suite.run(work, out, job.rounds, job.until, job.commit):
+    if not denoisers.run(work, out, job.rounds, job.until, job.commit):
         return None
     rows = read_rows(out)
     failed = sum(row["note"].startswith("failed") for row in rows)
@@ -158,7 +159,7 @@ def kernels(job: Job) -> str | None:
     """Times of the operations that kernels serve; without a GPU, of next to no tokens."""
     import torch
 
-    from eval import growth
+    from eval.bench import growth
 
     sizes = growth.SIZES if torch.cuda.is_available() else growth.TRIAL_SIZES
     return growth.measure(job.out / "kernels.csv", sizes, job.until, job.commit)
@@ -166,7 +167,7 @@ def kernels(job: Job) -> str | None:
 
 def stack(job: Job) -> str | None:
     """Generations with tofu, with its partners, and with both."""
-    from eval import stacking
+    from eval.bench import stacking
 
     return stacking.measure(
         job.suite, job.out / "stacking.jsonl", job.rounds, job.until, job.commit
@@ -225,7 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: all that was run passed; 1: something failed. A mistake in the arguments ends with 2."""
     given = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="eval.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="eval.bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, help="folder; goes on where it was")
     parser.add_argument("--suite", choices=("full", "cpu", "tiny"), default="full")
@@ -241,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     until = time.monotonic() + 60 * args.minutes
     if args.wheels is not None:
         try:
-            with_wheels(args.wheels, "eval.gpu", without_wheels(given))
+            with_wheels(args.wheels, "eval.bench.gpu", without_wheels(given))
         except (ValueError, subprocess.CalledProcessError) as error:
             parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)

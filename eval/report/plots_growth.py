@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-from eval.plots import DPI, MUTED, STYLES
-from eval.tables_speed import growth_about
+from eval.report.plots import DPI, MUTED, STYLES
+from eval.report.tables_speed import growth_about
 
 Row = Mapping[str, str]
 

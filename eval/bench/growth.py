@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from eval.kernel_check import kernels_run
-from eval.manifest import ROOT, provenance
-from eval.operations import CHANNELS, Operation, operations
-from eval.speed import spread
-from eval.suite_models import free_memory, here
+from eval.bench.models import free_memory, here
+from eval.bench.operations import CHANNELS, Operation, operations
+from eval.bench.parity import kernels_run
+from eval.bench.pipeline import spread
+from eval.generate.manifest import ROOT, provenance
 
 FIELDS = (
     "operation", "implementation", "tokens", "channels", "dtype", "ms", "ms_p20", "ms_p80", "reference_ms",
@@ -111,7 +111,8 @@ def save_reference(path: str, sizes: Sequence[int]) -> None:
 def reference(sizes: Sequence[int], until: float | None) -> dict[int, dict[str, Any]] | None:
     """What `save_reference` finds in a process that runs nothing else; None: the time was up before."""
     call = (
-        f"import sys; from eval import growth; growth.save_reference(sys.argv[1], {tuple(sizes)})"
+        "import sys; from eval.bench.growth import save_reference; "
+        f"save_reference(sys.argv[1], {tuple(sizes)})"
     )
     environment = {**os.environ, "TOFU_KERNELS": "reference"}
     with tempfile.TemporaryDirectory() as folder:

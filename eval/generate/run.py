@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.baselines import scheduler_like
-from eval.manifest import (
+from eval.generate.manifest import (
     NAME,
     Manifest,
     differences,
@@ -42,8 +42,8 @@ from eval.manifest import (
     provenance,
     write_whole,
 )
-from eval.prompts import BUILT_IN, first, load_prompts
-from eval.settings import Setting
+from eval.generate.prompts import BUILT_IN, first, load_prompts
+from eval.generate.settings import Setting
 from pipelines.emoji import MODELS, load_pipeline, weights_hash
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -1,4 +1,4 @@
-"""What a step takes with as many tokens for free: the ceilings that `eval.suite` compares tofu with.
+"""What a step takes with as many tokens for free: the ceilings that `denoisers` compares tofu with.
 
 The same sites on their first K tokens:
 

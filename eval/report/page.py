@@ -20,8 +20,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from eval.manifest import Manifest, image_path, write_whole
-from eval.plots import (
+from eval.generate.manifest import Manifest, image_path, write_whole
+from eval.report.plots import (
     OTHER,
     SPEEDS,
     STYLES,

@@ -1,6 +1,6 @@
 """What a run folder holds: which pipeline, setting, prompts and seeds its images were made with.
 
->>> from eval.manifest import Manifest, image_path
+>>> from eval.generate.manifest import Manifest, image_path
 >>> manifest = Manifest.load(folder)
 >>> path = image_path(folder, 3)  # the image of manifest.prompts[3] and manifest.seeds[3]
 """
@@ -26,7 +26,7 @@ import tofu_diffusers
 
 FORMAT = 1
 NAME = "manifest.json"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Where and with what an image was made: by right it changes rounding at most, so a run may go on with others.
 PROVENANCE = ("device", "threads", "versions", "commit")
 FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -5,7 +5,7 @@
 
 Step time and end-to-end time, medians with p20 and p80, counted FLOPs, peak memory on a GPU.
 With --suite: denoisers of full size with random weights (full), or smaller ones of the same kinds for a CPU
-(cpu), against what they take on as many tokens for free; see eval/suite.py.
+(cpu), against what they take on as many tokens for free; see eval/bench/denoisers.py.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import generate
-from eval.manifest import provenance, write_whole
-from eval.prompts import first, load_prompts
-from eval.settings import Applied, Setting, denoiser_name, denoiser_of
+from eval.generate import run
+from eval.generate.manifest import provenance, write_whole
+from eval.generate.prompts import first, load_prompts
+from eval.generate.settings import Applied, Setting, denoiser_name, denoiser_of
 from pipelines.timer import Timer
 
 UNREDUCED = Setting("unreduced")
@@ -207,7 +207,7 @@ def measure(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The pipeline, prompts and call as of `generate`; `--out` is a JSON file, of a suite a CSV."""
-    generate.add_run_arguments(parser, out="JSON file; of a suite a CSV, goes on where it was")
+    run.add_run_arguments(parser, out="JSON file; of a suite a CSV, goes on where it was")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--setting",
@@ -226,19 +226,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """`python -m eval speed`. A mistake in the arguments is a ValueError."""
     if args.suite is not None:
-        from eval import kernel_check, suite  # which use this module
+        from eval.bench import denoisers
+        from eval.bench.parity import check_kernels, kernels_run
 
-        if kernel_check.kernels_run():
-            apart = kernel_check.check_kernels(args.suite, len(suite.SUITES[args.suite]))
+        if kernels_run():
+            apart = check_kernels(args.suite, len(denoisers.SUITES[args.suite]))
             print(f"kernels and reference differ by {max(apart.values()):.2g} at most")
-        suite.main(args.suite, args.out, args.rounds)
+        denoisers.main(args.suite, args.out, args.rounds)
         return
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds} is below 1")
-    settings = [generate.setting_of(text) for text in args.setting]
-    loaded = generate.load(args.pipeline, args.dtype, scheduler=args.scheduler)
+    settings = [run.setting_of(text) for text in args.setting]
+    loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     prompts = first(load_prompts(args.prompts), args.n or args.batch_size)
-    bench = Bench(loaded.pipe, prompts, args.seed, generate.call_of(args), args.compiled)
+    bench = Bench(loaded.pipe, prompts, args.seed, run.call_of(args), args.compiled)
     about = {"pipeline": loaded.identity(), "n": len(prompts), "call": bench.call}
     about |= provenance(loaded.device)
     for row in measure(bench, settings, args.rounds, args.out, about):

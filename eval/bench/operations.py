@@ -1,4 +1,4 @@
-"""The operations that `eval.growth` times: plans, merges and unmerges, with what each must at least do."""
+"""The operations that `growth` times: plans, merges and unmerges, with what each must at least do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import tofu_diffusers as tofu
-from eval.suite_models import here
+from eval.bench.models import here
 
 CHANNELS = 640
 WINDOW = 16

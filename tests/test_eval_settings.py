@@ -8,7 +8,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.baselines import StepCache, computed_steps, scheduler_like
+from eval.baselines.fewer_steps import scheduler_like
+from eval.baselines.step_cache import StepCache, computed_steps
 from eval.bench.pipeline import Bench, counted_flops, measure
 from eval.generate.settings import Setting, denoiser_of
 from tests import tiny

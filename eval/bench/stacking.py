@@ -25,7 +25,8 @@ import torch
 import torch._dynamo.config
 from torch import Tensor
 
-from eval.baselines import deep_cached, first_block_cached
+from eval.baselines.deepcache import deep_cached
+from eval.baselines.diffusers_caches import first_block_cached
 from eval.bench.denoisers import GRAPHS, Cell, compile_blocks
 from eval.bench.models import SUITES, Case, free_memory, here, twin
 from eval.bench.pipeline import spread

@@ -32,7 +32,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from tqdm import tqdm
 
-from eval.baselines import scheduler_like
+from eval.baselines.fewer_steps import scheduler_like
 from eval.generate.manifest import (
     NAME,
     Manifest,

@@ -9,16 +9,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from eval.baselines import (
-    broadcast_attention,
-    deep_cached,
-    extrapolated,
-    first_block_cached,
-    merged_by_tomesd,
-    rescheduled,
-    scheduler_like,
-    step_cached,
-)
+from eval.baselines.deepcache import deep_cached
+from eval.baselines.diffusers_caches import broadcast_attention, extrapolated, first_block_cached
+from eval.baselines.fewer_steps import rescheduled, scheduler_like
+from eval.baselines.step_cache import step_cached
+from eval.baselines.tomesd import merged_by_tomesd
 from tofu_diffusers import Config, Handle, StepSkipping, TokenReduction, apply_tofu
 
 KINDS = (

@@ -14,8 +14,8 @@ import json
 from tqdm import tqdm
 
 from eval.generate import run
-from eval.generate.manifest import provenance
 from eval.generate.prompts import first, load_prompts
+from eval.provenance import provenance
 from tofu_diffusers import calibrate_gradient
 
 

@@ -22,12 +22,14 @@ from typing import Any
 from PIL import Image
 
 from eval.bench.pipeline import UNREDUCED, Bench, measure, one_batch
+from eval.files import write_whole
 from eval.generate import run
-from eval.generate.manifest import Manifest, image_name, image_path, provenance, write_whole
+from eval.generate.manifest import Manifest, image_name, image_path
 from eval.generate.prompts import first, load_prompts
 from eval.generate.run import Loaded
 from eval.generate.settings import Setting
 from eval.metrics import score
+from eval.provenance import provenance
 from eval.report import page
 from eval.report.plots import overlay_kept
 from tofu_diffusers import METHODS, apply_tofu

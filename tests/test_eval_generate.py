@@ -26,18 +26,13 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from PIL import Image
 from tqdm import tqdm
 
+from eval.files import write_whole
 from eval.generate import run as module
-from eval.generate.manifest import (
-    Manifest,
-    commit,
-    differences,
-    image_path,
-    provenance,
-    write_whole,
-)
+from eval.generate.manifest import Manifest, differences, image_path
 from eval.generate.prompts import MOST_CHARACTERS, first, load_prompts
 from eval.generate.run import Loaded, add_arguments, generate, load, main
 from eval.generate.settings import Setting
+from eval.provenance import commit, provenance
 from pipelines.emoji import weights_hash
 from pipelines.emoji.captions import COLOURS
 from tests import tiny

@@ -28,20 +28,16 @@ from transformers import (
 
 from eval.generate.manifest import Manifest, image_path
 from eval.metrics import extractors as extracting
-from eval.metrics import resampling
+from eval.metrics import paired, resampling
 from eval.metrics import score as scores
-from eval.metrics.extractors import (
-    Extractor,
-    Pictures,
-    features,
-    frechet_distance,
-    kernel_distance,
-    load_extractor,
-    read_pictures,
-)
-from eval.metrics.resampling import difference, of_frechet, of_kernel, of_mean, relative_increase
-from eval.metrics.score import ClipAlignment, Lpips, compare, score
+from eval.metrics.alignment import ClipAlignment, default_alignment
+from eval.metrics.extractors import Extractor, Pictures, features, load_extractor, read_pictures
+from eval.metrics.frechet import frechet_distance, kernel_distance
+from eval.metrics.paired import Lpips
+from eval.metrics.resampling import of_frechet, of_kernel
+from eval.metrics.score import compare, score
 from eval.report.plots import metric_of
+from eval.statistics import difference, of_mean, relative_increase
 from pipelines.emoji import load_pipeline, weights_hash
 from pipelines.emoji.scorer import EmojiScorer
 from tofu_diffusers import apply_tofu
@@ -546,7 +542,7 @@ def test_drift_of_known_pictures(tmp_path):
     moved = grey.copy()
     moved[1] += 10
     moved[2, 5, 5, 1] += 1
-    found = scores.drift(Pictures(moved, tmp_path), Pictures(grey, tmp_path))
+    found = paired.drift(Pictures(moved, tmp_path), Pictures(grey, tmp_path))
     ten, one_value = 20 * np.log10(255 / 10), 10 * np.log10(255**2 * 17 * 24 * 3)
     assert found["psnr_db"].tolist() == pytest.approx([120.0, ten, one_value])
     # SSIM of flat pictures has its luminance term only.
@@ -574,7 +570,7 @@ def test_lpips_with_a_local_backbone(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no backbone of LPIPS: its SHA-256 starts with"):
         Lpips(path)
     digest = scores.hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(scores, "LPIPS_NETS", {digest[:8]: "alex"})
+    monkeypatch.setattr(paired, "LPIPS_NETS", {digest[:8]: "alex"})
     monkeypatch.setattr(lpips, "_TORCHVISION_AVAILABLE", False)
     with pytest.raises(ImportError, match="LPIPS needs the torchvision"):
         Lpips(path)
@@ -680,13 +676,13 @@ def test_scores_are_written_with_what_they_come_from_and_reused(tmp_path):
     assert run() == json.loads(json.dumps(result))
     assert not alignment.asked and path.stat().st_mtime_ns == before
     Image.fromarray(pixels(count)[2]).save(image_path(half, 2))
-    assert run()["per_image"]["psnr_db"][2] == scores.PSNR_CAP_DB
+    assert run()["per_image"]["psnr_db"][2] == paired.PSNR_CAP_DB
     assert alignment.asked
 
 
 def test_the_reference_against_itself(reference):
     metrics = score(reference, reference, extractor=tiny(), alignment=None)["metrics"]
-    assert metrics["psnr_db"]["value"] == scores.PSNR_CAP_DB
+    assert metrics["psnr_db"]["value"] == paired.PSNR_CAP_DB
     assert metrics["ssim"]["value"] == pytest.approx(1)
     assert metrics["feature_distance"]["value"] == pytest.approx(0, abs=1e-6)
     assert metrics["fd-tiny"]["high"] == pytest.approx(0, abs=1e-4)
@@ -783,4 +779,4 @@ def test_the_command_scores_an_embedded_pipeline(tmp_path, capsys):
 
 
 def test_other_pipelines_get_no_emoji_score():
-    assert scores.default_alignment(manifest("half", 2).pipeline["weights"]) is None
+    assert default_alignment(manifest("half", 2).pipeline["weights"]) is None

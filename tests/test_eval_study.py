@@ -14,8 +14,8 @@ from eval.bench.pipeline import UNREDUCED, Bench
 from eval.generate.run import Loaded
 from eval.generate.settings import Setting, config_of
 from eval.jsonl import read
-from eval.metrics.resampling import difference, of_mean
 from eval.report import tables, tables_study
+from eval.statistics import difference, of_mean
 from eval.studies import study
 from eval.studies.study import Study, Trial
 from tofu_diffusers import (

@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eval.bench.ceilings import First, first_method, run_on_first
 from eval.bench.models import SUITES, Case, free_memory, here, twin
-from eval.bench.pipeline import spread
 from eval.bench.rows import KEY, SAME, append_row, as_text, line, read_rows
-from eval.generate.manifest import provenance
+from eval.provenance import provenance
+from eval.statistics import spread
 from pipelines.timer import Timer
 from tofu_diffusers import Handle, TokenReduction, apply_tofu
 

@@ -26,8 +26,8 @@ import torch
 from eval.bench.models import free_memory, here
 from eval.bench.operations import CHANNELS, Operation, operations
 from eval.bench.parity import kernels_run
-from eval.bench.pipeline import spread
-from eval.generate.manifest import ROOT, provenance
+from eval.provenance import ROOT, provenance
+from eval.statistics import spread
 
 FIELDS = (
     "operation", "implementation", "tokens", "channels", "dtype", "ms", "ms_p20", "ms_p80", "reference_ms",

@@ -21,15 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from eval.files import write_whole
 from eval.generate import run
-from eval.generate.manifest import provenance, write_whole
 from eval.generate.prompts import first, load_prompts
 from eval.generate.settings import Applied, Setting, denoiser_name, denoiser_of
+from eval.provenance import provenance
+from eval.statistics import spread
 from pipelines.timer import Timer
 
 UNREDUCED = Setting("unreduced")
@@ -153,12 +154,6 @@ class Bench:
                 self.pipe,
                 lambda: one_batch(self.pipe, self.prompts, self.seed, self.call | applied.call),
             )
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, p20 and p80."""
-    low, high = np.percentile(values, [20, 80])
-    return {"value": statistics.median(values), "low": float(low), "high": float(high)}
 
 
 def measure(

@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from eval.generate.manifest import write_whole
+from eval.files import write_whole
 
 FIELDS = (
     "model", "size", "batch", "conditions", "tokens", "kind", "method", "scope", "keys_values", "ratio",

@@ -7,29 +7,18 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import platform
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-import transformers
-
-import tofu_diffusers
+from eval.files import write_whole
+from eval.provenance import PROVENANCE
 
 FORMAT = 1
 NAME = "manifest.json"
-ROOT = Path(__file__).parents[2]
-# Where and with what an image was made: by right it changes rounding at most, so a run may go on with others.
-PROVENANCE = ("device", "threads", "versions", "commit")
-FULL = (errno.ENOSPC, errno.EDQUOT)
 _KEYS = {"pipeline": ("name", "class", "weights"), "setting": ("name", "kind", "options")}
 
 
@@ -152,43 +141,6 @@ class Manifest:
         return differences(mine, others)
 
 
-def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Device, threads, versions and commit of what runs here and now."""
-    device = torch.device(device)
-    names = {"cpu": f"CPU ({platform.machine()})"}
-    if device.type == "cuda":
-        names["cuda"] = torch.cuda.get_device_name(device)
-    return {
-        "device": names.get(device.type, device.type),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-            "tofu_diffusers": tofu_diffusers.__version__,
-        },
-        "commit": commit(ROOT),
-    }
-
-
-def commit(root: Path) -> str:
-    """Of a checkout, "+dirty" behind it if a tracked file differs; "unknown" of any other folder."""
-
-    def git(*command: str) -> str:
-        # Without its optional locks, looking changes nothing.
-        run = ["git", "--no-optional-locks", "-C", str(root), *command]
-        return subprocess.run(run, capture_output=True, text=True, check=True).stdout
-
-    try:
-        top, head = git("rev-parse", "--show-toplevel", "HEAD").split("\n")[:2]
-        if Path(top).resolve() != root.resolve():  # unpacked inside the checkout of something else
-            return "unknown"
-        changed = git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+dirty" if changed else "")
-
-
 def image_path(folder: str | Path, index: int) -> Path:
     """Of image i of a run."""
     return Path(folder) / "images" / image_name(index)
@@ -197,30 +149,6 @@ def image_path(folder: str | Path, index: int) -> Path:
 def image_name(index: int) -> str:
     """Of image i in its folder."""
     return f"{index:05d}.png"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there as a whole or not at all, whenever the process or machine stops.
-
-    Raises:
-        OSError: if it cannot be written, such as on a full disk.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise OSError(
-                error.errno,
-                f"no space left to write {path}; what was written before it stays valid: free some "
-                "space and run the same command again",
-            ) from error
-        raise
 
 
 def differences(mine: Any, other: Any, name: str = "") -> list[str]:

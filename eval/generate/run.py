@@ -33,17 +33,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.baselines.fewer_steps import scheduler_like
-from eval.generate.manifest import (
-    NAME,
-    Manifest,
-    differences,
-    image_name,
-    image_path,
-    provenance,
-    write_whole,
-)
+from eval.files import write_whole
+from eval.generate.manifest import NAME, Manifest, differences, image_name, image_path
 from eval.generate.prompts import BUILT_IN, first, load_prompts
 from eval.generate.settings import Setting
+from eval.provenance import provenance
 from pipelines.emoji import MODELS, load_pipeline, weights_hash
 
 DTYPES = ("float32", "float16", "bfloat16")

@@ -1,4 +1,4 @@
-"""Features of pictures by a network with a name, and the distances between two sets of them.
+"""Features of pictures by a network with a name.
 
 >>> extractor = load_extractor("effnetlite0")
 >>> distance = frechet_distance(features(extractor, mine), features(extractor, others))
@@ -10,7 +10,6 @@ the published Inception weights are called fid and kid.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.error import URLError
@@ -23,10 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torchmetrics.image import fid
-from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-from eval.generate.manifest import write_whole
+from eval.files import write_whole
 from pipelines.emoji.scorer import EmojiScorer
 
 EXTRACTORS = ("effnetlite0", "inception")
@@ -36,7 +34,6 @@ RESIZES = ("bilinear", "bicubic", "tf1")
 # The file that pytorch-fid and torch-fidelity publish; its name ends in -6726825d.pth.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-SUBSETS = 100  # of KID where the two sets are not of one size
 
 
 class Pictures:
@@ -240,54 +237,3 @@ def features(extractor: Extractor, pictures: Pictures) -> Tensor:
     result = torch.cat(found)
     write_whole(file, save({"features": result}, metadata={"key": key}))
     return result
-
-
-class _Given(nn.Identity):
-    """The extractor of metrics that are given features."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-
-def frechet_distance(mine: Tensor, others: Tensor, *, split: bool = False) -> float:
-    """Between Gaussians of the two sets' means and covariances, in float64.  [N, D], [M, D]
-
-    split: every process of a group gives its part of both sets, and gets the distance of the whole.
-    """
-    metric = fid.FrechetInceptionDistance(feature=_Given(mine.shape[1]), sync_on_compute=split)
-    metric.update(others.double(), real=True)
-    metric.update(mine.double(), real=False)
-    return max(0.0, float(metric.compute()))  # of equal sets, rounding leaves it a hair below
-
-
-def few_pictures(mine: Tensor, others: Tensor) -> str | None:
-    """What is to be said of a Frechet distance of few pictures.  [N, D], [M, D]"""
-    least, width = min(len(mine), len(others)), mine.shape[1]
-    if least >= width:
-        return None
-    return (
-        f"{least} images for {width} feature dimensions: biased upwards; compare at the same number "
-        "of images only"
-    )
-
-
-def kernel_distance(mine: Tensor, others: Tensor) -> float:
-    """KID: the squared MMD under (x y / D + 1)^3, in float64.  [N, D], [M, D]
-
-    Of sets of one size it is that of all pictures; of others the mean over `SUBSETS` seeded subsets, each
-    as large as the smaller set. It is unbiased for independent sets, and below 0 for much the same pictures.
-    """
-    size = min(len(mine), len(others))
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", ".*save all extracted features")
-        torch.manual_seed(0)
-        metric = KernelInceptionDistance(
-            feature=_Given(mine.shape[1]),
-            subsets=1 if len(mine) == len(others) else SUBSETS,
-            subset_size=size,
-            sync_on_compute=False,
-        )
-        metric.update(others.double(), real=True)
-        metric.update(mine.double(), real=False)
-        return float(metric.compute()[0])

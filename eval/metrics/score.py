@@ -12,159 +12,38 @@ Picture i is compared with picture i of the reference, which the same prompt and
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
-from torchmetrics.functional.image import (
-    lpips,
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
-from torchmetrics.functional.multimodal import clip_score
-from transformers import AutoModel, AutoProcessor, CLIPModel
+from torch import Tensor
 
-from eval.generate.manifest import NAME, Manifest, image_path, write_whole
-from eval.metrics import resampling
+from eval.files import write_whole
+from eval.generate.manifest import NAME, Manifest, image_path
+from eval.metrics.alignment import Alignment, ClipAlignment, default_alignment
 from eval.metrics.extractors import (
     EXTRACTORS,
     RESIZES,
     Extractor,
     Pictures,
     features,
-    few_pictures,
     load_extractor,
     read_pictures,
-    weights_of,
 )
-from eval.metrics.resampling import Change, Resampled, of_frechet, of_kernel, of_mean
-from pipelines.emoji import MODELS, weights_hash
-from pipelines.emoji.scorer import EmojiScorer
+from eval.metrics.frechet import few_pictures
+from eval.metrics.paired import PSNR_CAP_DB, Lpips, drift
+from eval.metrics.resampling import FEW, of_frechet, of_kernel
+from eval.statistics import MANY, SEED, Change, Resampled, difference, of_mean, relative_increase
 
 FORMAT = 1
-PSNR_CAP_DB = (
-    120.0  # more than any two pictures have that differ and are of less than 5,000 x 5,000 pixels
-)
-# The backbones of LPIPS by the start of their file's SHA-256: alexnet-owt-7be5be79.pth, vgg16-397923af.pth.
-LPIPS_NETS = {"7be5be79": "alex", "397923af": "vgg"}
 PACKAGES = ("torch", "torchmetrics", "scipy", "transformers")
-
-
-class Alignment(Protocol):
-    """How well pictures show their prompts. identity: "name", of the metric, and what else it depends on."""
-
-    identity: dict[str, Any]
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """uint8 [B, 3, H, W] -> [B], more is better"""
-        ...
-
-
-class EmojiAlignment:
-    """The emoji scorer's: cosine x 100, from a head trained apart from every pipeline. No CLIP score."""
-
-    def __init__(self) -> None:
-        self.scorer = EmojiScorer.load()
-        networks = nn.ModuleList([self.scorer.lite0, self.scorer.minilm, self.scorer.head])
-        self.identity = {
-            "name": "emoji_alignment",
-            "weights": weights_of(networks),
-            "retrieval": self.scorer.retrieval,
-        }
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.scorer.score(images, prompts)
-
-
-class ClipAlignment:
-    """The CLIP score, max(100 cos, 0) of each picture, of a CLIP model on the hub or in a folder.
-
-    Raises:
-        ValueError: if it is another kind of model.
-    """
-
-    def __init__(self, source: str | Path) -> None:
-        clip = AutoModel.from_pretrained(source)
-        if not isinstance(clip, CLIPModel):
-            raise ValueError(
-                f"{source} is a {type(clip).__name__}, no CLIPModel; name one of those"
-            )
-        clip = clip.eval().requires_grad_(False)
-        longest = clip.config.text_config.max_position_embeddings
-        # Cut by the tokenizer, a long prompt keeps its end token, which CLIP reads the text's features from.
-        processor = functools.partial(
-            AutoProcessor.from_pretrained(source), truncation=True, max_length=longest
-        )
-        self.parts = (_Clip(clip), processor)
-        self.identity = {
-            "name": "clip_score",
-            "model": Path(source).name if Path(source).is_dir() else str(source),
-            "weights": weights_of(clip),
-        }
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        pairs = zip(images, prompts, strict=True)
-        return torch.stack(
-            [clip_score(image, prompt, lambda: self.parts) for image, prompt in pairs]
-        )
-
-
-class _Clip(nn.Module):
-    """As torchmetrics 1.9 expects it: since transformers 5 features come inside of an output."""
-
-    def __init__(self, clip: CLIPModel) -> None:
-        super().__init__()
-        self.clip, self.config = clip, clip.config
-
-    def get_image_features(self, pixels: Tensor) -> Tensor:
-        return self.clip.get_image_features(pixels).pooler_output
-
-    def get_text_features(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return self.clip.get_text_features(tokens, mask).pooler_output
-
-
-class Lpips:
-    """LPIPS with torchmetrics' linear heads and a local file of torchvision's AlexNet or VGG-16.
-
-    Raises:
-        ValueError: if the file is another.
-        ImportError: without torchvision.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        name = LPIPS_NETS.get(digest[:8])
-        if name is None:
-            raise ValueError(
-                f"{path} is no backbone of LPIPS: its SHA-256 starts with {digest[:8]}, not with "
-                f"{' or '.join(LPIPS_NETS)}; take torchvision's alexnet-owt-7be5be79.pth or "
-                "vgg16-397923af.pth"
-            )
-        try:
-            self.net = lpips._NoTrainLpips(net=name, pnet_rand=True)
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "LPIPS needs the torchvision that fits your torch; install it, or leave out --lpips-path"
-            ) from error
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        # "features.3.weight" there is "slice2.3.weight" here.
-        names = {name: f"features.{name.split('.', 1)[1]}" for name in self.net.net.state_dict()}
-        self.net.net.load_state_dict({name: weights[theirs] for name, theirs in names.items()})
-        self.identity = {"name": f"lpips-{name}", "weights": weights_of(self.net)}
-
-    @torch.no_grad()
-    def __call__(self, mine: Tensor, others: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] x 2 -> [B]"""
-        return self.net(mine / 255, others / 255, normalize=True).flatten()
 
 
 @dataclass(frozen=True)
@@ -227,26 +106,6 @@ def check_match(run: Run, reference: Run) -> None:
             raise differ(f"height x width of image {index}", *sizes)
 
 
-def psnr_db(mine: Tensor, others: Tensor) -> Tensor:
-    """Of each picture to the one at its place.  uint8 [B, 3, H, W] x 2 -> [B], float64"""
-    x, y = mine.double(), others.double()
-    psnr = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))
-    return psnr.clamp(max=PSNR_CAP_DB)
-
-
-def drift(mine: Pictures, others: Pictures, perceptual: Lpips | None = None) -> dict[str, Tensor]:
-    """Of each picture from the one at its place: PSNR, SSIM and, if given, LPIPS."""
-    found: dict[str, list[Tensor]] = {"psnr_db": [], "ssim": []}
-    for a, b in zip(mine.batches(), others.batches(), strict=True):
-        x, y = a.double(), b.double()
-        ssim = structural_similarity_index_measure(x, y, data_range=255.0, reduction="none")
-        found["psnr_db"].append(psnr_db(a, b))
-        found["ssim"].append(ssim)
-        if perceptual is not None:
-            found.setdefault("lpips", []).append(perceptual(a, b))
-    return {name: torch.cat(values) for name, values in found.items()}
-
-
 def score(
     run: str | Path,
     reference: str | Path,
@@ -287,7 +146,7 @@ def score(
         "alignment": None if alignment is None else alignment.identity,
         "lpips": None if perceptual is None else perceptual.identity,
         "psnr_cap_db": PSNR_CAP_DB,
-        "bootstrap": {"seed": resampling.SEED, "means": resampling.MANY, "fd": resampling.FEW},
+        "bootstrap": {"seed": SEED, "means": MANY, "fd": FEW},
     }
     if out.exists():
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
@@ -343,7 +202,7 @@ def compare(
         if name != "run" and value != others["inputs"][name]:
             raise ValueError(f"{name} is {value} of one, {others['inputs'][name]} of the other")
     a, b = (_resampled(result, metric) for result in (mine, others))
-    return resampling.relative_increase(a, b) if relative else resampling.difference(a, b)
+    return relative_increase(a, b) if relative else difference(a, b)
 
 
 def changes(mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, dict[str, float | int]]:
@@ -359,12 +218,6 @@ def changes(mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, dict[
         if its_own and min(_resampled(base, name).draws) > 0:
             found[f"{name}-change"] = compare(mine, base, name, relative=True).to_dict()
     return found
-
-
-def default_alignment(weights: str) -> EmojiAlignment | None:
-    """The emoji scorer for pipelines embedded here; None for others, which need a CLIP model."""
-    embedded = weights in map(weights_hash, MODELS)
-    return EmojiAlignment() if embedded else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from eval.generate.manifest import Manifest, image_path, write_whole
+from eval.files import write_whole
+from eval.generate.manifest import Manifest, image_path
 from eval.report.plots import (
     OTHER,
     SPEEDS,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from eval.generate.manifest import ROOT
+from eval.provenance import ROOT
 from eval.report.plots import pareto
 from eval.report.plots_growth import growth
 from eval.report.tables_speed import (

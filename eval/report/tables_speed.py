@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval.bench.rows import read_rows
-from eval.generate.manifest import ROOT
 from eval.jsonl import read
+from eval.provenance import ROOT
 from eval.report.page import interval, versions
 from eval.report.tables_study import described
 

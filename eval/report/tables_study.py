@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from eval.generate.manifest import ROOT
 from eval.generate.settings import config_of
 from eval.jsonl import read
-from eval.metrics.resampling import difference, of_mean
+from eval.provenance import ROOT
 from eval.report.page import interval, versions
+from eval.statistics import difference, of_mean
 from tofu_diffusers import resolve
 
 FAMILY = {"unet": "unet", "mmdit": "sd3"}

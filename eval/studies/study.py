@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 from eval.bench.pipeline import UNREDUCED, Bench, one_batch
 from eval.generate import run
-from eval.generate.manifest import differences, provenance
+from eval.generate.manifest import differences
 from eval.generate.prompts import first, load_prompts
 from eval.generate.run import Loaded
 from eval.generate.settings import Setting, known_saving
 from eval.jsonl import append, mend, read
-from eval.metrics.resampling import of_mean
-from eval.metrics.score import psnr_db
+from eval.metrics.paired import psnr_db
+from eval.provenance import provenance
+from eval.statistics import of_mean
 from eval.sweep import others
 from tofu_diffusers import KEYS_VALUES, MERGES, METHODS, SCOPES, UNMERGES, TokenReduction
 

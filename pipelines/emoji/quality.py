@@ -16,14 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.metrics.extractors import (
-    Extractor,
-    Pictures,
-    features,
-    few_pictures,
-    frechet_distance,
-    load_extractor,
-)
+from eval.metrics.extractors import Extractor, Pictures, features, load_extractor
+from eval.metrics.frechet import few_pictures, frechet_distance
 from pipelines.emoji import HERE, MODELS, data
 from pipelines.emoji.captions import with_article
 from pipelines.emoji.card import SHEETS, SUBJECTS, block, read, save

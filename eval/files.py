@@ -1,4 +1,8 @@
-"""Files that are added to or written whole, whenever the process or the machine stops."""
+"""Files that stay valid whenever the process or the machine stops: written whole, or added to line by line.
+
+A line that a killed process left unfinished is passed over by `whole_lines`, and `mend` cuts it off before
+others are added behind it.
+"""
 
 from __future__ import annotations
 
@@ -31,3 +35,23 @@ def write_whole(path: Path, data: bytes) -> None:
                 "space and run the same command again",
             ) from error
         raise
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """Those of a file, without the ones that hold nothing; none of a file that is not there."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [line for line in lines[:-1] if line]
+
+
+def mend(path: Path) -> None:
+    """Cut off a line that a killed process left unfinished."""
+    if path.exists():
+        data = path.read_bytes()
+        if len(data) > (end := data.rfind(b"\n") + 1):
+            os.truncate(path, end)
+
+
+def add(path: Path, lines: bytes) -> None:
+    """Add to a file in one write, so that several processes can."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(lines)

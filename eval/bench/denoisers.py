@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval.bench.ceilings import First, first_method, run_on_first
 from eval.bench.models import SUITES, Case, free_memory, here, twin
 from eval.bench.rows import KEY, SAME, append_row, as_text, line, read_rows
+from eval.files import mend
 from eval.provenance import provenance
 from eval.statistics import spread
 from pipelines.timer import Timer
@@ -403,6 +404,7 @@ def run(
     about = provenance(device)
     about |= {"dtype": str(dtype).removeprefix("torch."), **about.pop("versions")}
     about["commit"] = commit or about["commit"]
+    mend(out)
     rows = read_rows(out)
     for name in SAME:
         if rows and rows[0][name] != as_text(about[name]):

@@ -7,10 +7,11 @@ and unmerge.
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
-from eval.files import write_whole
+from eval.files import add, whole_lines
 
 FIELDS = (
     "model", "size", "batch", "conditions", "tokens", "kind", "method", "scope", "keys_values", "ratio",
@@ -23,14 +24,8 @@ SAME = ("dtype", "device", "threads", "torch", "diffusers", "tofu_diffusers")
 
 
 def read_rows(out: Path) -> list[dict[str, str]]:
-    """The rows of a file; a last one that was cut off is taken out of it."""
-    if not out.exists():
-        return []
-    text = out.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_whole(out, whole.encode())
-    lines = whole.splitlines()
+    """The whole rows of a file."""
+    lines = [line.decode() for line in whole_lines(out)]
     if lines and lines[0] != ",".join(FIELDS):
         raise ValueError(f"{out} is no table of this suite; choose another --out")
     return list(csv.DictReader(lines))
@@ -39,13 +34,13 @@ def read_rows(out: Path) -> list[dict[str, str]]:
 def append_row(out: Path, row: dict[str, Any]) -> dict[str, str]:
     """Put a row behind those of a file, under a header if it is the first; the row as it reads back."""
     texts = {name: as_text(row.get(name)) for name in FIELDS}
-    new = not out.exists() or not out.stat().st_size
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    if not out.exists() or not out.stat().st_size:
+        writer.writeheader()
+    writer.writerow(texts)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(texts)
+    add(out, text.getvalue().encode())
     return texts
 
 

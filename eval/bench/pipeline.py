@@ -25,6 +25,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from eval.bench import denoisers
+from eval.bench.parity import check_kernels, kernels_run
 from eval.files import write_whole
 from eval.generate import run
 from eval.generate.prompts import first, load_prompts
@@ -221,9 +223,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """`python -m eval speed`. A mistake in the arguments is a ValueError."""
     if args.suite is not None:
-        from eval.bench import denoisers
-        from eval.bench.parity import check_kernels, kernels_run
-
         if kernels_run():
             apart = check_kernels(args.suite, len(denoisers.SUITES[args.suite]))
             print(f"kernels and reference differ by {max(apart.values()):.2g} at most")

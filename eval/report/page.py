@@ -1,8 +1,6 @@
 """How much faster, and what did it cost? One self-contained page and its plots from a sweep folder.
 
 `python -m eval report --sweep FOLDER` writes FOLDER/report.html and the plots in FOLDER/report_plots.
-A document cites a row of committed results by a comment, <!-- row: RESULTS FILE#ROW ID -->, which
-`check_citations` holds it to.
 """
 
 from __future__ import annotations
@@ -11,8 +9,7 @@ import argparse
 import base64
 import io
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,15 @@ from PIL import Image
 
 from eval.files import write_whole
 from eval.generate.manifest import Manifest, image_path
+from eval.report.cells import (
+    CIRCUMSTANCES,
+    cell,
+    columns_of,
+    heading,
+    markdown_table,
+    mixed,
+    sort_value,
+)
 from eval.report.plots import (
     OTHER,
     SPEEDS,
@@ -40,11 +46,7 @@ NEEDED = (
     "id", "pipeline", "weights", "setting", "n", "seed", "steps", "device", "versions", "commit",
     "flops_ratio", "speed", "metrics",
 )  # fmt: skip
-# What all rows should share, and what every row says of itself.
-CIRCUMSTANCES = ("pipeline", "weights", "n", "seed", "device", "threads", "versions", "commit")
 THUMBNAIL = 256
-CITATION = re.compile(r"<!--\s*row:(.*?)-->", flags=re.DOTALL)
-CODE = re.compile(r"^(```|~~~).*?^\1|`[^`\n]+`", flags=re.DOTALL | re.MULTILINE)
 
 
 def load(sweep: Path) -> list[dict[str, Any]]:
@@ -80,104 +82,6 @@ def load(sweep: Path) -> list[dict[str, Any]]:
                 f"{', '.join(lacking)}; run its setting again"
             )
     return rows
-
-
-# --- The table
-
-
-def interval(entry: Mapping[str, Any] | None, digits: int, unit: str = "") -> str:
-    """ "44.2 (43.0 to 45.1)", or "-" for nothing."""
-    if entry is None or entry["value"] is None:
-        return "-"
-    text = f"{entry['value']:.{digits}f}{unit}"
-    if "low" in entry and "high" in entry:
-        text += f" ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
-    return text
-
-
-def versions(row: Mapping[str, Any]) -> str:
-    """Of the packages that a row was measured with."""
-    return ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-
-
-def _settings(setting: Mapping[str, Any]) -> str:
-    options = dict(setting["options"])
-    if setting["kind"] == "stack":
-        return "stack of " + " and ".join(f"({_settings(inner)})" for inner in options["of"])
-    text = ", ".join(f"{key}={value}" for key, value in options.items())
-    return f"{setting['kind']}: {text}" if text else setting["kind"]
-
-
-def _warnings(row: Row) -> str:
-    entries = row["metrics"].items()
-    return "; ".join(f"{name}: {entry['warning']}" for name, entry in entries if "warning" in entry)
-
-
-CELLS: dict[str, Callable[[Row], str]] = {
-    "id": lambda row: row["id"],
-    "settings": lambda row: _settings(row["setting"]),
-    "flops_ratio": lambda row: f"{row['flops_ratio']:.2f}x",
-    "speed": lambda row: interval(row["speed"], 2, "x"),
-    "warnings": _warnings,
-    "threads": lambda row: str(row.get("threads", "-")),
-    "versions": versions,
-    **{key: lambda row, key=key: str(row[key]) for key in (
-        "pipeline", "weights", "n", "seed", "steps", "device", "commit",
-    )},
-}  # fmt: skip
-
-
-def columns_of(rows: Sequence[Row]) -> list[str]:
-    """What the report's table shows; `CELLS` has more."""
-    return ["id", "settings", "flops_ratio", "speed", *metric_names(rows), "n", "warnings"]
-
-
-def heading(column: str) -> str:
-    """Of a column."""
-    return "FLOPs" if column == "flops_ratio" else title(column)
-
-
-def cell(row: Row, column: str) -> str:
-    """What stands in a row under a column: one of `CELLS`, or a metric with its interval."""
-    if column in CELLS:
-        return CELLS[column](row)
-    metric = metric_of(column)
-    return interval(row["metrics"].get(column), metric.digits if metric else 3)
-
-
-def markdown_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """These columns of result rows, for a document.
-
-    Raises:
-        ValueError: on a column that is neither one of `CELLS` nor a metric of any row.
-    """
-    known = [*CELLS, *metric_names(rows)]
-    for column in columns:
-        if column not in known:
-            raise ValueError(f"unknown column {column!r}; choose among {', '.join(known)}")
-    lines = [[heading(column) for column in columns], ["---"] * len(columns)]
-    lines += [[cell(row, column) for column in columns] for row in rows]
-    escaped = ([re.sub(r"\s+", " ", text).replace("|", r"\|") for text in line] for line in lines)
-    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
-
-
-def sort_value(row: Row, column: str) -> float | str:
-    """What the page sorts a column by: the number where there is one."""
-    if column == "flops_ratio":
-        return float(row["flops_ratio"])
-    if column == "speed" or column in row["metrics"]:
-        entry = row["speed"] if column == "speed" else row["metrics"][column]
-        return "" if entry is None or entry["value"] is None else float(entry["value"])
-    return row["n"] if column == "n" else cell(row, column)
-
-
-def mixed(rows: Sequence[Row]) -> list[str]:
-    """The circumstances in which the rows differ, so that they cannot simply be compared."""
-    return [
-        f"{key}: {'; '.join(values)}"
-        for key in CIRCUMSTANCES
-        if len(values := dict.fromkeys(cell(row, key) for row in rows)) > 1
-    ]
 
 
 # --- The pictures
@@ -354,41 +258,6 @@ def page(sweep: Path, rows: Sequence[Row], folder: Path, prompts: int) -> str:
         grid=grid(sweep, rows, prompts),
         markdown=markdown_table(rows, columns),
     )
-
-
-# --- Citations
-
-
-def check_citations(document: Path, results: Sequence[Path]) -> list[str]:
-    """The citations of a document that name no row of these files; what stands in code is none.
-
-    The file is named by as much of its path's end as tells it from the others.
-    """
-    ids = {}
-    for path in results:
-        text = path.read_text(encoding="utf-8")
-        found = (
-            map(json.loads, text.splitlines())
-            if path.suffix == ".jsonl"
-            else json.loads(text)["rows"]
-        )
-        ids[path] = {row.get("id") for row in found}
-    wrong = []
-    # Code becomes as many empty lines, so that line numbers stay right.
-    text = CODE.sub(lambda m: "\n" * m[0].count("\n"), document.read_text(encoding="utf-8"))
-    for match in CITATION.finditer(text):
-        cited, _, row = match[1].strip().partition("#")
-        parts = Path(cited).parts
-        files = [path for path in results if parts and path.parts[-len(parts) :] == parts]
-        if len(files) != 1:
-            problem = f"{len(files)} of {len(results)} results files have this name; it must be one"
-        elif row not in ids[files[0]]:
-            problem = f"none of its {len(ids[files[0]])} rows has this id"
-        else:
-            continue
-        line = text.count("\n", 0, match.start()) + 1
-        wrong.append(f"{document.name}:{line}: {cited}#{row}: {problem}")
-    return wrong
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

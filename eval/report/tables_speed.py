@@ -10,7 +10,7 @@ from pathlib import Path
 from eval.bench.rows import read_rows
 from eval.jsonl import read
 from eval.provenance import ROOT
-from eval.report.page import interval, versions
+from eval.report.cells import interval, versions
 from eval.report.tables_study import described
 
 SPEEDS = {name: ROOT / "eval" / "results" / f"speed_{name}.json" for name in ("unet", "mmdit")}

@@ -13,7 +13,7 @@ import numpy as np
 from eval.generate.settings import config_of
 from eval.jsonl import read
 from eval.provenance import ROOT
-from eval.report.page import interval, versions
+from eval.report.cells import interval, versions
 from eval.statistics import difference, of_mean
 from tofu_diffusers import resolve
 

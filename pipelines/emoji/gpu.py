@@ -8,7 +8,7 @@ its checkpoint beside the data, so on the same machine only; finished ones lie i
 precision, and `--carried` names a copy of it on another machine. In the end it holds
 
     unet.tar, mmdit.tar    the weights, to be unpacked in pipelines/emoji
-    unet.npz, mmdit.npz    pictures, for python -m pipelines.emoji.quality
+    unet.npz, mmdit.npz    pictures, for python -m eval.studies.emoji.quality
     log.jsonl              losses and minutes
 
 Without a GPU, `--trial` tries it out with two steps of every stage.

@@ -1,4 +1,4 @@
-"""Judge generated pictures on a CPU: `python -m pipelines.emoji.quality --pictures folder`.
+"""Judge generated pictures on a CPU: `python -m eval.studies.emoji.quality --pictures folder`.
 
 Takes <model>.npz as `pipelines.emoji.gpu` writes it. Into the card of these weights go how often the
 independent scorer finds a prompt's own picture among all of its set (R@1), and the Frechet distance to the

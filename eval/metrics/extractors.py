@@ -1,7 +1,7 @@
 """Features of pictures by a network with a name.
 
 >>> extractor = load_extractor("effnetlite0")
->>> distance = frechet_distance(features(extractor, mine), features(extractor, others))
+>>> distance = frechet_distance(features(extractor, mine), features(extractor, others))  # of `frechet`
 
 Distances of EfficientNet-Lite0's features are called fd-effnetlite0 and kid-effnetlite0; only those of
 the published Inception weights are called fid and kid.

@@ -30,7 +30,7 @@ from tofu_diffusers import (
     profile,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CALL = {"guidance_scale": 4.0, "height": 64, "width": 64}
 
 

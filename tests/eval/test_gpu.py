@@ -13,7 +13,7 @@ from eval.bench.models import SUITES
 from eval.bench.rows import read_rows
 from eval.jsonl import read
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from eval.report.cells import cell, columns_of, markdown_table, mixed
 from eval.report.citations import check_citations
 from eval.report.plots import Point, front, metric_names, overlay_kept, pareto
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "5c4c38d352d7c162"
 VERSIONS = {"torch": "2.13.0", "diffusers": "0.42.1"}
 PROMPTS, SEEDS = ("a red apple", "a <b>bold</b> | star", "a blue car"), (0, 1, 2)

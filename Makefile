@@ -29,7 +29,7 @@ train: $(VENV)/.train
 # With the packages of the interpreter at hand, which has a torch with CUDA, and those of a folder of wheels.
 gpu:
 	@test -n "$(OUT)" || { echo 'Where to? make gpu OUT=folder [WHEELS=folder] [PYTHON=python3]'; exit 2; }
-	$(PYTHON) -m eval.gpu --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)") $(GPU_OPTIONS)
+	$(PYTHON) -m eval.bench.gpu --out "$(OUT)" $(if $(WHEELS),--wheels "$(WHEELS)") $(GPU_OPTIONS)
 
 # Goes on where it stopped; GPU_OPTIONS='--carried folder' on another machine.
 train-gpu:

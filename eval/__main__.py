@@ -11,15 +11,18 @@ COMMANDS = {
         "eval.sweep",
         "generate, score, speed and report: methods at ratios, and what they must beat",
     ),
-    "generate": ("eval.generate", "the images of one setting"),
-    "score": ("eval.scores", "what a setting cost in quality"),
-    "speed": ("eval.speed", "how long a step takes, in turns with the unreduced pipeline"),
-    "stacking": ("eval.stacking", "whether tofu's gain and another speed-up's multiply"),
-    "growth": ("eval.growth", "how the cost of plans, merges and unmerges grows with the tokens"),
-    "study": ("eval.study", "drift of many combinations, without pictures or times"),
+    "generate": ("eval.generate.run", "the images of one setting"),
+    "score": ("eval.metrics.score", "what a setting cost in quality"),
+    "speed": ("eval.bench.pipeline", "how long a step takes, in turns with the unreduced pipeline"),
+    "stacking": ("eval.bench.stacking", "whether tofu's gain and another speed-up's multiply"),
+    "growth": (
+        "eval.bench.growth",
+        "how the cost of plans, merges and unmerges grows with the tokens",
+    ),
+    "study": ("eval.studies.study", "drift of many combinations, without pictures or times"),
     "calibrate": ("eval.calibrate", "probes for importance source gradient"),
-    "tables": ("eval.tables", "the documents' tables and plots, from committed rows"),
-    "report": ("eval.report", "a page with plots, pictures and tables"),
+    "tables": ("eval.report.tables", "the documents' tables and plots, from committed rows"),
+    "report": ("eval.report.page", "a page with plots, pictures and tables"),
 }
 
 

@@ -13,22 +13,22 @@ import json
 
 from tqdm import tqdm
 
-from eval import generate
-from eval.manifest import provenance
-from eval.prompts import first, load_prompts
+from eval.generate import run
+from eval.generate.prompts import first, load_prompts
+from eval.provenance import provenance
 from tofu_diffusers import calibrate_gradient
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `generate` but the setting."""
-    generate.add_run_arguments(parser, out="safetensors file", prompts="last", batches=False)
+    run.add_run_arguments(parser, out="safetensors file", prompts="last", batches=False)
 
 
 def main(args: argparse.Namespace) -> None:
     """`python -m eval calibrate`. A mistake in the arguments is a ValueError."""
     prompts = first(load_prompts(args.prompts)[::-1], args.n)[::-1]
-    loaded = generate.load(args.pipeline, args.dtype, scheduler=args.scheduler)
-    call = generate.call_of(args)
+    loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
+    call = run.call_of(args)
     agreement = calibrate_gradient(
         loaded.pipe, tqdm(prompts, unit=" prompts"), args.out, seed=args.seed, **call
     )

@@ -21,13 +21,17 @@ from typing import Any
 
 from PIL import Image
 
-from eval import generate, report, scores
-from eval.generate import Loaded
-from eval.manifest import Manifest, image_name, image_path, provenance, write_whole
-from eval.plots import overlay_kept
-from eval.prompts import first, load_prompts
-from eval.settings import Setting
-from eval.speed import UNREDUCED, Bench, measure, one_batch
+from eval.bench.pipeline import UNREDUCED, Bench, measure, one_batch
+from eval.files import write_whole
+from eval.generate import run
+from eval.generate.manifest import Manifest, image_name, image_path
+from eval.generate.prompts import first, load_prompts
+from eval.generate.run import Loaded
+from eval.generate.settings import Setting
+from eval.metrics import score
+from eval.provenance import provenance
+from eval.report import page
+from eval.report.plots import overlay_kept
 from tofu_diffusers import METHODS, apply_tofu
 
 FORMAT = 1
@@ -150,7 +154,7 @@ class Sweep:
                 row = {**about, "saving": base / bench.flops(setting)}
                 rows.append(row)
                 # All count, as all need it; two that write would move each other's file away.
-                if generate.processes().is_main_process:
+                if run.processes().is_main_process:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     write_whole(path, (json.dumps(rows, indent=2) + "\n").encode())
             found[setting.name] = row["saving"]
@@ -158,7 +162,7 @@ class Sweep:
 
     def run(self, setting: Setting) -> Manifest:
         """The images of one setting."""
-        return generate.generate(
+        return run.generate(
             self.loaded,
             setting,
             self.prompts,
@@ -218,7 +222,7 @@ def rows(
                 "flops_ratio": flops[setting.name],
                 "speed": timed and timed["speed"],
                 "metrics": mine["metrics"]
-                | (scores.changes(mine, base) if mine is not base else {}),
+                | (score.changes(mine, base) if mine is not base else {}),
             }
         )
     return found
@@ -238,16 +242,16 @@ def sweep_all(
     """Generate, score and time all settings; writes results.json and returns its rows.
 
     Args:
-        scoring: Arguments of `scores.score`.
+        scoring: Arguments of `score.score`.
     """
     flops = sweep.flops(settings)
     for setting in settings:
         sweep.run(setting)
-    if not generate.processes().is_main_process:
+    if not run.processes().is_main_process:
         return []
     whole = sweep.folder / UNREDUCED.name
     scored = {
-        setting.name: scores.score(sweep.folder / setting.name, whole, **scoring)
+        setting.name: score.score(sweep.folder / setting.name, whole, **scoring)
         for setting in settings
     }
     speeds: dict[str, dict[str, Any]] = {}
@@ -278,7 +282,7 @@ def sweep_all(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `generate` but the setting, and what to sweep over."""
-    generate.add_run_arguments(parser)
+    run.add_run_arguments(parser)
     parser.add_argument(
         "--ratios", type=float, nargs="+", default=[0.25, 0.5], help="(%(default)s)"
     )
@@ -297,7 +301,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exactly these instead of methods, ratios, speed-ups and what they must beat: name, kind and "
         "options as JSON, or a file with them, each",
     )
-    scores.add_scoring_arguments(parser)
+    score.add_scoring_arguments(parser)
     parser.add_argument(
         "--rounds", type=int, default=3, help="turns of timing; 0: none (%(default)s)"
     )
@@ -312,26 +316,26 @@ def main(args: argparse.Namespace) -> None:
     if wrong:
         raise ValueError(f"speedup {wrong[0]} is below 1")
     chosen = (
-        [generate.setting_of(text) for text in args.setting]
+        [run.setting_of(text) for text in args.setting]
         if args.setting
         else tofu_settings(args.methods, args.ratios) + skip_settings(args.speedups)
     )
     if args.rounds < 0:
         raise ValueError(f"--rounds {args.rounds} is below 0, which times nothing")
     prompts = first(load_prompts(args.prompts), args.n, least=2)
-    loaded = generate.load(args.pipeline, args.dtype, scheduler=args.scheduler)
+    loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     sweep = Sweep(
         args.out,
         loaded,
         prompts,
         args.seed,
         args.batch_size,
-        generate.call_of(args),
+        run.call_of(args),
         args.rounds,
     )
     settings = [UNREDUCED, *chosen]
     if not args.setting:
         settings = matched(sweep, [*settings, *others(loaded.pipe, args.ratios)])
-    if not sweep_all(sweep, settings, scores.scoring(args, loaded.weights)):
+    if not sweep_all(sweep, settings, score.scoring(args, loaded.weights)):
         return
-    report.main(argparse.Namespace(sweep=args.out, out=args.out / "report.html", prompts=SHOWN))
+    page.main(argparse.Namespace(sweep=args.out, out=args.out / "report.html", prompts=SHOWN))

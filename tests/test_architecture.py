@@ -14,8 +14,10 @@ import tofu_diffusers
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tofu_diffusers"
 
-# A layer may use those before it, directly or through any file, and none after it. A file is of the
-# layer that names it, or else its room.
+# A package may use those before it, and none after it.
+PACKAGES = ("tofu_diffusers", "pipelines", "eval")
+# So may a layer of a package, directly or through any file. A file is of the layer that names it, or else its
+# room.
 LAYERS = (
     {"kernels"},
     {"tokens"},
@@ -31,6 +33,31 @@ LAYERS = (
     {"api"},
     {"tuning"},
 )
+PIPELINES_LAYERS = (
+    {"gpu_command", "recipe", "timer"},
+    {"flux", "pixart", "sd15", "sd3", "sdxl", "wan"},
+    {"emoji.captions", "emoji.loop", "emoji.sd3", "emoji.sheet"},
+    # Loads them; its other files are all named here.
+    {"emoji"},
+    {"emoji.data", "emoji.prompts", "emoji.text", "emoji.vae"},
+    {"emoji.ceiling", "emoji.denoise", "emoji.mmdit", "emoji.scorer", "emoji.unet"},
+    {"emoji.export", "emoji.train"},
+    {"emoji.card", "emoji.reference"},
+    {"emoji.__main__", "emoji.gpu"},
+)
+EVAL_LAYERS = (
+    {"files", "provenance", "statistics"},
+    {"jsonl"},
+    {"baselines"},
+    {"generate"},
+    {"metrics"},
+    {"bench"},
+    {"report"},
+    {"calibrate", "sweep"},
+    {"studies"},
+    {"__main__"},
+)
+ALL_LAYERS = dict(zip(PACKAGES, (LAYERS, PIPELINES_LAYERS, EVAL_LAYERS), strict=True))
 # What may be traced sees what a generation hands over, never the generation, whose numbers change.
 TRACED = (
     "runtime.setup", "runtime.sites", "runtime.call", "runtime.caches", "runtime.grid_reader",
@@ -66,13 +93,14 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def package_graph() -> dict[str, set[str]]:
-    """Each module of the package with those it imports.
+def package_graph(*packages: str) -> dict[str, set[str]]:
+    """Each module of these packages with those it imports.
 
-    Left out is the root, which every import runs and which therefore must import and do no more.
+    Left out are the roots, which every import runs and which therefore must import and do no more.
     """
-    names = {module_name(path): path for path in sources("tofu_diffusers")}
-    names.pop("tofu_diffusers")
+    names = {
+        module_name(path): path for path in sources(*packages) if module_name(path) not in packages
+    }
     return {name: {*imports(path)} & {*names} - {name} for name, path in names.items()}
 
 
@@ -88,35 +116,49 @@ def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
 
 def layer_of(name: str) -> int:
     """The layer that names a module, or else its room."""
-    path = name.split(".")[1:]
+    package, *path = name.split(".")
     for length in (2, 1):
-        for depth, layer in enumerate(LAYERS):
+        for depth, layer in enumerate(ALL_LAYERS[package]):
             if ".".join(path[:length]) in layer:
                 return depth
     raise AssertionError(f"{name} is in no layer")
 
 
 def test_no_module_imports_itself_by_a_detour():
-    graph = package_graph()
+    graph = package_graph(*PACKAGES)
     assert [name for name in graph if name in reachable(graph, name)] == []
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_package_uses_one_after_it(package):
+    after = PACKAGES[PACKAGES.index(package) + 1 :]
+    for path in sources(package):
+        used = {name.split(".")[0] for name in imports(path)}
+        assert not used & {*after}, f"{module_name(path)} uses {', '.join(used & {*after})}"
+
+
 def test_what_may_be_traced_never_sees_the_generation():
-    graph = package_graph()
+    graph = package_graph("tofu_diffusers")
     for name in TRACED:
         seen = reachable(graph, f"tofu_diffusers.{name}")
         assert "tofu_diffusers.runtime.generation" not in seen, name
 
 
-def test_imports_point_one_way():
-    graph = package_graph()
-    present = {name.removeprefix("tofu_diffusers.") for name in graph}
-    assert present >= set().union(*LAYERS)
-    assert {layer_of(name) for name in graph} == {*range(len(LAYERS))}
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package):
+    graph, layers = package_graph(package), ALL_LAYERS[package]
+    present = {name.removeprefix(f"{package}.") for name in graph}
+    assert present >= set().union(*layers)
+    assert {layer_of(name) for name in graph} == {*range(len(layers))}
     for name in graph:
         own = layer_of(name)
         wrong = sorted(used for used in reachable(graph, name) if layer_of(used) > own)
         assert not wrong, f"{name} uses {', '.join(wrong)}"
+
+
+def test_every_file_of_the_pipelines_is_in_a_layer_by_its_own_name():
+    present = {name.removeprefix("pipelines.") for name in package_graph("pipelines")}
+    assert present == set().union(*PIPELINES_LAYERS)
 
 
 @pytest.mark.parametrize("path", sources("eval", "pipelines"), ids=module_name)
@@ -133,7 +175,7 @@ def test_one_file_touches_private_state_of_the_hosts():
         for path in sources("tofu_diffusers", "eval", "pipelines")
         if any(name in path.read_text(encoding="utf-8") for name in PRIVATE_STATE)
     }
-    assert touching == {"tofu_diffusers/hooks/patch.py", "eval/baselines.py"}
+    assert touching == {"tofu_diffusers/hooks/patch.py", "eval/baselines/host_state.py"}
 
 
 def test_the_package_is_typed_and_exports_what_it_says():

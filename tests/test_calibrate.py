@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from scipy.stats import spearmanr
 
 from eval.__main__ import main
-from eval.prompts import load_prompts
+from eval.generate.prompts import load_prompts
 from tests import tiny
 from tests.test_families import BUILDERS, plans_of, run
 from tofu_diffusers import apply_tofu, calibrate_gradient, remove_tofu

@@ -6,7 +6,7 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.suite_models import SD15, SDXL
+from eval.bench.models import SD15, SDXL
 from tests import tiny
 from tofu_diffusers import apply_tofu
 

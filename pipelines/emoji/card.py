@@ -41,7 +41,7 @@ SHOWN = (
     "a fish", "a cat face", "a house", "a strawberry",
 )  # fmt: skip
 STEPS, GUIDANCE, SEED, COUNT = 20, 4.0, 0, 20
-# Pictures of `pipelines.emoji.quality` beside the card.
+# Pictures of `eval.studies.emoji.quality` beside the card.
 SHEETS = {
     "held_out": "Names that were held out",
     "compositions": "Colours and objects that training does not see together",
@@ -230,7 +230,7 @@ def block(card: dict[str, Any]) -> str:
 
 
 def quality_lines(quality: dict[str, Any], folder: Path) -> list[str]:
-    """What `pipelines.emoji.quality` measured."""
+    """What `eval.studies.emoji.quality` measured."""
     sampling = quality["sampling"]
     lines = [
         "| scorer | R@1 | of real pictures | chance | alignment | of real pictures | n |",

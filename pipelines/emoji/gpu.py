@@ -8,7 +8,7 @@ its checkpoint beside the data, so on the same machine only; finished ones lie i
 precision, and `--carried` names a copy of it on another machine. In the end it holds
 
     unet.tar, mmdit.tar    the weights, to be unpacked in pipelines/emoji
-    unet.npz, mmdit.npz    pictures, for python -m pipelines.emoji.quality
+    unet.npz, mmdit.npz    pictures, for python -m eval.studies.emoji.quality
     log.jsonl              losses and minutes
 
 Without a GPU, `--trial` tries it out with two steps of every stage.
@@ -17,7 +17,6 @@ Without a GPU, `--trial` tries it out with two steps of every stage.
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import importlib.util
 import json
 import shutil
@@ -31,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.gpu import GRACE, with_wheels, without_wheels
+from pipelines.gpu_command import cut_off_after, with_wheels, without_wheels
 
 if TYPE_CHECKING:
     import torch
@@ -315,11 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = Job(args.out, work, args.data, device, began, until, stages)
     if args.trial:
         job = replace(job, starting=0.0, steps=2, most=2)
-    faulthandler.dump_traceback_later(60 * left + GRACE, exit=True, file=sys.__stderr__)
-    try:
+    with cut_off_after(left):
         done = run(job, *carried)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
     minutes = f"{used(job.log):.1f} of {args.total:g} minutes are used"
     print(f"done; {minutes}" if done else f"to be continued by the same command; {minutes}")
     return 0

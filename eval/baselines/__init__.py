@@ -1,0 +1,1 @@
+"""What token reduction is measured against: fewer steps, whole-step caching, other packages."""

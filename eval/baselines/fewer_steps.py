@@ -1,0 +1,51 @@
+"""Fewer steps, with the own scheduler of a pipeline or with another one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+from diffusers import SchedulerMixin
+
+
+def scheduler_like(scheduler: Any, name: str) -> Any:
+    """Another of diffusers' schedulers, for models that were trained for the noise of this one.
+
+    Raises:
+        ValueError: if diffusers has none of that name, or it is for the other kind of noise.
+    """
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ValueError(
+            f"diffusers has no scheduler {name!r}, or lacks a package for it; give the name of a class, such "
+            "as DPMSolverMultistepScheduler"
+        )
+    config, own = dict(scheduler.config), type(scheduler).__name__
+    flow = "Flow" in own or config.get("use_flow_sigmas", False)
+    shift = config.get("flow_shift" if "use_flow_sigmas" in config else "shift", 1.0)
+    if flow == ("Flow" in name):
+        return kind.from_config(config, **({"shift": shift} if flow else {}))
+    if not flow or "use_flow_sigmas" not in inspect.signature(kind).parameters:
+        raise ValueError(
+            f"{name} is {'not ' if flow else ''}for flow matching, and {own} is{'' if flow else ' not'}; "
+            "choose DPMSolverMultistepScheduler or UniPCMultistepScheduler, which are for both"
+        )
+    return kind(
+        num_train_timesteps=config["num_train_timesteps"],
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=shift,
+    )
+
+
+@contextmanager
+def rescheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
+    """The pipeline with another scheduler."""
+    before, pipe.scheduler = pipe.scheduler, scheduler
+    try:
+        yield
+    finally:
+        pipe.scheduler = before

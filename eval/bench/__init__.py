@@ -1,0 +1,1 @@
+"""What times: pipelines, denoisers with random weights, single operations."""

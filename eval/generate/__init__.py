@@ -1,0 +1,1 @@
+"""What generates: settings, prompts, and run folders with a manifest."""

@@ -1,0 +1,200 @@
+"""One way to generate: unreduced, with tofu, or by one of the baselines, behind one interface."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from eval.baselines.deepcache import deep_cached
+from eval.baselines.diffusers_caches import broadcast_attention, extrapolated, first_block_cached
+from eval.baselines.fewer_steps import rescheduled, scheduler_like
+from eval.baselines.step_cache import step_cached
+from eval.baselines.tomesd import merged_by_tomesd
+from tofu_diffusers import Config, Handle, StepSkipping, TokenReduction, apply_tofu
+
+KINDS = (
+    "unreduced",
+    "tofu",
+    "fewer_steps",
+    "step_cache",
+    "tomesd",
+    "pab",
+    "taylorseer",
+    "first_block_cache",
+    "deepcache",
+    "stack",
+)
+DENOISERS = ("unet", "transformer")
+# Of kinds that are one context manager around a denoiser, or around the pipeline.
+AROUND: dict[str, Callable[..., AbstractContextManager[Any]]] = {
+    "step_cache": step_cached,
+    "pab": broadcast_attention,
+    "taylorseer": extrapolated,
+    "first_block_cache": first_block_cached,
+    "tomesd": merged_by_tomesd,
+    "deepcache": deep_cached,
+}
+AROUND_PIPELINE = ("tomesd", "deepcache")
+
+
+def denoiser_name(pipe: Any) -> str:
+    """Where a pipeline keeps what it calls at every step.
+
+    Raises:
+        ValueError: if it has none by a usual name.
+    """
+    for name in DENOISERS:
+        if getattr(pipe, name, None) is not None:
+            return name
+    raise ValueError(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}")
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """What a pipeline calls at every step; raises as `denoiser_name`."""
+    return getattr(pipe, denoiser_name(pipe))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to generate.
+
+    Args:
+        name: Of its folder and rows: letters, digits and "-_.+=".
+        kind: "unreduced"; "tofu" (options of apply_tofu: ratio or speedup, and more of that workflow);
+            "fewer_steps" (steps; scheduler: None or "multistep"); "step_cache" (total, computed, first,
+            order); "tomesd" (its own options); "pab" (skip, first, last); "taylorseer" (interval, first,
+            order, modules); "first_block_cache" (threshold); "deepcache" (interval, branch); "stack" (of:
+            settings as dictionaries, the first innermost).
+        options: Of the kind.
+
+    Raises:
+        ValueError: on an unknown kind, options that are not its own, or a name that is no folder's.
+    """
+
+    name: str
+    kind: str = "unreduced"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind {self.kind!r}; choose one of {', '.join(KINDS)}")
+        rest = self.name.translate(str.maketrans("", "", "-_.+="))
+        if not (rest.isascii() and rest.isalnum()):
+            raise ValueError(f"name {self.name!r} may hold letters, digits and -_.+= only")
+        object.__setattr__(self, "options", dict(self.options))
+        try:
+            self._check_options()
+        except TypeError as error:
+            raise ValueError(f"options of {self.name!r}, kind {self.kind!r}: {error}") from error
+
+    def _check_options(self) -> None:
+        """Bind them as they will be; of tofu, `apply_tofu` says more than could be said here."""
+        options = self.options
+        if self.kind in AROUND:
+            inspect.signature(AROUND[self.kind]).bind(None, **options)
+        elif self.kind == "fewer_steps":
+            inspect.signature(_fewer_steps).bind(**options)
+        elif self.kind == "stack":
+            inspect.signature(_stack).bind(**options)
+        elif self.kind == "unreduced" and options:
+            raise TypeError(f"it has none, not {', '.join(options)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Setting:
+        """What `to_dict` gave."""
+        return cls(**data)
+
+    def parts(self) -> list[Setting]:
+        """Itself, or what it is a stack of, the first innermost."""
+        if self.kind != "stack":
+            return [self]
+        return [part for inner in _stack(**self.options) for part in inner.parts()]
+
+    def applied(self, pipe: Any) -> AbstractContextManager[Applied]:
+        """Inside it the pipeline generates this way, if it is called with the `call` of what it yields."""
+        return _applied(self, pipe)
+
+
+@dataclass
+class Applied:
+    """What a setting did to a pipeline.
+
+    Attributes:
+        call: Arguments that the pipeline is to be called with, beside or instead of others.
+        handles: Of tofu; their summaries know the FLOPs saved.
+    """
+
+    call: dict[str, Any] = field(default_factory=dict)
+    handles: list[Handle] = field(default_factory=list)
+
+
+def config_of(options: Mapping[str, Any]) -> Config:
+    """The configuration that these options of kind "tofu" ask for, as far as they say.
+
+    Raises:
+        TypeError, ValueError: if they are none of it.
+    """
+    return StepSkipping(**options) if "speedup" in options else TokenReduction(**options)
+
+
+def _fewer_steps(*, steps: int, scheduler: str | None = None) -> int:
+    return steps
+
+
+def _stack(*, of: list[dict[str, Any]]) -> list[Setting]:
+    return [Setting.from_dict(each) for each in of]
+
+
+def known_saving(setting: Setting, applied: Applied, pipe: Any, steps: int) -> float | None:
+    """FLOPs of the unreduced denoiser over those of the generation just made, where they need no counting.
+
+    Args:
+        pipe: As the setting has left it.
+        steps: Of the unreduced generation.
+
+    Returns:
+        None for what other packages did to the pipeline, and for fewer steps where a sampler's steps are
+        not its calls of the denoiser: count it, as `eval.bench.pipeline` does.
+    """
+    plain = len(pipe.scheduler.timesteps) == applied.call.get("num_inference_steps", steps)
+    summaries = [handle.summary() for handle in applied.handles]
+    saving = math.prod(each.flops_whole / each.flops_run for each in summaries)
+    for each in setting.parts():
+        if each.kind == "fewer_steps" and plain:
+            saving *= steps / _fewer_steps(**each.options)
+        elif each.kind == "step_cache" and plain:
+            saving *= each.options["total"] / each.options["computed"]
+        elif each.kind not in ("unreduced", "tofu"):
+            return None
+    return saving
+
+
+@contextmanager
+def _applied(setting: Setting, pipe: Any) -> Iterator[Applied]:
+    options = dict(setting.options)
+    done = Applied()
+    with ExitStack() as stack:
+        if setting.kind == "tofu":
+            done.handles.append(stack.enter_context(apply_tofu(pipe, **options)))
+        elif setting.kind == "fewer_steps":
+            done.call["num_inference_steps"] = options["steps"]
+            if options.get("scheduler") == "multistep":
+                second = scheduler_like(pipe.scheduler, "DPMSolverMultistepScheduler")
+                stack.enter_context(rescheduled(pipe, second))
+        elif setting.kind in AROUND:
+            target = pipe if setting.kind in AROUND_PIPELINE else denoiser_of(pipe)
+            stack.enter_context(AROUND[setting.kind](target, **options))
+        elif setting.kind == "stack":
+            for inner in _stack(**options):
+                each = stack.enter_context(inner.applied(pipe))
+                done.call |= each.call
+                done.handles += each.handles
+        yield done

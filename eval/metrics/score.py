@@ -1,0 +1,315 @@
+"""What did a setting cost in quality? Scores of a run's pictures against the unreduced ones, and real ones.
+
+    python -m eval score --run sweep/half --reference sweep/unreduced
+
+Picture i is compared with picture i of the reference, which the same prompt and seed made:
+
+- psnr_db (identical pictures count as 120 dB), ssim, lpips, feature_distance (1 - cosine);
+- emoji_alignment or clip_score: how well the picture shows its prompt;
+- fd-..., kid-... (fid and kid for Inception): distances between the sets; -real: to the real pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from eval.files import write_whole
+from eval.generate.manifest import NAME, Manifest, image_path
+from eval.metrics.alignment import Alignment, ClipAlignment, default_alignment
+from eval.metrics.extractors import (
+    EXTRACTORS,
+    RESIZES,
+    Extractor,
+    Pictures,
+    features,
+    load_extractor,
+    read_pictures,
+)
+from eval.metrics.frechet import few_pictures
+from eval.metrics.paired import PSNR_CAP_DB, Lpips, drift
+from eval.metrics.resampling import FEW, of_frechet, of_kernel
+from eval.statistics import MANY, SEED, Change, Resampled, difference, of_mean, relative_increase
+
+FORMAT = 1
+PACKAGES = ("torch", "torchmetrics", "scipy", "transformers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run folder."""
+
+    folder: Path
+    manifest: Manifest
+    pictures: Pictures
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Run:
+        """Raises ValueError if an image is missing."""
+        folder = Path(folder)
+        manifest = Manifest.load(folder)
+        files = [image_path(folder, index) for index in range(len(manifest))]
+        if missing := [file for file in files if not file.is_file()]:
+            raise ValueError(
+                f"{len(missing)} of {len(files)} images are missing from {folder}, the first is "
+                f"{missing[0].name}; finish the run by the command that began it"
+            )
+        return cls(folder, manifest, Pictures(files, folder, (folder / NAME).read_bytes()))
+
+    def inputs(self) -> dict[str, str]:
+        """What a score depends on."""
+        digest = hashlib.sha256((self.folder / NAME).read_bytes()).hexdigest()[:16]
+        return {"manifest": digest, "images": self.pictures.digest}
+
+
+def check_match(run: Run, reference: Run) -> None:
+    """Whether image i of both was made by one model from one prompt and seed, in one size.
+
+    Raises:
+        ValueError: naming the first thing that differs.
+    """
+    here, there = run.manifest, reference.manifest
+
+    def differ(what: str, mine: Any, other: Any) -> ValueError:
+        return ValueError(
+            f"{what}: {mine} in {run.folder}, {other} in {reference.folder}; a run is scored against the "
+            "unreduced run of the same model, prompts, seeds and size"
+        )
+
+    if here.pipeline["weights"] != there.pipeline["weights"]:
+        raise differ("weights", here.pipeline["weights"], there.pipeline["weights"])
+    if len(here) != len(there):
+        raise differ("images", len(here), len(there))
+    for index in range(len(here)):
+        for what, mine, other in (
+            ("prompt", here.prompts, there.prompts),
+            ("seed", here.seeds, there.seeds),
+        ):
+            if mine[index] != other[index]:
+                raise differ(f"{what} of image {index}", repr(mine[index]), repr(other[index]))
+        sizes = []
+        for one in (run, reference):
+            with Image.open(image_path(one.folder, index)) as image:
+                sizes.append(f"{image.height} x {image.width}")
+        if sizes[0] != sizes[1]:
+            raise differ(f"height x width of image {index}", *sizes)
+
+
+def score(
+    run: str | Path,
+    reference: str | Path,
+    *,
+    extractor: Extractor,
+    alignment: Alignment | None,
+    real: str | Path | None = None,
+    perceptual: Lpips | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """All scores of a run, also written to `out`; what lies there of the same inputs is reused.
+
+    Args:
+        run, reference: Run folders; a run against itself gives the reference's own scores.
+        extractor: Of feature distances.
+        alignment: Left out of the scores if None.
+        real: A folder or file, as of `read_pictures`.
+        perceptual: LPIPS, left out if None.
+        out: scores/<setting>.json beside the run folder unless given.
+
+    Returns:
+        "metrics": each with "value", "low", "high" (95 %), "n" and where needed "warning"; "per_image" and
+        "draws", which `compare` reads; "inputs": what all depends on.
+
+    Raises:
+        ValueError: if the runs do not match image by image.
+    """
+    mine, base = Run.read(run), Run.read(reference)
+    check_match(mine, base)
+    out = Path(out or _place(mine.folder, mine.manifest))
+    # Beside the scores: the pictures may lie where nothing may be written.
+    wild = None if real is None else read_pictures(real, out.parent / "real")
+    inputs = {
+        "run": mine.inputs(),
+        "reference": base.inputs(),
+        "real": None if wild is None else {"images": wild.digest, "n": len(wild)},
+        "extractor": extractor.identity,
+        "alignment": None if alignment is None else alignment.identity,
+        "lpips": None if perceptual is None else perceptual.identity,
+        "psnr_cap_db": PSNR_CAP_DB,
+        "bootstrap": {"seed": SEED, "means": MANY, "fd": FEW},
+    }
+    if out.exists():
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        if found.get("format") == FORMAT and found["inputs"] == json.loads(json.dumps(inputs)):
+            return found
+
+    rows, base_rows = features(extractor, mine.pictures), features(extractor, base.pictures)
+    per_image = drift(mine.pictures, base.pictures, perceptual)
+    per_image["feature_distance"] = 1 - F.cosine_similarity(rows.double(), base_rows.double())
+    if alignment is not None:
+        per_image[alignment.identity["name"]] = _aligned(alignment, mine)
+    metrics: dict[str, dict[str, Any]] = {
+        name: of_mean(values).entry() for name, values in per_image.items()
+    }
+    frechet, kernel = extractor.names
+    draws, remarks = _distances(frechet, kernel, rows, base_rows, paired=True)
+    if wild is not None:
+        names = (f"{frechet}-real", f"{kernel}-real")
+        real_draws, real_remarks = _distances(*names, rows, features(extractor, wild), paired=False)
+        draws |= real_draws
+        remarks |= real_remarks
+    metrics |= {name: drawn.entry() for name, drawn in draws.items()}
+    for name, remark in remarks.items():
+        metrics[name]["warning"] = remark
+    result = {
+        "format": FORMAT,
+        "pipeline": dict(mine.manifest.pipeline),
+        "setting": dict(mine.manifest.setting),
+        "n": len(rows),
+        "inputs": inputs,
+        "versions": {name: version(name) for name in PACKAGES},
+        "metrics": metrics,
+        "per_image": {name: values.tolist() for name, values in per_image.items()},
+        "draws": {name: list(drawn.draws) for name, drawn in draws.items()},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(out, text.encode())
+    return result
+
+
+def compare(
+    mine: Mapping[str, Any], others: Mapping[str, Any], metric: str, *, relative: bool
+) -> Change:
+    """By how much a metric of one scored setting is more than another's, image by image.
+
+    relative: as a share of the other's, such as `upper` = 0.05: at most 5 % more, with 95 % confidence.
+
+    Raises:
+        ValueError: if they were not scored against the same pictures in the same way, or lack the metric.
+    """
+    for name, value in mine["inputs"].items():
+        if name != "run" and value != others["inputs"][name]:
+            raise ValueError(f"{name} is {value} of one, {others['inputs'][name]} of the other")
+    a, b = (_resampled(result, metric) for result in (mine, others))
+    return relative_increase(a, b) if relative else difference(a, b)
+
+
+def changes(mine: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, dict[str, float | int]]:
+    """By what share alignment and the distance to real pictures are more than the unreduced run's.
+
+    Named <metric>-change; a loss is held to a limit by `lower` (alignment) and `upper` (distance). What may
+    be 0 or less has no such share, and is left out.
+    """
+    found = {}
+    alignment = mine["inputs"]["alignment"]
+    for name in mine["metrics"]:
+        its_own = name.endswith("-real") or (alignment and name == alignment["name"])
+        if its_own and min(_resampled(base, name).draws) > 0:
+            found[f"{name}-change"] = compare(mine, base, name, relative=True).to_dict()
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m eval score`."""
+    parser.add_argument("--run", type=Path, required=True, help="run folder to score")
+    parser.add_argument(
+        "--reference", type=Path, help="unreduced run folder; default: `unreduced` beside the run"
+    )
+    add_scoring_arguments(parser)
+    parser.add_argument("--out", type=Path, help="default: scores/<setting>.json beside the run")
+
+
+def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    """With what to score; see `scoring`."""
+    parser.add_argument("--real", type=Path, help="real pictures: a folder, .npy or .npz")
+    parser.add_argument(
+        "--features", choices=EXTRACTORS, default=EXTRACTORS[0], help="(%(default)s)"
+    )
+    parser.add_argument("--features-path", type=Path, help="file with the weights of --features")
+    parser.add_argument("--resize", choices=RESIZES, default=RESIZES[0], help="(%(default)s)")
+    parser.add_argument(
+        "--clip",
+        help="CLIP model on the hub or in a folder; default: the emoji scorer for embedded pipelines",
+    )
+    parser.add_argument(
+        "--lpips-path", type=Path, help="file of torchvision's AlexNet or VGG-16; default: no LPIPS"
+    )
+
+
+def scoring(args: argparse.Namespace, weights: str) -> dict[str, Any]:
+    """Arguments of `score` by those of `add_scoring_arguments`, for a pipeline of these weights."""
+    return {
+        "extractor": load_extractor(args.features, resize=args.resize, path=args.features_path),
+        "alignment": ClipAlignment(args.clip) if args.clip else default_alignment(weights),
+        "real": args.real,
+        "perceptual": Lpips(args.lpips_path) if args.lpips_path else None,
+    }
+
+
+def main(args: argparse.Namespace) -> int:
+    """`python -m eval score`. A mistake in the arguments is a ValueError."""
+    manifest = Manifest.load(args.run)
+    out = args.out or _place(args.run, manifest)
+    result = score(
+        args.run,
+        args.reference or args.run.parent / "unreduced",
+        out=out,
+        **scoring(args, manifest.pipeline["weights"]),
+    )
+    print(f"{out}: {result['n']} images, 95 % intervals")
+    for name, entry in result["metrics"].items():
+        print(f"{name:24} {entry['value']:10.4f} ({entry['low']:.4f} to {entry['high']:.4f})")
+        if "warning" in entry:
+            print(f"{'':24} {entry['warning']}")
+    return 0
+
+
+def _aligned(alignment: Alignment, run: Run) -> Tensor:
+    parts: list[Tensor] = []
+    start = 0
+    for batch in run.pictures.batches():
+        parts.append(alignment(batch, run.manifest.prompts[start : start + len(batch)]))
+        start += len(batch)
+    return torch.cat(parts)
+
+
+def _distances(
+    frechet: str, kernel: str, rows: Tensor, others: Tensor, *, paired: bool
+) -> tuple[dict[str, Resampled], dict[str, str]]:
+    """Both distances under these names, and what is to be said of either."""
+    found = {
+        frechet: of_frechet(rows, others, paired=paired),
+        kernel: of_kernel(rows, others, paired=paired),
+    }
+    remarks = {}
+    if few := few_pictures(rows, others):
+        remarks[frechet] = few
+    if paired:
+        remarks[kernel] = (
+            "biased downwards, as both sets have the same prompts and seeds; compare settings only"
+        )
+    return found, remarks
+
+
+def _place(folder: Path, manifest: Manifest) -> Path:
+    return folder.parent / "scores" / f"{manifest.setting['name']}.json"
+
+
+def _resampled(result: Mapping[str, Any], metric: str) -> Resampled:
+    if metric in result["per_image"]:
+        return of_mean(result["per_image"][metric])
+    if metric not in result["draws"]:
+        raise ValueError(f"no {metric} among {', '.join(result['metrics'])}; score both with it")
+    entry = result["metrics"][metric]
+    return Resampled(entry["value"], tuple(result["draws"][metric]), entry["n"])

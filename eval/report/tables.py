@@ -1,0 +1,105 @@
+"""The tables of README.md and the documents, and the plots, from committed results.
+
+    python -m eval tables
+
+Between a document's marks, <!-- table: NAME --> and <!-- /table -->, stands what `TABLES` makes of the rows.
+Every line of a study cites its row, so that `check_citations` finds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from eval.provenance import ROOT
+from eval.report.plots import pareto
+from eval.report.plots_growth import growth
+from eval.report.tables_speed import (
+    SPEEDS,
+    growth_rows,
+    growth_table,
+    speed_table,
+    stacking_table,
+    suite_table,
+)
+from eval.report.tables_study import (
+    RESULTS,
+    ahead_table,
+    best_table,
+    distances_table,
+    drawn_rows,
+    drift_table,
+    lengths_table,
+    plans_table,
+    quality_table,
+    samplers_table,
+    turns_table,
+    typed_table,
+    worth_table,
+)
+
+
+def measured(name: str, suffix: str = "csv") -> list[Path]:
+    """The committed files of a measurement, the CPU's first; a GPU's is there once one has measured."""
+    results = ROOT / "eval" / "results"
+    found = [results / f"{name}_{device}.{suffix}" for device in ("cpu", "cuda")]
+    return [path for path in found if path.exists()]
+
+
+GROWTH, SUITES = measured("growth"), measured("suite")
+STACKING = measured("stacking", "jsonl")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md")
+MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
+
+FRONT, LENGTHS = "25steps-n32", "64px-{}steps-n16"
+GRID = "64px-12steps-n32"
+PLANS, SAMPLERS = "64px-25steps-n32", "64px-25steps-n16"
+TABLES: dict[str, Callable[[], str]] = {
+    **{f"{model} drift": (lambda model=model: drift_table(model, FRONT)) for model in RESULTS},
+    **{f"{model} speed": (lambda model=model: speed_table(model)) for model in SPEEDS},
+    "typed": typed_table,
+    "ahead": lambda: ahead_table(FRONT),
+    "turns": lambda: turns_table(FRONT),
+    "lengths": lambda: lengths_table(LENGTHS),
+    "samplers": lambda: samplers_table(SAMPLERS),
+    "plans": lambda: plans_table(PLANS),
+    "quality": quality_table,
+    "distances": distances_table,
+    "worth": lambda: worth_table(GRID),
+    "best": lambda: best_table(GRID),
+    "stacking": lambda: stacking_table(STACKING),
+    "growth": lambda: growth_table(GROWTH),
+    "suite": lambda: "\n\n".join(map(suite_table, SUITES)),
+}
+
+
+def filled(text: str) -> str:
+    """A document with its tables made anew.
+
+    Raises:
+        ValueError: if it asks for a table that is none of `TABLES`.
+    """
+
+    def made(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"no table {match[2]!r}; choose one of {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[match[2]]()}\n{match[3]}"
+
+    return MARKED.sub(made, text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command takes none."""
+
+
+def main(args: argparse.Namespace) -> None:
+    """`python -m eval tables`."""
+    for model in RESULTS:
+        figure = pareto(drawn_rows(model, FRONT), "psnr_db", "flops")
+        figure.savefig(ROOT / "docs" / f"results_{model}.png", metadata={"Software": None})
+    figure = growth([growth_rows(path) for path in GROWTH])
+    figure.savefig(ROOT / "docs" / "growth.png", metadata={"Software": None})
+    for path in DOCUMENTS:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

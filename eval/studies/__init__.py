@@ -1,0 +1,1 @@
+"""Questions to many settings at once."""

@@ -1,0 +1,1 @@
+"""What the pipelines of this repository draw, judged."""

@@ -1,0 +1,137 @@
+"""Judge generated pictures on a CPU: `python -m eval.studies.emoji.quality --pictures folder`.
+
+Takes <model>.npz as `pipelines.emoji.gpu` writes it. Into the card of these weights go how often the
+independent scorer finds a prompt's own picture among all of its set (R@1), and the Frechet distance to the
+training pictures beside that of one half of these to the other; beside the card, sheets of two sets.
+"""
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from eval.metrics.extractors import Extractor, Pictures, features, load_extractor
+from eval.metrics.frechet import few_pictures, frechet_distance
+from pipelines.emoji import HERE, MODELS, data
+from pipelines.emoji.captions import with_article
+from pipelines.emoji.card import SHEETS, SUBJECTS, block, read, save
+from pipelines.emoji.data import Emoji, unpack
+from pipelines.emoji.scorer import EmojiScorer, ranks
+from pipelines.emoji.sheet import sheet
+
+COLUMNS = 8
+
+
+def by_set(pictures: np.ndarray, sets: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    """The pictures lie one set after the other."""
+    ends = np.cumsum([len(prompts) for prompts in sets.values()])
+    return dict(zip(sets, np.split(pictures, ends[:-1]), strict=True))
+
+
+def found(scorer: EmojiScorer, pictures: np.ndarray, prompts: list[str]) -> dict[str, float]:
+    """R@1 of the prompts among these pictures, and the mean alignment score."""
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    hits = ranks(scorer.head, scorer.image_features(images), scorer.text_features(prompts))
+    return {
+        "R@1": round(hits["R@1"], 3),
+        "alignment": round(scorer.score(images, prompts).mean().item(), 1),
+    }
+
+
+def asked_for(emoji: Emoji) -> dict[str, int]:
+    """The row of the data that a name, or a colour and an object, asks for."""
+    rows = zip(emoji.described, emoji.recoloured, strict=True)
+    return {with_article(words) if turned else words: i for i, (words, turned) in enumerate(rows)}
+
+
+def retrieval(
+    scorer: EmojiScorer, emoji: Emoji, made: np.ndarray, prompts: list[str]
+) -> dict[str, Any]:
+    """Of samples, and of the pictures of the data that these prompts ask for."""
+    rows = asked_for(emoji)
+    result: dict[str, Any] = {"n": len(prompts), "chance": round(1 / len(prompts), 4)}
+    result["samples"] = found(scorer, made, prompts)
+    result["real"] = found(scorer, emoji.images[[rows[prompt] for prompt in prompts]], prompts)
+    return result
+
+
+def distances(samples: Tensor, real: Tensor) -> dict[str, dict[str, Any]]:
+    """Frechet distances of features, with the sizes of the sets; the last two at one size.  [N, D], [M, D]"""
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    size = len(real) // 2
+    half, other = real[order[:size]], real[order[size : 2 * size]]
+    pairs = {
+        "samples to training pictures": (samples, real),
+        "samples to one half of these": (samples[:size], half),
+        "one half to the other": (other, half),
+    }
+    result = {}
+    for name, (mine, others) in pairs.items():
+        result[name] = {"value": round(frechet_distance(mine, others), 3)}
+        result[name]["n"] = [len(mine), len(others)]
+        if warning := few_pictures(mine, others):
+            result[name]["warning"] = warning
+    return result
+
+
+def cached(extractor: Extractor, pictures: np.ndarray, folder: Path) -> Tensor:
+    folder.mkdir(parents=True, exist_ok=True)
+    return features(extractor, Pictures(pictures, folder))
+
+
+def grid(pictures: np.ndarray, prompts: list[str]) -> Image.Image:
+    cells = [Image.fromarray(picture) for picture in pictures]
+    labels = [textwrap.shorten(prompt, 18, placeholder="…") for prompt in prompts]
+    cuts = [slice(i, i + COLUMNS) for i in range(0, len(cells), COLUMNS)]
+    return sheet([cells[c] for c in cuts], [labels[c] for c in cuts], cell=128)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=Path, required=True, help="folder with <model>.npz")
+    parser.add_argument("--data", type=Path, default=data.WORK / "emoji.npz", help="(%(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=data.WORK / "features", help="of pictures (%(default)s)"
+    )
+    args = parser.parse_args(argv)
+    files = [args.pictures / f"{model}.npz" for model in sorted(MODELS)]
+    files = [file for file in files if file.exists()]
+    if not files:
+        parser.error(f"{args.pictures} holds no {' or '.join(f'{m}.npz' for m in sorted(MODELS))}")
+    emoji, scorer, extractor = data.load(args.data), EmojiScorer.load(), load_extractor()
+    real = cached(extractor, emoji.images[emoji.trained], args.cache / "training")
+    for file in files:
+        images, about = unpack(file)
+        model, sets, made = about["model"], about["sets"], by_set(images, about["sets"])
+        card = read(model)
+        if card["weights_sha256"] != about["weights_sha256"]:
+            parser.error(
+                f"{file} is by weights {about['weights_sha256']}, the card of {card['weights_sha256']}; "
+                f"unpack {file.with_suffix('.tar')} in {HERE} and run: "
+                f"python -m pipelines.emoji.card --model {model} --log {args.pictures / 'log.jsonl'}"
+            )
+        samples = cached(extractor, made["captions"], args.cache / model)
+        card["quality"] = {
+            "sampling": about["sampling"],
+            "retrieval": {
+                name: retrieval(scorer, emoji, made[name], sets[name])
+                for name in ("training", "held_out", "compositions")
+            },
+            "distance": extractor.names[0],
+            "distances": distances(samples, real),
+        }
+        for name in SHEETS:
+            path = SUBJECTS[model].folder / f"{name}.webp"
+            grid(made[name], sets[name]).save(path, quality=88)
+        save(card)
+        print(block(card))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""Which combination loses least at which saving? Drift of many settings, each a row once it is measured.
+
+    python -m eval study --pipeline unet --stage grid --out eval/results/study_unet.jsonl
+    torchrun --nproc-per-node 2 -m eval study --pipeline mmdit --stage front --out rows.jsonl
+
+Stages: `typed`, ratios and speed-ups as people type them, with fewer steps; `grid`, every valid combination
+of method, merge, unmerge, scope, keys_values and ratio; `front`, the better ones with what they must beat;
+`lengths`, the best in 10, 20 and 50 steps with theirs; `plans`, plans shared by more blocks and steps;
+`samplers`, step skipping with what it must beat, for a `--scheduler`.
+
+Drift is the PSNR to the unreduced picture of the same prompt and seed, savings are counted FLOPs. No picture
+is kept and no time taken: `eval sweep` does both, for few settings. Stopped anywhere, the same command goes
+on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.bench.pipeline import UNREDUCED, Bench, one_batch
+from eval.files import mend
+from eval.generate import run
+from eval.generate.manifest import differences
+from eval.generate.prompts import first, load_prompts
+from eval.generate.run import Loaded
+from eval.generate.settings import Setting, known_saving
+from eval.jsonl import append, read
+from eval.metrics.paired import psnr_db
+from eval.provenance import provenance
+from eval.statistics import of_mean
+from eval.sweep import others
+from tofu_diffusers import KEYS_VALUES, MERGES, METHODS, SCOPES, UNMERGES, TokenReduction
+
+# The middle one first: what is worth what shows before the grid is whole.
+RATIOS = (0.5, 0.25, 0.75)
+# As in every row of the grid: what the choice by change needs, and the bound of extrapolation.
+GRID = {"warmup_steps": 2, "max_age": 8}
+CORRECTED = "corrected"
+"""In names: unmerge "taylor" with the corrector."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting in a generation of this many steps."""
+
+    setting: Setting
+    steps: int
+
+
+def tofu(name: str, **options: Any) -> Setting:
+    """A setting of apply_tofu."""
+    return Setting(name, "tofu", options)
+
+
+def grid(steps: int) -> Iterator[Trial]:
+    """Every valid combination; a method's own merge (by depth for ToFu) is called "own".
+
+    ToFu is there with its own merge only: with a merge and an unmerge given, it is ToMe with them. The
+    corrector is there with unmerge "taylor" only; that pair is called "corrected".
+    """
+    for ratio, method, merge, how, scope, keys_values in itertools.product(
+        RATIOS, sorted(METHODS), [*MERGES, "own"], [*UNMERGES, CORRECTED], SCOPES, KEYS_VALUES
+    ):
+        own = merge == "own"
+        # Apart from ToFu's, a method's own merge is one of the others.
+        if own != (method == "tofu"):
+            continue
+        options = {
+            "method": method,
+            "merge": None if own else merge,
+            "unmerge": "taylor" if how == CORRECTED else how,
+            "corrector": how == CORRECTED,
+            "scope": scope,
+            "keys_values": keys_values,
+            "ratio": ratio,
+            **GRID,
+        }
+        try:
+            TokenReduction(**options)
+        except ValueError:
+            continue
+        seen = "none" if keys_values == "dropped" else keys_values
+        yield Trial(tofu(f"{method}-{merge}-{how}-{scope}-{seen}-{ratio:g}", **options), steps)
+
+
+# The best known of those that remove some tokens at every step, and what it is made of.
+TOKENS = {
+    "method": "importance",
+    "merge": "prune",
+    "unmerge": "taylor",
+    "corrector": False,
+    "keys_values": "fresh",
+    "share": "resolution",
+    "max_age": 8,
+}
+
+
+# The token that has waited longest is due first; of those that have waited as long, what changes most.
+DUE = {"source": "change", "age_exponent": 16}
+
+
+SPEEDS = (1.5, 2, 3)
+
+
+def matched(steps: int, speeds: Sequence[float] = SPEEDS) -> Iterator[Trial]:
+    """Step skipping and what it must beat, at so many times fewer FLOPs.
+
+    Whole-step caching computes steps evenly spread after the first two ("line"), or after the first
+    quarter ("late").
+    """
+    for count in (round(steps / speed) for speed in speeds):
+        cache = {"total": steps, "computed": count, "order": 1}
+        yield from skipping(steps, count)
+        for setting in (
+            Setting(f"line-{count}", "step_cache", {**cache, "first": 2}),
+            Setting(f"late-{count}", "step_cache", {**cache, "first": max(2, steps // 4)}),
+            Setting(f"steps-{count}", "fewer_steps", {"steps": count}),
+        ):
+            yield Trial(setting, steps)
+
+
+def skipping(steps: int, count: int) -> Iterator[Trial]:
+    """So many of the steps computed, the first two or four among them, with the corrector and without."""
+    for whole, corrector in itertools.product((2, 4), (False, True)):
+        if whole >= count:
+            continue
+        options = {"warmup_steps": whole, "rule": "late", "order": 1, "corrector": corrector}
+        first = "" if whole == 2 else f"-first{whole}"
+        name = f"step-{count}{first}{'-corrected' if corrector else ''}"
+        yield Trial(tofu(name, speedup=steps / count, **options), steps)
+
+
+def rivals(steps: int) -> Iterator[Trial]:
+    """Others that halve the FLOPs: a second-order solver, and predictions that are repeated."""
+    count = round(steps / 2)
+    multistep = {"steps": count, "scheduler": "multistep"}
+    cache = {"total": steps, "computed": count, "first": 2, "order": 0}
+    yield Trial(Setting(f"multistep-{count}", "fewer_steps", multistep), steps)
+    yield Trial(Setting(f"repeat-{count}", "step_cache", cache), steps)
+
+
+def samplers(steps: int) -> Iterator[Trial]:
+    """The first of these at 1.5 and 2 times fewer FLOPs, for a run with each `--scheduler`."""
+    yield from matched(steps, (1.5, 2))
+
+
+def tokens(steps: int) -> Iterator[Trial]:
+    """`TOKENS` with fresh and with cached keys and values, at two ratios; with the corrector ("corrected"),
+    and then by turns too ("due").
+    """
+    for ratio in (0.5, 0.75):
+        for keys_values in ("fresh", "cached"):
+            name = f"tokens-{keys_values}-{ratio:g}"
+            options = {
+                **TOKENS,
+                "keys_values": keys_values,
+                "ratio": ratio,
+                "warmup_steps": steps // 4,
+            }
+            yield Trial(tofu(name, **options), steps)
+            corrected = {**options, "corrector": True}
+            yield Trial(tofu(f"{name}-corrected", **corrected), steps)
+            if keys_values == "fresh":
+                yield Trial(tofu(f"{name}-due", **corrected, method_options=DUE), steps)
+
+
+def front(steps: int) -> Iterator[Trial]:
+    """All of these; what the tokens' options are worth; both kinds together; and merging."""
+    yield from matched(steps)
+    yield from rivals(steps)
+    yield from tokens(steps)
+    whole = steps // 4
+    half = {**TOKENS, "ratio": 0.5, "warmup_steps": whole}
+    count = round(steps / 1.5)
+    cache = {"total": steps, "computed": count, "first": whole, "order": 1}
+    both = [tofu("tokens", **half), Setting("line", "step_cache", cache)]
+    for setting in (
+        tofu("tokens-temporal-0.5", **{**half, "unmerge": "temporal"}),
+        tofu("tokens-blend-0.5", **{**half, "unmerge": "blend"}),
+        *(
+            tofu(f"tokens-{method}-0.5", **{**half, "method": method})
+            for method in ("random", "tome", "pitome")
+        ),
+        *(
+            tofu(f"tokens-{source}-0.5", **half, method_options={"source": source})
+            for source in ("cfg", "attention", "key_norm")
+        ),
+        tofu("tokens-none-0.5", **{**half, "keys_values": "dropped"}),
+        Setting(f"stack-{count}", "stack", {"of": [each.to_dict() for each in both]}),
+        *(tofu(f"{method}-0.5", method=method, ratio=0.5) for method in ("tofu", "tome", "pitome")),
+        tofu("random-0.5", method="random", ratio=0.5),
+    ):
+        yield Trial(setting, steps)
+
+
+def lengths(steps: int) -> Iterator[Trial]:
+    """The same of short, usual and long generations, at more savings, whatever the steps asked for."""
+    for count in (10, 20, 50):
+        yield from matched(count, (*SPEEDS, 1.3, 1.7))
+        yield from rivals(count)
+        yield from tokens(count)
+
+
+def plans(steps: int) -> Iterator[Trial]:
+    """One plan a block, a stack of blocks or a resolution, made at every step or kept for some."""
+    kinds = {
+        "tome": {"method": "tome", "ratio": 0.5},
+        "tokens": {**TOKENS, "ratio": 0.5, "warmup_steps": steps // 4},
+    }
+    for kind, options in kinds.items():
+        # What rows were first named by.
+        for word, share in (("block", "block"), ("run", "stack"), ("level", "resolution")):
+            yield Trial(tofu(f"{kind}-{word}", **{**options, "share": share}), steps)
+        for reuse in (2, 5):
+            more = {"share": "resolution", "reuse": reuse}
+            yield Trial(tofu(f"{kind}-level-reuse{reuse}", **{**options, **more}), steps)
+
+
+def typed(steps: int) -> Iterator[Trial]:
+    """The values that people type, and fewer steps for as many FLOPs as each speed-up."""
+    for ratio in (0.25, 0.5, 0.75):
+        yield Trial(tofu(f"ratio-{ratio:g}", ratio=ratio), steps)
+    for speedup in SPEEDS:
+        yield Trial(tofu(f"speedup-{speedup:g}", speedup=speedup), steps)
+        count = int(steps / speedup)
+        yield Trial(Setting(f"steps-{count}", "fewer_steps", {"steps": count}), steps)
+
+
+STAGES = {
+    "typed": typed,
+    "grid": grid,
+    "front": front,
+    "lengths": lengths,
+    "plans": plans,
+    "samplers": samplers,
+}
+
+
+class Study:
+    """Rows of one pipeline at one size, n and seed, in a JSON-lines file that several processes add to."""
+
+    def __init__(
+        self, loaded: Loaded, prompts: list[str], seed: int, batch_size: int, call: dict[str, Any]
+    ):
+        self.loaded, self.prompts, self.seed = loaded, prompts, seed
+        self.batch_size, self.call = batch_size, call
+        # Of the code that this process runs, whatever becomes of the checkout meanwhile.
+        self.provenance = provenance(loaded.device)
+        self.references: dict[int, Tensor] = {}
+
+    def pictures(self, trial: Trial) -> tuple[Tensor, float]:
+        """Of all prompts, uint8 [n, 3, H, W], and the unreduced FLOPs over those of the trial."""
+        call = {**self.call, "num_inference_steps": trial.steps}
+        parts, saving = [], None
+        for start in range(0, len(self.prompts), self.batch_size):
+            batch = self.prompts[start : start + self.batch_size]
+            with trial.setting.applied(self.loaded.pipe) as applied:
+                own = {**call, **applied.call, "output_type": "pt"}
+                images = one_batch(self.loaded.pipe, batch, self.seed + start, own).images
+                saving = known_saving(trial.setting, applied, self.loaded.pipe, trial.steps)
+            parts.append(images.mul(255).round().to(torch.uint8).cpu())
+        if saving is None:
+            bench = Bench(self.loaded.pipe, self.prompts[:1], self.seed, call)
+            saving = bench.flops(UNREDUCED) / bench.flops(trial.setting)
+        return torch.cat(parts), saving
+
+    def row(self, trial: Trial) -> dict[str, Any]:
+        """One row, in the form that the report reads."""
+        if trial.steps not in self.references:
+            self.references[trial.steps], _ = self.pictures(Trial(UNREDUCED, trial.steps))
+        reference = self.references[trial.steps]
+        made, saving = self.pictures(trial)
+        drift = psnr_db(made, reference)
+        return {
+            **self.about(trial),
+            **self.provenance,
+            "flops_ratio": round(saving, 4),
+            "speed": None,
+            "metrics": {"psnr_db": of_mean(drift).entry()},
+            "psnr_db": [round(value, 2) for value in drift.tolist()],
+        }
+
+    def about(self, trial: Trial) -> dict[str, Any]:
+        """What tells a row from others, as JSON has it."""
+        name, n = self.loaded.name, len(self.prompts)
+        size = f"-{self.call['width']}px" if "width" in self.call else ""
+        asked = self.loaded.scheduler
+        sampler = {} if asked is None else {"scheduler": asked}
+        stage = "-".join([f"{name}{size}", f"{trial.steps}steps", f"n{n}", *sampler.values()])
+        about = {
+            "id": f"{stage}/{trial.setting.name}",
+            "pipeline": name,
+            "weights": self.loaded.identity()["weights"],
+            "setting": trial.setting.to_dict(),
+            "n": n,
+            "seed": self.seed,
+            "steps": trial.steps,
+            "call": self.call,
+            **sampler,
+        }
+        as_stored: dict[str, Any] = json.loads(json.dumps(about))
+        return as_stored
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `generate` but the setting, and the stage."""
+    run.add_run_arguments(parser, out="JSON-lines file; goes on where it was")
+    parser.add_argument("--stage", choices=sorted(STAGES), required=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    """`python -m eval study`. A mistake in the arguments is a ValueError."""
+    loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
+    prompts = first(load_prompts(args.prompts), args.n, least=2)
+    call = run.call_of(args)
+    del call["num_inference_steps"]
+    study = Study(loaded, prompts, args.seed, args.batch_size, call)
+    state = run.processes()
+    if state.is_main_process:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        mend(args.out)
+    state.wait_for_everyone()
+    done = {row["id"]: row for row in read(args.out)}
+    trials = list(STAGES[args.stage](args.steps))
+    if args.stage == "front":
+        trials += [Trial(setting, args.steps) for setting in others(loaded.pipe, [0.5])]
+    todo = []
+    for trial in trials:
+        about = study.about(trial)
+        row = done.get(about["id"])
+        if row is None:
+            todo.append(trial)
+        elif wrong := differences({name: row[name] for name in about}, about):
+            raise ValueError(
+                f"{args.out} holds another {about['id']}: {'; '.join(wrong)}; ask for the same, or choose "
+                "another --out"
+            )
+    mine = todo[state.process_index :: state.num_processes]
+    for trial in tqdm(mine, desc=args.stage, unit=" rows", disable=not state.is_main_process):
+        append(args.out, study.row(trial))

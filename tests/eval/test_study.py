@@ -1,0 +1,340 @@
+"""eval.studies and report.tables: every valid combination, rows that add up, and documents that show them."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from eval.__main__ import main
+from eval.bench.pipeline import UNREDUCED, Bench
+from eval.generate.run import Loaded
+from eval.generate.settings import Setting, config_of
+from eval.jsonl import read
+from eval.report import tables, tables_study
+from eval.statistics import difference, of_mean
+from eval.studies import study
+from eval.studies.study import Study, Trial
+from tofu_diffusers import (
+    FAMILIES,
+    KEYS_VALUES,
+    MERGES,
+    METHODS,
+    SCOPES,
+    UNMERGES,
+    StepSkipping,
+    TokenReduction,
+    profile,
+)
+
+ROOT = Path(__file__).parents[2]
+CALL = {"guidance_scale": 4.0, "height": 64, "width": 64}
+
+
+def tiny_study(prompts=3):
+    pipe = tiny.tiny_sd(sample_size=8)
+    pipe.set_progress_bar_config(disable=True)
+    loaded = Loaded(pipe, "tiny", "0" * 16, "float32", torch.device("cpu"))
+    return Study(loaded, ["a cat", "a dog", "a hat"][:prompts], 0, 2, CALL)
+
+
+def test_the_grid_is_every_valid_combination_and_no_other():
+    trials = list(study.grid(12))
+    settings = [trial.setting for trial in trials]
+    assert len({setting.name for setting in settings}) == len(settings)
+    given = {json.dumps(setting.options, sort_keys=True) for setting in settings}
+    assert len(given) == len(settings)
+    valid = 0
+    names = ("method", "merge", "unmerge", "corrector", "scope", "keys_values", "ratio")
+    others = set(METHODS) - {"tofu"}
+    choices = (others, MERGES, UNMERGES, (False, True), SCOPES, KEYS_VALUES, study.RATIOS)
+    for values in itertools.product(*choices):
+        options = dict(zip(names, values, strict=True))
+        if options["corrector"] and options["unmerge"] != "taylor":
+            continue
+        try:
+            TokenReduction(**options)
+        except ValueError:
+            continue
+        valid += 1
+    own = [setting for setting in settings if setting.options["merge"] is None]
+    assert {setting.options["method"] for setting in own} == {"tofu"}
+    assert len(settings) - len(own) == valid
+
+
+def test_what_the_grid_leaves_out_is_tome_by_another_name():
+    made = tiny_study(prompts=1)
+    whole, _ = made.pictures(Trial(UNREDUCED, 4))
+    pairs = [("mean", "copy"), ("mlerp", "mlerp"), *(("prune", how) for how in UNMERGES)]
+    combinations = [{"merge": merge, "unmerge": how} for merge, how in pairs]
+    combinations.append({"merge": "prune", "unmerge": "taylor", "corrector": True})
+    for options in combinations:
+        tofu, tome = (
+            study.tofu(name, method=name, ratio=0.5, **options, **study.GRID)
+            for name in ("tofu", "tome")
+        )
+        pictures, _ = made.pictures(Trial(tofu, 4))
+        assert torch.equal(pictures, made.pictures(Trial(tome, 4))[0])
+        assert not torch.equal(pictures, whole)
+
+
+@pytest.mark.parametrize("stage", sorted(study.STAGES))
+def test_settings_of_every_stage_can_be_made(stage):
+    trials = list(study.STAGES[stage](25))
+    names = [(trial.steps, trial.setting.name) for trial in trials]
+    assert len(set(names)) == len(names)
+    for trial in trials:
+        for part in trial.setting.parts():
+            if part.kind == "tofu":
+                config_of(part.options)
+
+
+def test_a_row_says_what_was_saved_and_lost():
+    made = tiny_study()
+    cache = {"total": 12, "computed": 8, "first": 2, "order": 1}
+    settings = [
+        Setting("steps", "fewer_steps", {"steps": 8}),
+        Setting("line", "step_cache", cache),
+        study.tofu("step", speedup=1.5, warmup_steps=2, rule="late"),
+        study.tofu("tome", method="tome", ratio=0.5),
+        study.tofu("tokens", **study.TOKENS, ratio=0.5, warmup_steps=2),
+        Setting("pab", "pab", {"skip": 2}),
+    ]
+    both = {"of": [settings[4].to_dict(), settings[1].to_dict()]}
+    call = {**CALL, "num_inference_steps": 12}
+    bench = Bench(made.loaded.pipe, made.prompts[:1], 0, call)
+    whole = bench.flops(UNREDUCED)
+    for setting in [*settings, Setting("both", "stack", both)]:
+        row = made.row(Trial(setting, 12))
+        # Counted by running it, not worked out.
+        assert row["flops_ratio"] == pytest.approx(whole / bench.flops(setting), rel=0.01)
+        assert len(row["psnr_db"]) == row["n"] == 3
+        assert row["metrics"]["psnr_db"]["value"] == pytest.approx(
+            sum(row["psnr_db"]) / 3, abs=0.01
+        )
+        assert max(row["psnr_db"]) < 120
+    assert made.row(Trial(UNREDUCED, 12))["psnr_db"] == [120.0] * 3
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs `eval study` on a tiny pipeline, with two settings."""
+    out = tmp_path / "rows.jsonl"
+    loaded = tiny_study().loaded
+    monkeypatch.setattr(
+        study.run,
+        "load",
+        lambda source, dtype, scheduler: replace(loaded, scheduler=scheduler),
+    )
+    trials = [
+        Trial(Setting(f"steps-{count}", "fewer_steps", {"steps": count}), 3) for count in (1, 2)
+    ]
+    monkeypatch.setitem(study.STAGES, "grid", lambda steps: trials)
+
+    def run(*more):
+        words = ["study", "--stage", "grid", "-n", "2", "--height", "64", "--width", "64", *more]
+        main([*words, "--out", str(out)])
+        return read(out)
+
+    return run, out
+
+
+def test_goes_on_where_it_was_killed(command):
+    run, out = command
+    rows = run()
+    assert [row["setting"]["name"] for row in rows] == ["steps-1", "steps-2"]
+    whole = out.read_bytes()
+    first, second = whole.splitlines(keepends=True)
+    out.write_bytes(first + second[:40])
+    assert len(read(out)) == 1
+    again = run()
+    assert [row["psnr_db"] for row in again] == [row["psnr_db"] for row in rows]
+    out.write_bytes(whole)
+    run()
+    assert out.read_bytes() == whole
+
+
+def test_no_setting_hangs_on_a_profile():
+    """Profiles change: a row must say all that it was measured with.
+
+    But for stage `typed`, which asks what the profiles of its commit do.
+    """
+    stages = [stage for name, stage in study.STAGES.items() if name != "typed"]
+    trials = [trial for stage in stages for trial in stage(25)]
+    settings = [trial.setting.to_dict() for trial in trials]
+    settings += [row["setting"] for path in tables.RESULTS.values() for row in read(path)]
+    given = [setting["options"] for setting in settings if setting["kind"] == "tofu"]
+    assert len(given) > 1000
+    for options in given:
+        assert "method" in options or {"speedup", "rule", "warmup_steps"} <= {*options}, options
+        assert config_of(options).is_resolved
+
+
+def test_typed_settings_are_what_people_type():
+    typed = [trial.setting for trial in study.typed(25)]
+    given = [list(each.options) for each in typed if each.kind == "tofu"]
+    assert given.count(["ratio"]) == given.count(["speedup"]) == 3 and len(given) == 6
+    # Fewer steps have no more FLOPs than each speed-up.
+    counts = [each.options["steps"] for each in typed if each.kind == "fewer_steps"]
+    speedups = [each.options["speedup"] for each in typed if "speedup" in each.options]
+    assert all(25 / n >= s for n, s in zip(counts, speedups, strict=True))
+
+
+def test_rows_made_otherwise_are_not_mixed(command, capsys):
+    run, out = command
+    run()
+    before = out.read_bytes()
+    with pytest.raises(SystemExit):
+        run("--seed", "5")
+    assert "seed: 0 here, 5 asked for" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+# ---- the documents ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_show_the_committed_rows(path):
+    text = path.read_text(encoding="utf-8")
+    assert tables.MARKED.search(text)
+    assert tables.filled(text) == text
+
+
+def test_every_table_stands_in_a_document():
+    texts = [path.read_text(encoding="utf-8") for path in tables.DOCUMENTS]
+    assert {name for text in texts for _, name, _ in tables.MARKED.findall(text)} == {
+        *tables.TABLES
+    }
+
+
+def test_an_unknown_table_is_refused():
+    with pytest.raises(ValueError, match="no table 'nonsense'"):
+        tables.filled("<!-- table: nonsense -->\n<!-- /table -->")
+
+
+def row(value, **options):
+    return {"setting": {"options": options}, "metrics": {"psnr_db": {"value": value}}}
+
+
+def test_rows_of_another_scheduler_are_others(command):
+    run, _ = command
+    rows = [*run(), *run("--scheduler", "HeunDiscreteScheduler")[2:]]
+    assert [row["id"].split("/")[0] for row in rows] == [
+        *["tiny-64px-3steps-n2"] * 2,
+        *["tiny-64px-3steps-n2-HeunDiscreteScheduler"] * 2,
+    ]
+    assert [row.get("scheduler") for row in rows] == [None] * 2 + ["HeunDiscreteScheduler"] * 2
+
+
+def test_settings_of_the_study_are_told_apart_in_words():
+    for steps in (20, 25):
+        for stage in ("front", "lengths"):
+            trials = [each for each in study.STAGES[stage](steps) if each.steps == steps]
+            words = [
+                tables_study.described(
+                    {"setting": each.setting.to_dict(), "steps": steps, "flops_ratio": 2.0}
+                )
+                for each in trials
+            ]
+            assert len(set(words)) == len(words)
+
+
+def test_what_a_choice_is_worth_is_taken_from_pairs():
+    rows = [
+        row(20.0, merge="mean", ratio=0.5),
+        row(21.0, merge="mlerp", ratio=0.5),
+        row(30.0, merge="mean", ratio=0.25),
+        row(34.0, merge="mlerp", ratio=0.25),
+        row(99.0, merge="mlerp", ratio=0.75),  # without a partner
+        row(50.0, merge="prune", ratio=0.5),
+    ]
+    count, mean, low, high = tables_study.worth(rows, "merge", "mlerp", "mean")
+    assert (count, mean) == (2, 2.5)
+    assert 1.0 <= low < high <= 4.0
+    assert tables_study.worth(rows, "merge", "mlerp", "dropped")[0] == 0
+
+
+@pytest.mark.parametrize("model", tables_study.RESULTS)
+def test_the_committed_grid_is_whole(model):
+    rows = tables_study.rows_of(model, tables.GRID)
+    names = [row["setting"]["name"] for row in rows]
+    assert sorted(names) == sorted(trial.setting.name for trial in study.grid(12))
+    assert {(row["n"], len(row["psnr_db"])) for row in rows} == {(32, 32)}
+
+
+@pytest.mark.parametrize("workflow", ["tokens", "speedup"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_measured_profile_is_that_of_its_row(family, workflow):
+    chosen = profile(family)[workflow]
+    if chosen["result"] is None:
+        pytest.skip("provisional: these very options were not measured")
+    file, row_id = chosen["result"].split("#")
+    (row,) = [each for each in read(ROOT / file) if each["id"] == row_id]
+    assert row["weights"] == profile(family)["weights"]
+    config = config_of(row["setting"]["options"])
+    kind = {"TokenReduction": TokenReduction, "StepSkipping": StepSkipping}
+    assert type(config) is kind[chosen.get("type", "TokenReduction")]
+    amount = {n: getattr(config, n) for n in ("ratio", "speedup") if hasattr(config, n)}
+    assert config == type(config)(**amount, **chosen["options"])
+    # Nothing that was measured on the same pictures saves as much and surely drifts less; of tokens: nothing
+    # that removes some at every step.
+    place = row_id.rpartition("/")[0]
+    rivals = [each for each in read(ROOT / file) if each["id"].startswith(place + "/")]
+    if workflow == "tokens":
+        rivals = [
+            each
+            for each in rivals
+            if each["setting"]["kind"] in ("tofu", "tomesd")
+            and "speedup" not in each["setting"]["options"]
+        ]
+    mine = of_mean(row["psnr_db"])
+    better = [
+        each["id"]
+        for each in rivals
+        if each["flops_ratio"] >= row["flops_ratio"]
+        and difference(of_mean(each["psnr_db"]), mine).low > 0
+    ]
+    assert len(rivals) > 10 and better == []
+
+
+def files_of(model):
+    """The committed files of figures of an embedded pipeline."""
+    return [
+        tables.RESULTS[model],
+        tables_study.QUALITY[model],
+        tables_study.DISTANCES[model],
+        tables.SPEEDS[model],
+    ]
+
+
+def weights_in(path):
+    """All that the rows of a file are of."""
+    if path.suffix == ".jsonl":
+        return {each["weights"] for each in read(path)}
+    data = json.loads(path.read_text())
+    if "about" in data:
+        return {data["about"]["pipeline"]["weights"]}
+    return {each["weights"] for each in data["rows"]}
+
+
+@pytest.mark.parametrize("model", tables.RESULTS)
+def test_all_committed_rows_are_of_the_same_weights(model):
+    (weights,) = {each for path in files_of(model) for each in weights_in(path)}
+    assert profile(tables_study.FAMILY[model])["weights"] == weights
+
+
+@pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_say_if_their_figures_are_of_earlier_weights(path):
+    from pipelines.emoji import weights_hash
+
+    text = path.read_text(encoding="utf-8")
+    top = " ".join(text.partition("<!-- table: ")[0].split())  # above all tables
+    for model in tables.RESULTS:
+        (weights,) = weights_in(tables.RESULTS[model])
+        files = [f"{path.name}#" for path in files_of(model)]
+        if weights != weights_hash(model) and any(name in text for name in (weights, *files)):
+            assert "earlier weights of the embedded pipelines" in top
+            assert f"{model} {weights}" in top

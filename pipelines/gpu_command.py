@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import faulthandler
 import os
 import subprocess
@@ -13,6 +14,21 @@ from pathlib import Path
 
 GRACE = 20
 """Seconds over its time after which what then still runs is cut off; what is done is on disk by then."""
+
+
+def start_with_wheels(
+    parser: argparse.ArgumentParser, wheels: Path | None, module: str, given: Sequence[str]
+) -> None:
+    """Start a command anew with the packages of a folder, if one is given; does not return then.
+
+    Exits as on a mistake in the arguments if that cannot be done.
+    """
+    if wheels is None:
+        return
+    try:
+        with_wheels(wheels, module, without_wheels(given))
+    except (ValueError, subprocess.CalledProcessError) as error:
+        parser.error(str(error))
 
 
 def with_wheels(wheels: Path, module: str, arguments: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.gpu_command import cut_off_after, with_wheels, without_wheels
+from pipelines.gpu_command import cut_off_after, start_with_wheels
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD_CASES = 4
@@ -242,11 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.minutes <= 0 or args.rounds < 1:
         parser.error(f"minutes {args.minutes:g} and rounds {args.rounds} must be above 0")
     until = time.monotonic() + 60 * args.minutes
-    if args.wheels is not None:
-        try:
-            with_wheels(args.wheels, "eval.bench.gpu", without_wheels(given))
-        except (ValueError, subprocess.CalledProcessError) as error:
-            parser.error(str(error))
+    start_with_wheels(parser, args.wheels, "eval.bench.gpu", given)
     args.out.mkdir(parents=True, exist_ok=True)
     with cut_off_after(args.minutes):
         good = run_parts(Job(args.out, args.suite, until, args.rounds, args.commit))

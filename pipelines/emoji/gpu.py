@@ -20,7 +20,6 @@ import argparse
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
@@ -30,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.gpu_command import cut_off_after, with_wheels, without_wheels
+from pipelines.gpu_command import cut_off_after, start_with_wheels
 
 if TYPE_CHECKING:
     import torch
@@ -289,11 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--out is needed: the folder for what comes back")
     if args.minutes <= 0 or args.total <= 0:
         parser.error(f"minutes {args.minutes:g} and total {args.total:g} must be above 0")
-    if args.wheels is not None:
-        try:
-            with_wheels(args.wheels, "pipelines.emoji.gpu", without_wheels(given))
-        except (ValueError, subprocess.CalledProcessError) as error:
-            parser.error(str(error))
+    start_with_wheels(parser, args.wheels, "pipelines.emoji.gpu", given)
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         parser.error(f"no {', '.join(missing)} here; put wheels in a folder and name it: --wheels")
     import torch

@@ -63,22 +63,23 @@ class DenoiserHook:
 def denoiser_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run one call of the denoiser, or forecast what it would return if the step is skipped."""
     hook: DenoiserHook = module.__dict__["_tofu"]
+    named = bind(hook.names, args, kwargs)
     if torch.compiler.is_compiling():
-        return run(hook, module, args, kwargs)
-    take_turn(hook, module, args, kwargs)
+        return run(hook, module, named, args, kwargs)
+    take_turn(hook, module, named)
     try:
-        return run(hook, module, args, kwargs)
+        return run(hook, module, named, args, kwargs)
     finally:
         leave_turn(hook)
 
 
 # Stacks and locks are not for tracing. Where a graph breaks in this forward, what is behind it would be.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def take_turn(hook: DenoiserHook, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
+def take_turn(hook: DenoiserHook, module: nn.Module, named: Kwargs) -> None:
     """Keep other threads out, follow the one who calls, and put on what his generation needs."""
     hook.generation.turn.take(type(module).__name__)
     try:
-        caller, named = generating(module), bind(hook.names, args, kwargs)
+        caller = generating(module, hook.generation.caller())
         for generation, _ in hook.layouts:
             generation.called_by(caller, named)
         choose_layout(hook, module)
@@ -94,9 +95,11 @@ def leave_turn(hook: DenoiserHook) -> None:
     hook.generation.turn.leave()
 
 
-def run(hook: DenoiserHook, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+def run(
+    hook: DenoiserHook, module: nn.Module, named: Kwargs, args: tuple[Any, ...], kwargs: Kwargs
+) -> Any:
     """One call, of the generation that is known by now."""
-    named, runtime = bind(hook.names, args, kwargs), hook.runtime
+    runtime = hook.runtime
     blocks = runtime.setup.blocks
     # 1 to 3
     runtime.begin(

@@ -283,14 +283,14 @@ class Generation:
         if self._trimmed:
             return
         self._trimmed, pipeline, count = True, self.caller(), len(self.noise)
-        planned = count if pipeline is None else getattr(pipeline, "num_timesteps", None) or count
-        if pipeline is not None and planned >= count:
+        planned = getattr(pipeline, "num_timesteps", None) or count
+        # A loop of the user's announces nothing: it may begin anywhere, and goes on to the end.
+        latest = count - 1 if pipeline is None else count - planned
+        if latest <= 0:
             return
         level = noise_level(scheduler, timestep)
         distances = [abs(noise - level) for noise in self.noise]
-        begin = distances.index(min(distances))
-        if pipeline is not None:
-            begin = min(begin, count - planned)
+        begin = min(distances.index(min(distances)), latest)
         self.noise = self.noise[begin : begin + planned]
         corrects = self.runtime.caches.with_step_sizes
         if corrects is not None and corrects.step_sizes is not None:

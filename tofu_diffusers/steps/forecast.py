@@ -41,8 +41,8 @@ class Forecaster:
 
     Args:
         order: 0 repeats the last prediction, 1 extrapolates the last two.
-        moves: Of the steps of this generation; None: nothing is corrected.
-        weights: Of their skips, see `rest_weights`.
+        step_sizes: Of this generation; None: nothing is corrected.
+        weights: Of its skips, see `corrector_weights`.
     """
 
     order: int
@@ -66,7 +66,7 @@ class Forecaster:
         return UpdateCache.nbytes_for(self.kept, batch, 1, numbers, prediction.dtype)
 
     def begin(self, step_sizes: list[float] | None) -> None:
-        """Take note of how far the steps of a generation go, as `clock.moves` has it."""
+        """Take note of how far the steps of a generation go, as `sampler.step_sizes` has it."""
         self.step_sizes = step_sizes
         self.weights = None if step_sizes is None else corrector_weights(step_sizes)
 

@@ -15,7 +15,7 @@ from .update_cache import CacheKind, UpdateCache
 def _fits(update: Tensor, kind: str, cache: UpdateCache | None, step: Tensor | None) -> bool:
     """Whether the kernel takes this update and this cache."""
     unmerge = UNMERGES[kind]
-    if not (unmerge.fused and unmerge.cached) or cache is None or step is None:
+    if not unmerge.fused or cache is None or step is None:
         return False
     alike = update.dtype == cache.value.dtype and step.device == cache.value.device
     return alike and (cache.slope is not None) == (unmerge.cache is CacheKind.SLOPE)
@@ -59,18 +59,18 @@ def unmerge_onto(
     step: Tensor | None = None,
     max_age: int | None = None,
 ) -> Tensor:
-    """x plus what `unmerge` gives, and at the kept tokens exactly what was computed.
+    """x plus what `unmerge_tokens` gives, and at the kept tokens exactly what was computed.
 
     Args:
         computed: [B, K, C] of x's dtype, what the kept tokens become instead of x plus their update (which
             rounds); None: x plus their update.
-        x, update, plan, kind, merged, cache, step, max_age: as of `unmerge`.
+        x, update, plan, kind, merged, cache, step, max_age: as of `unmerge_tokens`.
 
     Returns:
         [B, N, C] of x's dtype.
 
     Raises:
-        ValueError: as `unmerge`.
+        ValueError: as `unmerge_tokens`.
     """
     if use_fused_rows(x, update):
         if kind == "copy":

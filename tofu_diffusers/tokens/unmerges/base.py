@@ -51,7 +51,7 @@ class Unmerge:
         cache: What it remembers from step to step.
         reads_merge: Whether it compares the input before and after merging.
         own_past: Whether no token that has a past gets another one's update.
-        fused: Whether `kernels/triton/unmerge.py` has it.
+        fused: Whether `torch.ops.tofu.unmerge_cached` has it.
     """
 
     name: str

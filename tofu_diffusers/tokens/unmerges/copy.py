@@ -8,7 +8,7 @@ from ..plan import Plan
 from .base import Given, register_unmerge
 
 
-@register_unmerge("copy", fused=True)
+@register_unmerge("copy")
 def copy(update: Tensor, plan: Plan, given: Given) -> Tensor:
     """The match's update.  [B, K, C] -> [B, N, C]"""
     return plan.broadcast(update)

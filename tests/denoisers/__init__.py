@@ -1,0 +1,11 @@
+"""A tiny model of every denoiser class of diffusers; each file adds its own to `DENOISERS`."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from .base import DENOISERS, TinyDenoiser
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["DENOISERS", "TinyDenoiser"]

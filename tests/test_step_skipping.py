@@ -259,8 +259,8 @@ def test_the_summary_counts_the_skipped_steps():
         assert summary.rows == () and handle.stats() == []
         assert "computed 5 of 8 steps" in str(summary) and "(1.60x)" in str(summary)
         latents = pipe.unet.config.in_channels * pipe.unet.config.sample_size**2
-        # Of each of two rows: the last prediction, its slope, and when it was made.
-        assert summary.cache_bytes == 2 * (2 * latents * 4 + 4)
+        # Of two rows the last prediction and its slope, and when it was made.
+        assert summary.cache_bytes == 2 * (2 * latents * 4) + 4
         (share,) = handle.computed()[0].unique().tolist()
         assert share == pytest.approx(1 - 3 / STEPS)
 
@@ -402,7 +402,7 @@ def test_a_rest_is_made_up_for_by_what_lies_between_the_steps_around_it(
         for call in range(calls):
             at = torch.tensor(float(step))
             if step in skipped:
-                given = past.forecast(str(call), at, return_dict=False)[0]
+                given = past.forecast(str(call), at)[0]
                 before = max(set(range(step)) - skipped)
                 after = min(set(range(step, count)) - skipped)
                 share = (step - before) / (after - before)

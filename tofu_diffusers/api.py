@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import CONFIGS, Config, StepSkipping, TokenReduction, one_of
-from .families import find_family, known_classes
+from .families import ANY, Family, find_family, is_known, known_classes, takes_timestep
 from .hooks.denoiser import DenoiserHook
 from .hooks.layout import Layout, attach_root
 from .hooks.patch import (
@@ -24,7 +24,7 @@ from .runtime.generation import Generation, Turn
 from .runtime.runtime import Runtime
 from .runtime.setup import Setup
 from .steps.clock import listeners_of, unwatch, watch
-from .steps.pipelines import components, unwrap
+from .steps.pipelines import components, schedulers, unwrap
 from .steps.reference import Reference
 
 DENOISER_NAMES = ("unet", "transformer", "transformer_2")
@@ -69,16 +69,17 @@ def apply_tofu(
     """
     asked = _asked(configs, ratio, speedup, options)
     family = options.get("family", next((each.family for each in configs if each.family), None))
-    pipeline, models = _denoisers(target, family)
+    skips = not asked or any(isinstance(each, StepSkipping) for each in asked)
+    pipeline, found = _denoisers(target, family, skips)
     plans = []
-    for model in models:
+    for model, kind in found:
         if changed_by_tomesd(model):
             raise ValueError(
                 f"{type(model).__name__} was changed by tomesd; call tomesd.remove_patch(pipe) first"
             )
-        kind = find_family(model, family)
-        wanted = asked
-        if not wanted:
+        # What a denoiser of an unknown class cannot do, the pipeline's other ones may.
+        wanted = tuple(each for each in asked if kind is not ANY or isinstance(each, StepSkipping))
+        if not asked:
             workflow = fastest(kind.name)
             for name in options:
                 if name not in workflow.field_names():
@@ -109,8 +110,7 @@ def apply_tofu(
                 )
                 pairs.append((Generation(Runtime(setup), turn), layout))
             roots.append((model, attach_root(model, pairs)))
-            scheduler = getattr(pipeline, "scheduler", None)
-            if scheduler is not None:
+            for scheduler in schedulers(pipeline):
                 for generation, _ in pairs:
                     watch(scheduler, generation)
     except BaseException:
@@ -168,7 +168,8 @@ class Handle:
         """Sites, tokens in and kept, share of the denoiser's FLOPs saved, bytes of caches.
 
         Of the last generation, or of a nominal one if there was none. FLOPs are counted by torch's
-        FlopCounterMode on a weightless copy of the denoiser.
+        FlopCounterMode on a copy of the denoiser without weights; where that cannot run, and only steps are
+        skipped, calls are counted instead.
 
         Raises:
             RuntimeError: if the handle was removed.
@@ -344,30 +345,43 @@ def _asked(
     return (fitting[0](**given),)
 
 
-def _denoisers(target: Any, family: str | None) -> tuple[Any, list[nn.Module]]:
-    """The pipeline (None for a bare model) and its denoisers, unwrapped."""
+def _denoisers(
+    target: Any, family: str | None, skips: bool
+) -> tuple[Any, list[tuple[nn.Module, Family]]]:
+    """The pipeline (None for a bare model), and its denoisers, unwrapped, with their families.
+
+    Args:
+        skips: Whether steps are skipped, which runs on denoisers of any class.
+    """
     parts = components(target)
     if not parts:
         if not isinstance(target, nn.Module):
             raise TypeError(
                 f"apply_tofu takes a diffusers pipeline or a denoiser, not {type(target).__name__}"
             )
-        return None, [unwrap(target)]
+        model = unwrap(target)
+        return None, [(model, find_family(model, family, skips))]
     models = {name: unwrap(part) for name, part in parts.items() if isinstance(part, nn.Module)}
-    known = known_classes()
-    found = [
-        model
-        for name, model in models.items()
-        if any(parent.__name__ in known for parent in type(model).__mro__)
-        or (family is not None and name in DENOISER_NAMES)
-    ]
-    if not found:
+    found = []
+    for name, model in models.items():
+        named = family is not None and name in DENOISER_NAMES
+        # ControlNets take a timestep too, and denoise nothing.
+        beside = name.startswith("controlnet")
+        if named or is_known(model) or (skips and takes_timestep(model) and not beside):
+            found.append((model, find_family(model, family if named else None, skips)))
+    if found:
+        return target, found
+    its = ", ".join(f"{name}: {type(each).__name__}" for name, each in models.items())
+    if skips:
         raise ValueError(
-            f"{type(target).__name__} has no denoiser of a known class; it has "
-            f"{', '.join(f'{n}: {type(m).__name__}' for n, m in models.items()) or 'no models'}, "
-            f"and known are {', '.join(sorted(known))}"
+            f"{type(target).__name__} has no denoiser (a model whose forward takes a timestep); it has "
+            f"{its or 'no models'}"
         )
-    return target, found
+    raise ValueError(
+        f"{type(target).__name__} has no denoiser of a known class; it has {its or 'no models'}, and "
+        f"known are {', '.join(sorted(known_classes()))}. Skip steps instead (speedup=2.0), which runs on "
+        "any denoiser"
+    )
 
 
 def only_denoiser(pipe: Any, family: str | None) -> nn.Module:
@@ -379,15 +393,16 @@ def only_denoiser(pipe: Any, family: str | None) -> nn.Module:
     """
     if not components(pipe):
         raise TypeError(f"a calibration takes a diffusers pipeline, not {type(pipe).__name__}")
-    _, models = _denoisers(pipe, family)
-    if len(models) != 1:
+    _, found = _denoisers(pipe, family, skips=False)
+    if len(found) != 1:
         raise ValueError(
-            f"{type(pipe).__name__} has {len(models)} denoisers; a calibration is of one: give a pipeline "
+            f"{type(pipe).__name__} has {len(found)} denoisers; a calibration is of one: give a pipeline "
             "with one"
         )
-    if state_of(models[0]) is not None:
+    model, _ = found[0]
+    if state_of(model) is not None:
         raise ValueError("the pipeline has tofu; call remove_tofu(pipe) before calibrating")
-    return models[0]
+    return model
 
 
 def _attached(model: nn.Module, like: Setup) -> Generation:

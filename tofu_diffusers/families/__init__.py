@@ -3,9 +3,20 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .base import FAMILIES, BlockStack, Family, find_family, known_classes, register_family
+from .any import ANY, find_family, takes_timestep
+from .base import FAMILIES, BlockStack, Family, is_known, known_classes, register_family
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["FAMILIES", "BlockStack", "Family", "find_family", "known_classes", "register_family"]
+__all__ = [
+    "ANY",
+    "FAMILIES",
+    "BlockStack",
+    "Family",
+    "find_family",
+    "is_known",
+    "known_classes",
+    "register_family",
+    "takes_timestep",
+]

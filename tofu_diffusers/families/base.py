@@ -60,8 +60,8 @@ class Family(ABC):
     """Whether pipelines put the conditions of guidance into one batch; else each has its own call."""
     conditional_first: ClassVar[bool] = False
     """Whether the conditional rows stand before the unconditional ones."""
-    timestep_scale: ClassVar[float] = 1.0
-    """What the root's timestep is of the scheduler's."""
+    timestep_scale: ClassVar[float | None] = 1.0
+    """What the root's `timestep` is of the scheduler's; None: not known."""
     rotary: ClassVar[bool] = False
     """Whether queries and keys are rotated by position, between projection and product."""
     shared_positions: ClassVar[bool] = False
@@ -101,10 +101,10 @@ class Family(ABC):
             ValueError: if this block's normalisation is not known.
         """
 
-    @abstractmethod
-    def example(self, model: nn.Module) -> Kwargs:
+    def example(self, model: nn.Module) -> Kwargs | None:
         """Arguments of one forward at the model's own sample size, batch 2, on the meta device; only a
-        tensor that `grids` reads (`ids_name`) holds numbers."""
+        tensor that `grids` reads (`ids_name`) holds numbers. None: not known before a call."""
+        return None
 
     def splits_stacks(self, named: Kwargs) -> str | None:
         """What in this call stands between blocks of a run, so that they must be run one by one."""
@@ -147,6 +147,10 @@ class Family(ABC):
         """The latents among the root's arguments."""
         sample: Tensor = named[self.sample_name]
         return sample
+
+    def latents(self, named: Kwargs) -> list[Tensor]:
+        """The tensors among the root's arguments whose shapes decide that of the output; one at least."""
+        return [self.sample(named)]
 
     def prediction(self, out: Tensor, grid: TokenGrid) -> Tensor:
         """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N]"""
@@ -214,27 +218,9 @@ def register_family(cls: type[Family]) -> type[Family]:
     return cls
 
 
-def find_family(model: nn.Module, name: str | None = None) -> Family:
-    """The family of a denoiser, by name or else by its class (or a parent class).
-
-    Raises:
-        ValueError: if the name is unknown, or no family lists the class.
-    """
-    if name is not None:
-        if name not in FAMILIES:
-            raise ValueError(
-                f"unknown family {name!r}; choose one of {', '.join(sorted(FAMILIES))}"
-            )
-        return FAMILIES[name]
-    parents = [cls.__name__ for cls in type(model).__mro__]
-    for family in FAMILIES.values():
-        if any(parent in family.classes for parent in parents):
-            return family
-    raise ValueError(
-        f"no family for denoiser class {type(model).__name__}; known are "
-        f"{', '.join(sorted(known_classes()))}. Name one with family=... if its blocks are "
-        "the same, or add a family"
-    )
+def is_known(model: nn.Module) -> bool:
+    """Whether a family lists the model's class, or a parent class."""
+    return any(parent.__name__ in known_classes() for parent in type(model).__mro__)
 
 
 def known_classes() -> Mapping[str, str]:

@@ -106,7 +106,7 @@ def run(
         module, named, acts_between(hook, module, named), any(map(compiled_alone, blocks))
     )
     if runtime.call.skip:
-        return runtime.forecast(named.get("return_dict", True))
+        return runtime.forecast()
     # 4 to 7, in the blocks
     if torch.compiler.is_compiling():
         # Traced, what hooks hold during a call is never written to them.

@@ -7,13 +7,16 @@ that their hooks stay outside of it, whatever was added or removed before or aft
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 STATE = "_tofu"
 Forward = Callable[..., Any]
@@ -98,6 +101,31 @@ def hook_on(block: nn.Module) -> str | None:
 def compiled_alone(block: nn.Module) -> bool:
     """Whether this module was compiled by itself (`compile_repeated_blocks`)."""
     return block._compiled_call_impl is not None
+
+
+def weightless(model: nn.Module) -> nn.Module:
+    """A copy of a denoiser as it is now, on the meta device: without weights, and without hooks of anybody.
+
+    What changed its modules since it was loaded (LoRA, other layers) is in it.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        # Tables of positions, which some models keep without registering them.
+        tensors += [leaf for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            shape = torch.empty_like(tensor, device="meta")
+            of_weights = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(shape, requires_grad=False) if of_weights else shape
+        for name in (STATE, "_hf_hook", "_diffusers_hook", "_old_forward"):
+            memo[id(module.__dict__.get(name))] = None
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            memo[id(hooks)] = OrderedDict()
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for name in (STATE, "_hf_hook", "_diffusers_hook", "_old_forward", "forward"):
+            module.__dict__.pop(name, None)
+    return twin
 
 
 def _is(candidate: object, function: Forward) -> bool:

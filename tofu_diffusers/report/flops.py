@@ -7,17 +7,22 @@ attached: what it counts is what runs. Nothing is computed and no weight is load
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..hooks.patch import weightless
 from ..runtime.generation import FEW_STEPS, Generation
 from ..runtime.runtime import Runtime, shapes_only
 
 WHOLE = 3  # steps before the counted one: enough evidence for any method
 TOTAL = FEW_STEPS + 1  # no warning of few steps
+
+
+class UncountedError(RuntimeError):
+    """FLOPs of a denoiser cannot be counted; the message says why."""
 
 
 def count(
@@ -29,20 +34,41 @@ def count(
     """Count the FLOPs of one computed forward of the denoiser for each setting of its sites' ratios.
 
     Args:
-        model: The denoiser; its class and config are used, not its weights.
+        model: The denoiser; its modules are used, not its weights.
         runtime: Whose configuration and last call's shapes to count with.
         settings: Ratios of all sites, in their order.
         attached: Puts the same tofu on a copy of the denoiser and returns its generation.
+
+    Raises:
+        UncountedError: if the denoiser cannot run without numbers, or was not called and has no example.
     """
     setup, call = runtime.setup, runtime.call
-    inputs = call.inputs or shapes_only(setup.family.example(model))
-    with torch.device("meta"):
-        twin = type(model).from_config(dict(cast(Any, model).config))  # type: ignore[attr-defined]
-    twin.eval().requires_grad_(False)
+    inputs = call.inputs
+    if inputs is None:
+        example = setup.family.example(model)
+        if example is None:
+            raise UncountedError("it was not called yet")
+        inputs = shapes_only(example)
+    try:
+        return _counted(weightless(model).eval(), runtime, inputs, settings, attached)
+    except Exception as error:
+        # Whatever a model does with numbers of tensors that have none.
+        raise UncountedError(f"{type(error).__name__}: {error}") from error
+
+
+def _counted(
+    twin: nn.Module,
+    runtime: Runtime,
+    inputs: dict[str, Any],
+    settings: Iterable[tuple[str, ...]],
+    attached: Callable[[nn.Module], Generation],
+) -> dict[tuple[str, ...], int]:
+    call = runtime.call
     counts = {}
     copy = attached(twin)
     copy.runtime.reader.fixed = call.grids
-    branches = int(call.cfg_branches)
+    # Not known yet: then all tokens were computed, however many there are.
+    branches = max(1, int(call.cfg_branches))
     with torch.no_grad():
         # Computed steps make the evidence and fill the caches that reduced steps read.
         for step in range(WHOLE):

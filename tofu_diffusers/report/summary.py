@@ -14,7 +14,7 @@ from ..profiles import origin
 from ..runtime.generation import Generation, StepRecord
 from ..runtime.setup import Setup
 from ..runtime.sites import Site
-from .flops import count
+from .flops import UncountedError, count
 
 NOMINAL_STEPS = 20
 
@@ -49,8 +49,10 @@ class Summary:
     Attributes:
         rows: One a site around which tokens are reduced.
         steps: One a denoiser whose steps are skipped.
-        flops_whole: FLOPs of the denoiser over the generation's steps without tofu.
+        flops_whole: FLOPs of the denoiser over the generation's steps without tofu; where they could not be
+            counted, and only steps are skipped, its calls.
         flops_run: The same with tofu.
+        uncounted: Why FLOPs were not counted; empty if they were.
         cache_bytes: Most that cached updates, keys and values took; freed when a generation ends.
         nominal: Whether no generation has run yet, and the figures are those of a typical one.
         settings: A line on each configuration, and the family.
@@ -60,6 +62,7 @@ class Summary:
     steps: tuple[StepCount, ...]
     flops_whole: int
     flops_run: int
+    uncounted: str
     cache_bytes: int
     nominal: bool
     settings: str
@@ -73,6 +76,14 @@ class Summary:
     def flops_saved(self) -> float:
         """Share of the denoiser's FLOPs saved over the generation, in [0, 1)."""
         return 1.0 - self.flops_run / self.flops_whole
+
+    def _amounts(self, when: str) -> str:
+        if self.uncounted:
+            return (
+                f"denoiser calls ({when}; FLOPs are not counted: {self.uncounted}): "
+                f"{self.flops_whole} -> {self.flops_run}"
+            )
+        return f"denoiser FLOPs ({when}): {self.flops_whole / 1e9:.2f} G -> {self.flops_run / 1e9:.2f} G"
 
     def __str__(self) -> str:
         header = ("site", "scope", "merge", "unmerge", "calls", "tokens", "kept")
@@ -99,8 +110,7 @@ class Summary:
         when = "nominal, no generation yet" if self.nominal else "last generation"
         lines += [
             self.settings,
-            f"denoiser FLOPs ({when}): {self.flops_whole / 1e9:.2f} G -> {self.flops_run / 1e9:.2f} G, "
-            f"{100 * self.flops_saved:.1f} % saved ({self.flops_whole / self.flops_run:.2f}x)",
+            f"{self._amounts(when)}, {100 * self.flops_saved:.1f} % saved ({self.speedup:.2f}x)",
             f"caches: {self.cache_bytes / 2**20:.1f} MiB",
         ]
         return "\n".join(lines)
@@ -131,14 +141,16 @@ def summarise(
     """
     rows: list[Row] = []
     skips: list[StepCount] = []
-    whole = run = held = 0
+    whole = run = held = calls = computed_calls = 0
+    uncounted = ""
     nominal = not any(generation.steps() for _, generation in generations)
     for model, generation in generations:
         runtime, setup = generation.runtime, generation.runtime.setup
         steps = generation.steps()
         if nominal:
             steps = _nominal_steps(setup)
-            runtime.call.grids = setup.family.grids(model, setup.family.example(model))
+            example = setup.family.example(model)
+            runtime.call.grids = {} if example is None else setup.family.grids(model, example)
         if not steps:
             continue
         name = type(model).__name__
@@ -154,13 +166,23 @@ def summarise(
             if not step.skipped:
                 weights[step.ratios] += step.calls
         unreduced = tuple("0.0" for _ in setup.sites)
-        counts = count(model, runtime, {*weights, unreduced}, partial(attached, like=setup))
-        whole += counts[unreduced] * sum(step.calls for step in steps)
-        run += sum(counts[setting] * calls for setting, calls in weights.items())
+        calls += sum(step.calls for step in steps)
+        computed_calls += weights.total()
         held += runtime.caches.peak_bytes
+        try:
+            counts = count(model, runtime, {*weights, unreduced}, partial(attached, like=setup))
+        except UncountedError as error:
+            if setup.reduction is not None:
+                raise UncountedError(f"FLOPs of {name} cannot be counted: {error}") from error
+            uncounted = uncounted or f"{name}, {error}"
+            continue
+        whole += counts[unreduced] * sum(step.calls for step in steps)
+        run += sum(counts[setting] * times for setting, times in weights.items())
+    if uncounted:
+        whole, run = calls, computed_calls
     first = generations[0][1].runtime.setup
     settings = "\n".join([*_settings(first), f"family {first.family.name}"])
-    return Summary(tuple(rows), tuple(skips), whole, run, held, nominal, settings)
+    return Summary(tuple(rows), tuple(skips), whole, run, uncounted, held, nominal, settings)
 
 
 def _counts(

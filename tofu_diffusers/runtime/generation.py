@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..steps.clock import exchanged, is_watched, watch
-from ..steps.pipelines import generating, holds
+from ..steps.pipelines import generating, holds, schedulers
 from ..steps.reference import Reference
 from ..steps.sampler import noise_level, noise_levels, step_sizes
 from .runtime import Runtime
@@ -99,7 +99,7 @@ class Generation:
         self.broken_off: list[Reference] = []
         self.removed = False
         self._timestep: Any = None
-        self._trimmed = False
+        self._trimmed = self._history_is_old = False
         self._apply_settings()
 
     # ---- told from outside ---------------------------------------------------------------------
@@ -142,8 +142,10 @@ class Generation:
         self.noise = noise
         # Anew: a tensor made in inference mode cannot be written outside of it.
         call.step = None
-        self.history = []
-        self.compute_counts = {}
+        # One of a pipeline's denoisers may have no call in this generation, but in the one before.
+        self._history_is_old = bool(noise)
+        if not noise:
+            self._clear_history()
         call.number = self.computed_steps = 0
         caches.peak_bytes = 0
         self.runtime.reader.start()
@@ -192,19 +194,22 @@ class Generation:
             RuntimeError: if another generation began while his was not over.
         """
         call = self.runtime.call
-        scheduler = getattr(caller, "scheduler", None)
-        if any(each() is scheduler for each in self.broken_off if scheduler is not None):
+        told_by = [] if caller is None else schedulers(caller)
+        if any(each() is scheduler for each in self.broken_off for scheduler in told_by):
             raise broken_into(self._denoiser)
         if caller is None:
             # One call alone, also after a pipeline's generation, whether that was over or not.
             if self.noise and (self.caller() is not None or not call.step_known):
                 self.begin([], cfg_branches=1)
-        elif scheduler is not None and not is_watched(scheduler, self) and not self._told_by_hand:
-            # Set after `apply_tofu`, or in another pipeline around this denoiser.
-            watch(scheduler, self)
-            self._follow(scheduler, caller)
-        if call.step_known and self.index == 0 and call.number == 0 and self.scheduler():
-            scale = self.runtime.setup.family.timestep_scale
+        elif told_by and not self._told_by_hand:
+            new = [each for each in told_by if not is_watched(each, self)]
+            for scheduler in new:
+                watch(scheduler, self)
+            if len(new) == len(told_by):
+                # Set after `apply_tofu`, or in another pipeline around this denoiser.
+                self._follow(told_by[0], caller)
+        scale = self.runtime.setup.family.timestep_scale
+        if call.step_known and self.index == 0 and call.number == 0 and self.scheduler() and scale:
             self._trim_to_executed(self.scheduler(), named["timestep"] / scale)
 
     def end(self) -> None:
@@ -227,7 +232,8 @@ class Generation:
 
     def steps(self) -> list[StepRecord]:
         """The steps of the last generation, the running one included."""
-        return self.history + ([self._record()] if self.runtime.call.number else [])
+        current = [self._record()] if self.runtime.call.number else []
+        return current if current and self._history_is_old else self.history + current
 
     # ---- parts of the above --------------------------------------------------------------------
 
@@ -244,7 +250,9 @@ class Generation:
         branches = self._branches_of(caller)
         self.begin(noise_levels(scheduler), branches)
         self.scheduler, self.caller = Reference(scheduler), Reference(caller)
-        self.broken_off = [each for each in self.broken_off if each() not in (None, scheduler)]
+        # What a pipeline set up before, by this scheduler or another of its own, it does not go on with.
+        gone = (None, scheduler, *schedulers(caller))
+        self.broken_off = [each for each in self.broken_off if each() not in gone]
         corrects = self.runtime.caches.with_step_sizes
         if corrects is not None:
             corrects.begin(step_sizes(scheduler))
@@ -283,8 +291,11 @@ class Generation:
         if self._trimmed:
             return
         self._trimmed, pipeline, count = True, self.caller(), len(self.noise)
-        planned = getattr(pipeline, "num_timesteps", None) or count
-        # A loop of the user's announces nothing: it may begin anywhere, and goes on to the end.
+        planned = getattr(pipeline, "num_timesteps", None)
+        if planned is None:
+            # Nothing is announced, by a loop of the user's or an old pipeline, but by the scheduler perhaps.
+            planned = count - (getattr(scheduler, "begin_index", None) or 0)
+        # A loop of the user's may begin anywhere, and goes on to the end.
         latest = count - 1 if pipeline is None else count - planned
         if latest <= 0:
             return
@@ -339,6 +350,11 @@ class Generation:
         for site, ratio in zip(setup.sites, settings.ratios, strict=True):
             site.ratio = ratio
 
+    def _clear_history(self) -> None:
+        self.history = []
+        self.compute_counts = {}
+        self._history_is_old = False
+
     def _record(self) -> StepRecord:
         call, sites = self.runtime.call, self.runtime.setup.sites
         ratios = tuple("0.0" if call.all_tokens else site.ratio for site in sites)
@@ -348,6 +364,8 @@ class Generation:
         call = self.runtime.call
         if not call.number:
             return
+        if self._history_is_old:
+            self._clear_history()
         self.history.append(self._record())
         self._count_computed()
         self.computed_steps += not call.skip

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from ..kernels.reference import normalise
 from ..steps.corrector import Corrector, CorrectorState
-from ..steps.forecast import with_prediction
+from ..steps.outputs import tensors_in, with_tensors
 from ..tokens.methods import Evidence
 from ..tokens.plan import Plan
 from ..tokens.statistics import TokenStatistics, flags_of, on_maps
@@ -67,7 +67,8 @@ class Runtime:
             MemoryError: if the caches would exceed `memory_limit`.
         """
         setup, call = self.setup, self.call
-        sample: Tensor = named[setup.family.sample_name]
+        latents = setup.family.latents(named)
+        sample = latents[0]
         # 2, of what needs no grid: refuse what cannot run.
         refusal = setup.family.refusal(setup.scope, named)
         if refusal is not None:
@@ -89,7 +90,9 @@ class Runtime:
             self._check_ratios()
         # 3  Make room, where this branch is new or its latents have another shape.
         call.open_span = None
-        shape = (*sample.shape, str(sample.device))
+        # A skipped step gives back the form of the last output, which is the one that was asked for then.
+        form = named.get("return_dict", True)
+        shape = (*[each.shape for each in latents], str(sample.device), form)
         if call.shapes.get(call.cfg_branch) != shape:
             self.caches.allocate(call, sample)
             # Caches made now (guidance began or ended on the way) are empty, where others hold a past.
@@ -105,11 +108,11 @@ class Runtime:
         if forecaster is not None and call.cfg_branch not in forecaster.past:
             call.skip = False
 
-    def forecast(self, return_dict: bool) -> Any:
+    def forecast(self) -> Any:
         """What the denoiser would return at a step that skips it."""
         call, caches = self.call, self.caches
         assert caches.forecaster is not None and call.step is not None
-        out = caches.forecaster.forecast(call.cfg_branch, call.step, return_dict)
+        out = caches.forecaster.forecast(call.cfg_branch, call.step)
         if caches.corrects_tokens and caches.corrector is not None:
             # No token is computed; what the latents get is noted for when it is.
             maps = self._maps(out[0])
@@ -130,7 +133,7 @@ class Runtime:
         # the denoiser computed.
         if caches.forecaster is not None:
             if call.cfg_branch not in caches.forecaster.past:
-                caches.check_limit(caches.nbytes + caches.forecaster.nbytes_for(out[0]))
+                caches.check_limit(caches.nbytes + caches.forecaster.nbytes_for(out))
             corrects = self.setup.corrects_steps
             out = caches.forecaster.record(call.cfg_branch, out, call.step, corrects)
             caches.peak_bytes = max(caches.peak_bytes, caches.nbytes)
@@ -229,7 +232,7 @@ class Runtime:
         call, batch = self.call, sample.shape[0]
         if call.cfg_branch == "0":
             before = call.shapes.get("0")
-            changed = call.step_known and before is not None and before[0] != batch
+            changed = call.step_known and before is not None and before[0][0] != batch
             if changed and not batch % call.images:
                 # Guidance began or ended on the way; the images are the same.
                 call.cfg_branches = str(batch // call.images)
@@ -279,7 +282,8 @@ class Runtime:
             places = on_maps(flags, grid.row if family.latents_are_tokens else grid, maps)
             computed = places.repeat(call.branches_in_batch, 1, 1, 1, 1)
         maps = corrector.apply(call.cfg_branch, maps, computed, step)
-        return with_prediction(out, family.with_prediction(out[0], grid, maps))
+        first, *others = tensors_in(out)
+        return with_tensors(out, [family.with_prediction(first, grid, maps), *others])
 
     def _note_statistics(self, out: Any, statistics: TokenStatistics, step: Tensor) -> None:
         call = self.call

@@ -11,11 +11,10 @@ import copy
 import inspect
 from typing import Any, Protocol
 
-from .pipelines import generating
+from .pipelines import SCHEDULER_METHODS, generating
 from .reference import Reference
 
 CLOCK = "_tofu_clock"
-WATCHED = ("set_timesteps", "step")
 
 
 class StepListener(Protocol):
@@ -152,7 +151,7 @@ def watch(scheduler: Any, listener: StepListener) -> None:
     if clock is None:
         clock = Clock(scheduler)
         scheduler.__dict__[CLOCK] = clock
-        for name in WATCHED:
+        for name in SCHEDULER_METHODS:
             if hasattr(scheduler, name):
                 scheduler.__dict__[name] = Watched(clock, name)
     if not is_watched(scheduler, listener):
@@ -191,7 +190,7 @@ def _keep(clock: Clock, entries: list[Entry]) -> None:
     if entries or scheduler.__dict__.get(CLOCK) is not clock:
         return
     del scheduler.__dict__[CLOCK]
-    for name in WATCHED:
+    for name in SCHEDULER_METHODS:
         ours = scheduler.__dict__.get(name)
         if isinstance(ours, Watched):
             if ours.inner is None:

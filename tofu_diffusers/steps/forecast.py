@@ -6,31 +6,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from ..kernels.reference import upcast
 from ..tokens.update_cache import CacheKind, UpdateCache
+from .outputs import tensors_in, with_tensors
 
 
 @dataclass
 class PredictionCache:
-    """The last predictions under one condition, each row of the batch as the update of one wide token.
+    """The last predictions in one branch of guidance.
 
     Args:
-        cache: [B, 1, numbers of a prediction].
-        shape: Of a prediction.
-        kind: Class of what the denoiser returned, if it was no tuple.
+        caches: One for each tensor of an output, which is the update of a single wide token: [1, 1, numbers].
+        form: The last output, without its tensors' numbers.
     """
 
-    cache: UpdateCache
-    shape: torch.Size
-    kind: type
+    caches: list[UpdateCache]
+    form: Any
 
 
 @dataclass
 class Forecaster:
-    """The past of every condition of one generation; repeats it or extrapolates it linearly.
+    """The past of every branch of guidance of one generation; repeats it or extrapolates it linearly.
 
     The first order of TaylorSeer (arXiv 2503.06923), on the prediction instead of on every layer.
 
@@ -58,12 +56,12 @@ class Forecaster:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(past.cache.nbytes for past in self.past.values())
+        return sum(cache.nbytes for past in self.past.values() for cache in past.caches)
 
-    def nbytes_for(self, prediction: Tensor) -> int:
-        """Bytes that one more condition would take."""
-        batch, numbers = prediction.shape[0], prediction[0].numel()
-        return UpdateCache.nbytes_for(self.kept, batch, 1, numbers, prediction.dtype)
+    def nbytes_for(self, out: Any) -> int:
+        """Bytes that one more branch would take, with such outputs."""
+        numbers = [(each.numel(), each.dtype) for each in tensors_in(out)]
+        return sum(UpdateCache.nbytes_for(self.kept, 1, 1, *each) for each in numbers)
 
     def begin(self, step_sizes: list[float] | None) -> None:
         """Take note of how far the steps of a generation go, as `sampler.step_sizes` has it."""
@@ -75,42 +73,55 @@ class Forecaster:
         if self.weights is not None and self.weights.device != device:
             self.weights = self.weights.to(device)
 
-    def record(self, condition: str, out: Any, step: Tensor, corrects: bool = True) -> Any:
-        """Remember what the denoiser returned, a tuple or an output with the prediction first.
+    def record(self, branch: str, out: Any, step: Tensor, corrects: bool = True) -> Any:
+        """Remember what the denoiser returned.
 
         Returns:
             What the pipeline is given.
+
+        Raises:
+            TypeError: if there is no tensor in it.
         """
-        rows = out[0].detach().flatten(1)[:, None]
-        if condition not in self.past:
-            batch, _, numbers = rows.shape
-            cache = UpdateCache.empty(self.kept, batch, 1, numbers, rows.dtype, rows.device)
-            kind = Transformer2DModelOutput if isinstance(out, tuple) else type(out)
-            self.past[condition] = PredictionCache(cache, out[0].shape, kind)
-        cache = self.past[condition].cache
-        if not corrects or self.weights is None or cache.slope is None:
-            cache.record(rows, step)
-            return out
-        last = cache.last.long().clamp(min=0)
-        # Expanded: an index without axes would be read by the host.
-        weight = self.weights[last, step.long().expand_as(last)][..., None]
-        before = upcast(cache.slope) * weight
-        cache.record(rows, step)
-        missing = upcast(cache.slope) * weight - before
-        prediction = (upcast(rows) + missing).to(rows.dtype).view(out[0].shape)
-        return with_prediction(out, prediction)
+        tensors = tensors_in(out)
+        if branch not in self.past:
+            if not tensors:
+                raise TypeError(
+                    f"the denoiser returned {type(out).__name__} without a tensor of floats, and so nothing "
+                    "that can be forecast; call remove_tofu"
+                )
+            # Every one a tensor without memory: the form is kept, not the numbers.
+            form = with_tensors(
+                out, [each.detach().new_empty(()).expand(each.shape) for each in tensors]
+            )
+            caches = [
+                UpdateCache.empty(self.kept, 1, 1, each.numel(), each.dtype, each.device)
+                for each in tensors
+            ]
+            self.past[branch] = PredictionCache(caches, form)
+        given = []
+        for cache, tensor in zip(self.past[branch].caches, tensors, strict=True):
+            row = tensor.detach().reshape(1, 1, -1)
+            if not corrects or self.weights is None or cache.slope is None:
+                cache.record(row, step)
+                given.append(tensor)
+                continue
+            last = cache.last.long().clamp(min=0)
+            # Expanded: an index without axes would be read by the host.
+            weight = self.weights[last, step.long().expand_as(last)][..., None]
+            before = upcast(cache.slope) * weight
+            cache.record(row, step)
+            missing = upcast(cache.slope) * weight - before
+            given.append((upcast(row) + missing).to(row.dtype).view(tensor.shape))
+        return with_tensors(out, given)
 
-    def forecast(self, condition: str, step: Tensor, return_dict: bool) -> Any:
+    def forecast(self, branch: str, step: Tensor) -> Any:
         """What the denoiser would return at this step."""
-        past = self.past[condition]
-        rows = past.cache.extrapolated(step, past.cache.value.dtype)
-        prediction = rows.view(past.shape)
-        return past.kind(sample=prediction) if return_dict else (prediction,)
-
-
-def with_prediction(out: Any, prediction: Tensor) -> Any:
-    """What a denoiser returned, a tuple or an output, with another prediction."""
-    return type(out)(sample=prediction) if hasattr(out, "sample") else (prediction, *out[1:])
+        past = self.past[branch]
+        tensors = [
+            cache.extrapolated(step, cache.value.dtype).view(each.shape)
+            for cache, each in zip(past.caches, tensors_in(past.form), strict=True)
+        ]
+        return with_tensors(past.form, tensors)
 
 
 def corrector_weights(step_sizes: list[float]) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+SCHEDULER_METHODS = ("set_timesteps", "step")
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside a `torch.compile` wrapper."""
@@ -25,6 +27,20 @@ def holds(pipeline: object, part: object) -> bool:
         (unwrap(each) if isinstance(each, nn.Module) else each) is part
         for each in components(pipeline).values()
     )
+
+
+def schedulers(pipeline: object) -> list[Any]:
+    """The pipeline's parts that count denoising steps, its `scheduler` first.
+
+    Some have one for each of several denoisers, or one for pictures and one for sound.
+    """
+    found = [
+        part
+        for part in components(pipeline).values()
+        if all(callable(getattr(part, name, None)) for name in SCHEDULER_METHODS)
+    ]
+    first = getattr(pipeline, "scheduler", None)
+    return sorted(found, key=lambda each: each is not first)
 
 
 def generating(part: object, known: object = None) -> Any:

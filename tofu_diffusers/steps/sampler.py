@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
-NOISY = ("Ancestral", "DDPM", "LCM", "SASolver", "SDE", "TCD")
+NOISY = ("Ancestral", "CogVideoXDPM", "DDPM", "LCM", "SASolver", "SDE", "TCD", "UnCLIP")
 """In the names of schedulers that draw noise at every step, which drowns what was wrong before."""
 
 
@@ -15,9 +15,8 @@ def noise_levels(scheduler: Any) -> list[float]:
 
     One host read a generation.
     """
-    timesteps = scheduler.timesteps
-    values = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
-    return [noise_level(scheduler, value) for value in values]
+    values = _values(scheduler)
+    return [_level(value, scheduler, values) for value in values]
 
 
 def step_sizes(scheduler: Any) -> list[float] | None:
@@ -34,6 +33,8 @@ def step_sizes(scheduler: Any) -> list[float] | None:
     config, count = scheduler.config, len(scheduler.timesteps)
     sigmas, alphas = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
     name = type(scheduler).__name__
+    if getattr(scheduler, "order", 1) > 1:
+        return None
     noisy = any(word in name for word in NOISY) or config.get("stochastic_sampling", False)
     if noisy or str(config.get("algorithm_type", "")).startswith("sde"):
         return None
@@ -55,7 +56,18 @@ def step_sizes(scheduler: Any) -> list[float] | None:
 
 
 def noise_level(scheduler: Any, timestep: Any) -> float:
-    """A timestep as a fraction of the training range; of several, the noisiest token's. A host read."""
+    """A timestep as a fraction of the training range; of several, the noisiest token's. Two host reads."""
     value = timestep.max().item() if hasattr(timestep, "max") else timestep
+    return _level(float(value), scheduler, _values(scheduler))
+
+
+def _values(scheduler: Any) -> list[float]:
+    timesteps = scheduler.timesteps
+    return [float(each) for each in getattr(timesteps, "tolist", lambda: timesteps)()]
+
+
+def _level(value: float, scheduler: Any, values: list[float]) -> float:
     most = float(getattr(scheduler.config, "num_train_timesteps", None) or 1000)
-    return min(1.0, max(0.0, float(value) / most))
+    if max(values, default=most) <= 1:  # counted from 1 down to 0, whatever the training range
+        most = 1.0
+    return min(1.0, max(0.0, value / most))

@@ -1,0 +1,109 @@
+"""Step skipping on every denoiser class of diffusers."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+from diffusers import ModelMixin
+
+from tests.denoisers import DENOISERS
+from tofu_diffusers import StepSkipping, TokenReduction, apply_tofu, remove_tofu
+from tofu_diffusers.steps.outputs import tensors_in
+
+STEPS = 6
+# Computes the two steps of the warm-up, and the fourth and sixth.
+CONFIG = StepSkipping(speedup=1.5, warmup_steps=2, rule="even", corrector=False)
+COMPUTED = [0, 1, 3, 5]
+
+
+def walk():
+    """The model classes in diffusers' rooms of denoisers."""
+    for room in ("transformers", "unets"):
+        package = importlib.import_module(f"diffusers.models.{room}")
+        for each in pkgutil.iter_modules(package.__path__):
+            module = importlib.import_module(f"{package.__name__}.{each.name}")
+            for name, cls in vars(module).items():
+                of_here = inspect.isclass(cls) and cls.__module__ == module.__name__
+                if of_here and issubclass(cls, ModelMixin):
+                    yield name
+
+
+def generate(entry, model, handle=None):
+    """A loop of a few steps with two calls each.
+
+    Returns:
+        Outputs by step, the calls' one after another; the steps at which blocks ran.
+    """
+    found, ran = [], []
+    first = next(each for each in model.children() if list(each.parameters()))
+    hook = first.register_forward_hook(lambda *_: ran.append(step))
+    with torch.no_grad():
+        for step in range(STEPS):
+            if handle is not None:
+                handle.step(step, STEPS)
+            outputs = [model(**entry.arguments(2 * step + call)) for call in range(2)]
+            found.append([each.clone() for out in outputs for each in tensors_in(out)])
+    hook.remove()
+    return found, sorted({*ran})
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(DENOISERS))
+def test_exactly_the_planned_steps_run(name):
+    entry = DENOISERS[name]
+    model = entry.build()
+    unreduced, ran = generate(entry, model)
+    assert ran == [*range(STEPS)]
+    with apply_tofu(model, CONFIG) as handle:
+        outputs, ran = generate(entry, model, handle)
+        assert ran == COMPUTED
+        summary = handle.summary()
+        assert summary.steps[0].computed == len(COMPUTED)
+        assert summary.speedup == pytest.approx(STEPS / len(COMPUTED))
+    for step in COMPUTED:
+        assert equal(outputs[step], unreduced[step]), step
+    for step in {*range(STEPS)} - {*COMPUTED}:
+        before, last = (COMPUTED[COMPUTED.index(step - 1) + i] for i in (-1, 0))
+        for forecast, older, newer in zip(
+            outputs[step], unreduced[before], unreduced[last], strict=True
+        ):
+            slope = (newer.double() - older.double()) / (last - before)
+            wanted = newer + slope * (step - last)
+            torch.testing.assert_close(forecast.double(), wanted, atol=1e-4, rtol=1e-4)
+    again, _ = generate(entry, model)
+    assert all(map(equal, again, unreduced))
+    with apply_tofu(model, speedup=1) as handle:
+        same, ran = generate(entry, model, handle)
+    assert ran == [*range(STEPS)] and all(map(equal, same, unreduced))
+
+
+@pytest.mark.parametrize("name", sorted(DENOISERS))
+def test_the_form_of_an_output_stays(name):
+    entry = DENOISERS[name]
+    model, arguments = entry.build(), entry.arguments()
+    options = [{}]
+    if "return_dict" in inspect.signature(type(model).forward).parameters:
+        options.append({"return_dict": False})
+
+    def form(out):
+        if isinstance(out, torch.Tensor):
+            return tuple(out.shape), out.dtype
+        if isinstance(out, dict):
+            return type(out), {key: form(value) for key, value in out.items()}
+        if isinstance(out, (tuple, list)):
+            return type(out), [form(each) for each in out]
+        return type(out)
+
+    with torch.no_grad(), apply_tofu(model, CONFIG) as handle:
+        for option in options:
+            forms = []
+            for step in range(4):
+                handle.step(step, STEPS)
+                forms.append(form(model(**arguments, **option)))
+            assert handle.inspect()[0].steps[-2].skipped
+            assert forms == [forms[0]] * 4

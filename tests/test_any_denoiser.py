@@ -9,7 +9,7 @@ import torch
 from diffusers import ModelMixin
 
 from tests.denoisers import DENOISERS
-from tofu_diffusers import StepSkipping, TokenReduction, apply_tofu, remove_tofu
+from tofu_diffusers import StepSkipping, apply_tofu
 from tofu_diffusers.steps.outputs import tensors_in
 
 STEPS = 6

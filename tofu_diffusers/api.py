@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .config import CONFIGS, Config, StepSkipping, TokenReduction, one_of
 from .families import ANY, Family, find_family, is_known, known_classes, takes_timestep
+from .hooks.beside import attach_beside
 from .hooks.denoiser import DenoiserHook
 from .hooks.layout import Layout, attach_root
 from .hooks.patch import (
@@ -28,6 +29,8 @@ from .steps.pipelines import components, schedulers, unwrap
 from .steps.reference import Reference
 
 DENOISER_NAMES = ("unet", "transformer", "transformer_2")
+# How parts of a pipeline are called that take a timestep too, and denoise nothing.
+BESIDE = "controlnet"
 
 
 def apply_tofu(
@@ -110,6 +113,11 @@ def apply_tofu(
                 )
                 pairs.append((Generation(Runtime(setup), turn), layout))
             roots.append((model, attach_root(model, pairs)))
+            # With several denoisers it is not known which one reads it.
+            if pairs[0][0].runtime.setup.skipping is not None and len(plans) == 1:
+                for part in _beside(pipeline):
+                    attach_beside(part, roots[-1][1])
+                    roots[-1][1].beside.append(part)
             for scheduler in schedulers(pipeline):
                 for generation, _ in pairs:
                     watch(scheduler, generation)
@@ -365,9 +373,8 @@ def _denoisers(
     found = []
     for name, model in models.items():
         named = family is not None and name in DENOISER_NAMES
-        # ControlNets take a timestep too, and denoise nothing.
-        beside = name.startswith("controlnet")
-        if named or is_known(model) or (skips and takes_timestep(model) and not beside):
+        any_class = skips and takes_timestep(model) and not name.startswith(BESIDE)
+        if named or is_known(model) or any_class:
             found.append((model, find_family(model, family if named else None, skips)))
     if found:
         return target, found
@@ -382,6 +389,13 @@ def _denoisers(
         f"known are {', '.join(sorted(known_classes()))}. Skip steps instead (speedup=2.0), which runs on "
         "any denoiser"
     )
+
+
+def _beside(pipeline: Any) -> list[nn.Module]:
+    """The pipeline's networks beside its denoiser that run at every step, and have no tofu yet."""
+    parts = {name: part for name, part in components(pipeline).items() if name.startswith(BESIDE)}
+    models = [unwrap(part) for part in parts.values() if isinstance(part, nn.Module)]
+    return [each for each in models if takes_timestep(each) and state_of(each) is None]
 
 
 def only_denoiser(pipe: Any, family: str | None) -> nn.Module:
@@ -437,6 +451,7 @@ def _ways(
 
 def _remove(model: nn.Module, root: DenoiserHook) -> None:
     modules = [module for module in model.modules() if state_of(module) is not None]
+    modules += [module for module in root.beside if state_of(module) is not None]
     for module in modules:
         check_within_reach(module)
     for module in modules:

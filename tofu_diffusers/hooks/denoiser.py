@@ -30,6 +30,7 @@ class DenoiserHook:
         layouts: Generations with what puts their forwards on the blocks: the one that was asked for, and
             where that needs a past, one without.
         projections: (attention, attribute, state) of every projection that has one.
+        beside: Networks that rest where it is skipped.
     """
 
     generation: Generation
@@ -40,6 +41,7 @@ class DenoiserHook:
     projections: list[tuple[nn.Module, str, ProjectionHook | QueryHook]] = field(
         default_factory=list
     )
+    beside: list[nn.Module] = field(default_factory=list)
 
     @property
     def runtime(self) -> Runtime:
@@ -107,6 +109,11 @@ def run(
     )
     if runtime.call.skip:
         return runtime.forecast()
+    if runtime.call.beside_rested:
+        raise RuntimeError(
+            f"this step of {type(module).__name__} was to be skipped, so that the ControlNet did not run, "
+            "and now cannot be, because its inputs changed on the way; call remove_tofu before this pipeline"
+        )
     # 4 to 7, in the blocks
     if torch.compiler.is_compiling():
         # Traced, what hooks hold during a call is never written to them.

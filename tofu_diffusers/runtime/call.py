@@ -38,6 +38,8 @@ class Call:
         grids: The token grid of every resolution.
         open_span: Of the span that tokens have left: all tokens, the kept ones, the plan.
         shapes: Of every branch's latents, to see when they change.
+        beside_rested: Whether a network beside the denoiser did not run, because the step is skipped.
+        began_anew: Whether a branch had no past in this step: the first one, or one whose shapes changed.
         inputs: Arguments of the last call, on the meta device, for counted FLOPs.
     """
 
@@ -57,6 +59,8 @@ class Call:
     grids: dict[int, TokenGrid] = field(default_factory=dict)
     open_span: tuple[Tensor, Tensor, Plan | None] | None = None
     shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    beside_rested: bool = False
+    began_anew: bool = False
     inputs: dict[str, Any] | None = None
 
     def count(self, setup: Setup) -> None:

@@ -78,6 +78,7 @@ class Generation:
         index: Of the step.
         noise: Levels of all its steps (1: pure noise); empty: there is no generation.
         computed_steps: How many steps the denoiser has computed.
+        forgotten_steps: How many of them were before a branch of guidance began anew.
         history: Of the steps that are over.
         compute_counts: By resolution, at how many steps each token was computed, [I, N].
         schedulers: Those that may tell the steps.
@@ -92,7 +93,7 @@ class Generation:
         self.caller = Reference()
         self.index = 0
         self.noise: list[float] = []
-        self.computed_steps = 0
+        self.computed_steps = self.forgotten_steps = 0
         self.history: list[StepRecord] = []
         self.compute_counts: dict[int, Tensor] = {}
         self.schedulers: list[Reference] = []
@@ -146,7 +147,8 @@ class Generation:
         self._history_is_old = bool(noise)
         if not noise:
             self._clear_history()
-        call.number = self.computed_steps = 0
+        call.number = self.computed_steps = self.forgotten_steps = 0
+        call.began_anew = False
         caches.peak_bytes = 0
         self.runtime.reader.start()
         self.forget()
@@ -331,7 +333,7 @@ class Generation:
         call, reduction = self.runtime.call, self.runtime.setup.reduction
         self.index = index
         call.step_known = index < len(self.noise)
-        call.number = 0
+        call.number, call.beside_rested = 0, False
         if reduction is None or index % reduction.reuse == 0:
             self.runtime.caches.clear_plans()
         if call.step is None:
@@ -345,7 +347,8 @@ class Generation:
         setup, call = self.runtime.setup, self.runtime.call
         # Behind the last step there is none: a call is alone again.
         noise = self.noise if call.step_known else []
-        settings = setup.settings_at(self.index, self.computed_steps, noise)
+        past = self.computed_steps - self.forgotten_steps
+        settings = setup.settings_at(self.index, self.computed_steps, noise, past)
         call.skip, call.caches_are_warm = settings.skip, settings.caches_are_warm
         for site, ratio in zip(setup.sites, settings.ratios, strict=True):
             site.ratio = ratio
@@ -366,6 +369,8 @@ class Generation:
             return
         if self._history_is_old:
             self._clear_history()
+        if call.began_anew:
+            self.forgotten_steps, call.began_anew = self.computed_steps, False
         self.history.append(self._record())
         self._count_computed()
         self.computed_steps += not call.skip

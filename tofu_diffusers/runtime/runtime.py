@@ -98,6 +98,7 @@ class Runtime:
             # Caches made now (guidance began or ended on the way) are empty, where others hold a past.
             call.all_tokens = call.all_tokens or (call.caches_are_warm and self.caches.nbytes > 0)
             call.shapes[call.cfg_branch] = shape
+            call.began_anew = True
             if call.cfg_branch == "0" and not torch.compiler.is_compiling():
                 call.inputs = shapes_only(named)
         if call.step is not None and call.step.device != sample.device:

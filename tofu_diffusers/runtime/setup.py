@@ -144,18 +144,23 @@ class Setup:
         first, last = config.steps_needed, total - config.cooldown_steps
         return skipped_steps(str(config.rule), total, config.speedup, first, last)
 
-    def settings_at(self, index: int, computed_steps: int, noise: list[float]) -> StepSettings:
+    def settings_at(
+        self, index: int, computed_steps: int, noise: list[float], past: int | None = None
+    ) -> StepSettings:
         """What a step is run with.
 
         Args:
             index: Of the step; past the last one, or in a generation without steps, nothing is skipped.
             computed_steps: How many steps this denoiser has computed before.
+            past: How many of them every branch of guidance remembers; None: all.
             noise: Levels of all steps (1: pure noise).
         """
         total = len(noise)
         skip = index < total and self.skipping is not None
         if skip and self.skipping is not None:
             ready = computed_steps >= self.skipping.steps_needed
+            # Guidance that begins or ends on the way leaves a branch without two steps to extrapolate.
+            ready = ready and (past is None or past > self.skipping.order)
             skip = ready and index in self.skipped_steps(total)
         reduction = self.reduction
         if reduction is None:

@@ -23,7 +23,7 @@ from .report.inspection import Inspection, inspect
 from .report.summary import Summary, site_stats, summarise
 from .runtime.generation import Generation, Turn
 from .runtime.runtime import Runtime
-from .runtime.setup import Setup
+from .runtime.setup import Setup, in_force
 from .steps.clock import listeners_of, unwatch, watch
 from .steps.pipelines import components, schedulers, unwrap
 from .steps.reference import Reference
@@ -92,7 +92,15 @@ def apply_tofu(
                         f"StepSkipping(speedup={speedup})"
                     )
             wanted = (workflow(speedup=speedup, **options),)  # type: ignore[call-arg]
-        layouts = [(each, Layout(model, kind, each[0])) for each in _ways(wanted, kind.name)]
+        layouts = []
+        for way in _ways(wanted, kind.name):
+            try:
+                layouts.append((way, Layout(model, kind, in_force(way)[0])))
+            except AttributeError as error:
+                raise ValueError(
+                    f"{type(model).__name__} is not built like family {kind.name!r}: {error}; name the "
+                    "family whose blocks are the same, or skip steps instead (speedup=2.0)"
+                ) from error
         plans.append((model, kind, layouts))
     remove_tofu(target)
     roots: list[tuple[nn.Module, DenoiserHook]] = []
@@ -101,7 +109,7 @@ def apply_tofu(
             turn, pairs = Turn(), []
             for i, (way, layout) in enumerate(layouts):
                 setup = Setup(
-                    *way,
+                    way,
                     kind,
                     tuple(layout.sites),
                     tuple(layout.projections),
@@ -206,15 +214,16 @@ class Handle:
         return [inspect(model, generation) for model, generation in self._generations]
 
     def computed(self, denoiser: int = 0) -> dict[int, Tensor]:
-        """At which share of the last generation's steps each token was computed, by grid level.
+        """At which share of the last generation's steps each token was computed, by resolution.
 
-        Where sites do not share plans (`share`), by those of a level's first site.
+        Where sites do not share plans (`share`), by those of a resolution's first site.
 
         Args:
             denoiser: Which of the pipeline's denoisers.
 
         Returns:
-            Level -> [I, F, H, W] float32 in [0, 1], an image each; empty before the first step.
+            Resolution -> [I, F, H, W] float32 in [0, 1], an image each; empty before the first step, and
+            where no tokens are reduced.
 
         Raises:
             RuntimeError: if the handle was removed.
@@ -429,14 +438,11 @@ def _attached(model: nn.Module, like: Setup) -> Generation:
     return apply_tofu(model, *still)._generations[0][1]
 
 
-def _ways(
-    wanted: tuple[Config, ...], family: str
-) -> list[tuple[TokenReduction | None, StepSkipping | None]]:
+def _ways(wanted: tuple[Config, ...], family: str) -> list[tuple[Config, ...]]:
     """What was asked for, and where a family's profile that needs a past was taken, what does without."""
-    full = [resolve(each, family) for each in wanted]
-    reduction = next((each for each in full if isinstance(each, TokenReduction)), None)
-    skipping = next((each for each in full if isinstance(each, StepSkipping)), None)
-    ways: list[Any] = [(reduction, skipping)]
+    full = tuple(resolve(each, family) for each in wanted)
+    reduction, skipping = in_force(full)
+    ways = [full]
     asked = next((each for each in wanted if isinstance(each, TokenReduction)), None)
     if asked is None or asked.is_resolved or skipping is not None or not reduction:
         return ways
@@ -445,7 +451,7 @@ def _ways(
     except ValueError:  # its options ask for a past themselves, or for more than this method can do
         return ways
     if reduction.needs_steps and not memoryless.needs_steps:
-        ways.append((memoryless, None))
+        ways.append((memoryless,))
     return ways
 
 

@@ -47,6 +47,11 @@ class FluxFamily(Family):
         own = [i for i, number in enumerate(image) if number == image[0]]
         height = max(row[i] for i in own) - min(row[i] for i in own) + 1
         width = max(column[i] for i in own) - min(column[i] for i in own) + 1
+        if height * width != len(own):
+            raise ValueError(
+                f"img_ids of {len(own)} tokens are no grid: {height} rows of {width} columns are "
+                f"{height * width} tokens; give positions as FluxPipeline makes them, or ratio=0"
+            )
         return {0: TokenGrid(height, width, text_after=len(image) - len(own))}
 
     def attention_inputs(self, block: Any, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:

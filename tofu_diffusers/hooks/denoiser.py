@@ -12,11 +12,21 @@ import torch
 from torch import nn
 
 from ..families.base import Kwargs
+from ..runtime.call import CHECKPOINTING
 from ..runtime.generation import Generation
 from ..runtime.runtime import Runtime
 from ..steps.pipelines import generating
 from .keys_values import check_unfused
-from .patch import attach, bind, checkpoints_blocks, compiled_alone, detach, hook_on, state_of
+from .patch import (
+    attach,
+    attention_cache_on,
+    bind,
+    checkpoints_blocks,
+    compiled_alone,
+    detach,
+    hook_on,
+    state_of,
+)
 from .state import AttentionHook, BlockHook, ProjectionHook, QueryHook, RotaryAttentionHook
 
 
@@ -86,9 +96,27 @@ def take_turn(hook: DenoiserHook, module: nn.Module, named: Kwargs) -> None:
             generation.called_by(caller, named)
         choose_layout(hook, module)
         follow_projections(hook)
+        if hook.generation.index == 0:
+            check_caches(hook)
     except BaseException:
         hook.generation.turn.leave()
         raise
+
+
+def check_caches(hook: DenoiserHook) -> None:
+    """Refuse caches that give again what an attention returned for the tokens of another step.
+
+    Raises:
+        ValueError: if there is one in a block that is reduced.
+    """
+    for block in hook.runtime.setup.blocks:
+        found = attention_cache_on(block)
+        if found is not None:
+            raise ValueError(
+                f"diffusers' cache {found!r} gives again what an attention returned for the tokens of an "
+                "earlier step, and tofu keeps other tokens at every step; disable_cache(), or take step "
+                "skipping (speedup=2.0), or FirstBlockCache, with which token reduction runs"
+            )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -151,7 +179,7 @@ def acts_between(hook: DenoiserHook, module: nn.Module, named: Kwargs) -> str | 
     setup = hook.runtime.setup
     reason = setup.family.splits_stacks(named)
     if reason is None and checkpoints_blocks(module):
-        reason = "gradient checkpointing"
+        reason = CHECKPOINTING
     for block in setup.blocks:
         other = hook_on(block)
         reason = reason or (None if other is None else f"the diffusers hook {other!r}")

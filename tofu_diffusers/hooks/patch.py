@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 STATE = "_tofu"
+ATTENTION_CACHES = ("faster_cache_block", "pyramid_attention_broadcast", "taylorseer_cache")
 Forward = Callable[..., Any]
 
 
@@ -96,6 +97,16 @@ def hook_on(block: nn.Module) -> str | None:
     """Name of a diffusers hook on this very module (a cache, offloading), which acts around each call."""
     registry = getattr(block, "_diffusers_hook", None)
     return next(iter(registry.hooks), None) if registry is not None else None
+
+
+def attention_cache_on(block: nn.Module) -> str | None:
+    """Name of a diffusers cache inside a block that gives an attention's output again at later steps."""
+    for module in block.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for name in registry.hooks if registry is not None else ():
+            if name in ATTENTION_CACHES:
+                return str(name)
+    return None
 
 
 def compiled_alone(block: nn.Module) -> bool:

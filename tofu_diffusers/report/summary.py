@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config import StepSkipping, TokenReduction
 from ..profiles import origin
 from ..runtime.generation import Generation, StepRecord
 from ..runtime.setup import Setup
@@ -158,7 +159,7 @@ def summarise(
             Row(name, site.name, setup.scope, site.merge, site.unmerge, calls, tokens, kept / calls)
             for site, calls, tokens, kept in _counts(generation, steps)
         ]
-        if setup.skipping is not None:
+        if any(isinstance(each, StepSkipping) for each in setup.configs):
             computed = sum(not step.skipped for step in steps)
             skips.append(StepCount(name, len(steps), computed))
         weights = Counter[tuple[str, ...]]()
@@ -217,19 +218,18 @@ def _nominal_steps(setup: Setup) -> list[StepRecord]:
 def _settings(setup: Setup) -> list[str]:
     """A line on each configuration, and where it is from."""
     lines, family = [], setup.family.name
-    if setup.reduction is not None:
-        tokens = setup.reduction
-        corrected = ", corrector" if tokens.corrector else ""
-        without = " (without memory: few steps, or one call alone)" if setup.stands_in else ""
-        lines.append(
-            f"TokenReduction: ratio {tokens.ratio:g}, method {tokens.method}, keys_values "
-            f"{tokens.keys_values}, scope {tokens.scope}{corrected}{origin(family, tokens)}{without}"
-        )
-    if setup.skipping is not None:
-        steps = setup.skipping
-        corrected = ", corrector" if steps.corrector and steps.order else ""
-        lines.append(
-            f"StepSkipping: speedup {steps.speedup:g}, rule {steps.rule}, {steps.steps_needed} warm-up "
-            f"steps, order {steps.order}{corrected}{origin(family, steps)}"
-        )
+    for config in setup.configs:
+        if isinstance(config, TokenReduction):
+            corrected = ", corrector" if config.corrector else ""
+            without = " (without memory: few steps, or one call alone)" if setup.stands_in else ""
+            lines.append(
+                f"TokenReduction: ratio {config.ratio:g}, method {config.method}, keys_values "
+                f"{config.keys_values}, scope {config.scope}{corrected}{origin(family, config)}{without}"
+            )
+        elif isinstance(config, StepSkipping):
+            corrected = ", corrector" if config.corrector and config.order else ""
+            lines.append(
+                f"StepSkipping: speedup {config.speedup:g}, rule {config.rule}, {config.steps_needed} "
+                f"warm-up steps, order {config.order}{corrected}{origin(family, config)}"
+            )
     return lines

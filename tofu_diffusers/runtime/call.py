@@ -17,6 +17,7 @@ from .setup import Setup
 from .sites import Site
 
 CALLS_LIMIT = 8
+CHECKPOINTING = "gradient checkpointing"
 
 
 @dataclass(eq=False)
@@ -29,6 +30,7 @@ class Call:
         skip: Whether the denoiser is skipped.
         caches_are_warm: Whether the step builds on what caches hold.
         cfg_branches: How many branches of guidance a batch holds, as a string; "0": not known yet.
+        conditional_first: Whether the conditional rows stand before the others.
         number: How many calls of this step came before.
         cfg_branch: Which of the step's calls this is, the key of what is remembered.
         images, branches_in_batch: The batch holds so many images, each so many times.
@@ -48,6 +50,7 @@ class Call:
     skip: bool = False
     caches_are_warm: bool = False
     cfg_branches: str = "1"
+    conditional_first: bool = False
 
     number: int = 0
     cfg_branch: str = "0"
@@ -82,6 +85,6 @@ class Call:
         """Whether the site shrinks in this call: some only where stacks are split, some only where not."""
         return site.split is None or site.split == self.per_block
 
-    def conditional(self, x: Tensor, setup: Setup) -> Tensor:
+    def conditional(self, x: Tensor) -> Tensor:
         """The conditional rows of a batch.  [B, ...] -> [I, ...]"""
-        return x[: self.images] if setup.family.conditional_first else x[-self.images :]
+        return x[: self.images] if self.conditional_first else x[-self.images :]

@@ -140,6 +140,7 @@ class Generation:
         self.scheduler = self.caller = Reference()
         self._timestep, self._trimmed = None, False
         call.cfg_branches = str(cfg_branches)
+        call.conditional_first = self.runtime.setup.family.conditional_first
         self.noise = noise
         # Anew: a tensor made in inference mode cannot be written outside of it.
         call.step = None
@@ -252,6 +253,8 @@ class Generation:
         branches = self._branches_of(caller)
         self.begin(noise_levels(scheduler), branches)
         self.scheduler, self.caller = Reference(scheduler), Reference(caller)
+        # Guidance by text and by picture (InstructPix2Pix): both, the picture alone, neither.
+        self.runtime.call.conditional_first |= hasattr(caller, "image_guidance_scale")
         # What a pipeline set up before, by this scheduler or another of its own, it does not go on with.
         gone = (None, scheduler, *schedulers(caller))
         self.broken_off = [each for each in self.broken_off if each() not in gone]
@@ -261,7 +264,8 @@ class Generation:
 
     def _branches_of(self, pipeline: Any) -> int:
         """Branches of guidance in a batch, as the pipeline says; 0: it does not, see `GridReader.resolve`."""
-        if not self.runtime.setup.family.guidance_in_batch:
+        setup = self.runtime.setup
+        if setup.reduction is None or not setup.family.guidance_in_batch:
             return 1
         guided = getattr(pipeline, "do_classifier_free_guidance", None)
         if guided is None:
@@ -312,14 +316,13 @@ class Generation:
 
     def _warn_of_few(self) -> None:
         setup, steps = self.runtime.setup, len(self.noise)
-        reduces = setup.reduction is not None and setup.reduction.ratio > 0
-        if steps <= FEW_STEPS and setup.warmup_steps and reduces and not setup.has_stand_in:
+        if steps <= FEW_STEPS and setup.warmup_steps and not setup.has_stand_in:
             warnings.warn(
                 f"{steps} steps, of which {min(steps, setup.warmup_steps)} compute all tokens: little is "
                 "left to save; with so few steps choose a method and unmerge without memory (method='tofu')",
                 stacklevel=2,
             )
-        if setup.skipping is not None and setup.skipping.speedup > 1:
+        if setup.skipping is not None:
             computed = max(1, steps - len(setup.skipped_steps(steps)))
             if steps / computed < setup.skipping.speedup - 1e-6:
                 warnings.warn(
@@ -328,6 +331,32 @@ class Generation:
                     "more steps",
                     stacklevel=2,
                 )
+
+    def _warn_of_nothing(self) -> None:
+        """Say so where no step of this generation will reduce any token."""
+        setup, call, steps = self.runtime.setup, self.runtime.call, len(self.noise)
+        config = setup.reduction
+        if config is None or not call.grids:
+            return
+        sites = [i for i, site in enumerate(setup.sites) if call.in_use(site)]
+        grids = [call.grids[setup.sites[i].resolution] for i in sites]
+        # While guidance is not known, all tokens are computed: it is read behind the second step.
+        first = 2 if call.cfg_branches == "0" else 0
+        for index in range(first, steps):
+            ratios = setup.settings_at(index, index, self.noise).ratios
+            removed = (
+                setup.tokens_removed(grid.tokens, ratios[i])
+                for i, grid in zip(sites, grids, strict=True)
+            )
+            if any(removed):
+                return
+        sizes = ", ".join(sorted({f"{grid.size} ({grid.tokens} tokens)" for grid in grids}))
+        warnings.warn(
+            f"ratio {config.ratio:g} removes nothing in these {steps} steps: all tokens are computed in "
+            f"{max(first, setup.warmup_steps)} at the start and {config.cooldown_steps} at the end, and "
+            f"on grids below min_tokens {config.min_tokens}, of {sizes}; ask for more steps, or lower those",
+            stacklevel=2,
+        )
 
     def _set_index(self, index: int) -> None:
         call, reduction = self.runtime.call, self.runtime.setup.reduction
@@ -371,6 +400,8 @@ class Generation:
             self._clear_history()
         if call.began_anew:
             self.forgotten_steps, call.began_anew = self.computed_steps, False
+        if not self.history:
+            self._warn_of_nothing()
         self.history.append(self._record())
         self._count_computed()
         self.computed_steps += not call.skip
@@ -380,14 +411,14 @@ class Generation:
             # All that is remembered is of the whole batch, apart from the statistics of each image.
             statistics = self.runtime.caches.statistics
             if branches == 2 and statistics is not None:
-                statistics.halve(self.runtime.setup.family.conditional_first)
+                statistics.halve(call.conditional_first)
 
     def _count_computed(self) -> None:
         """Add to every token's count of steps that computed it, by the first plan of its resolution."""
         setup, call = self.runtime.setup, self.runtime.call
         for resolution, grid in call.grids.items():
             cache = next((c for c in setup.plan_caches if c.resolution == resolution), None)
-            if call.step is None or (cache is None and setup.reduction is not None):
+            if call.step is None or cache is None:
                 continue
             counts = self.compute_counts.get(resolution)
             if counts is None:
@@ -396,7 +427,7 @@ class Generation:
             counts = self.compute_counts[resolution] = counts[: call.images]
             if call.skip:
                 continue
-            kept = cache.kept() if cache is not None else []
+            kept = cache.kept()
             if kept:
                 counts.scatter_add_(1, kept[0], torch.ones_like(kept[0], dtype=counts.dtype))
             else:

@@ -23,7 +23,7 @@ from ..tokens.statistics import TokenStatistics, flags_of, on_maps
 from ..tokens.unmerges import UNMERGES
 from ..tokens.update_cache import UpdateCache
 from .caches import Caches
-from .call import Call
+from .call import CHECKPOINTING, Call
 from .grid_reader import GridReader
 from .setup import Setup
 from .sites import Projection, Site
@@ -69,18 +69,19 @@ class Runtime:
         setup, call = self.setup, self.call
         latents = setup.family.latents(named)
         sample = latents[0]
-        # 2, of what needs no grid: refuse what cannot run.
-        refusal = setup.family.refusal(setup.scope, named)
-        if refusal is not None:
-            raise ValueError(refusal)
-        self._split_stacks(between, alone)
+        if setup.reduction is not None:
+            # 2, of what needs no grid: refuse what cannot run.
+            refusal = setup.family.refusal(setup.scope, named)
+            if refusal is not None:
+                raise ValueError(refusal)
+            self._split_stacks(between, alone)
         if not call.step_known:
             self._run_without_step()
         call.count(setup)
         # 1  Read images, branches of guidance and the grid.
         call.all_tokens = False
         self._read_batch(sample)
-        call.grids = self.reader.grids(model, named, call)
+        call.grids = {} if setup.reduction is None else self.reader.grids(model, named, call)
         # One plan fits all rows if it is one image's, if images share it, or if only the seed decides.
         alike = call.images == 1 or setup.reduction is None or setup.reduction.share_plan
         alike = alike or (setup.method is not None and setup.method.same_for_all)
@@ -204,7 +205,7 @@ class Runtime:
 
     def conditional(self, x: Tensor) -> Tensor:
         """The conditional rows of a batch.  [B, ...] -> [I, ...]"""
-        return self.call.conditional(x, self.setup)
+        return self.call.conditional(x)
 
     # ---- parts of the above --------------------------------------------------------------------
 
@@ -220,6 +221,15 @@ class Runtime:
         self.call.cfg_branches = "1"
 
     def _split_stacks(self, between: str | None, alone: bool) -> None:
+        sites = self.setup.sites
+        cached = [site.unmerge for site in sites if UNMERGES[site.unmerge].cached]
+        if between == CHECKPOINTING and (cached or self.setup.projections):
+            what = f"unmerge {cached[0]!r}" if cached else "keys_values 'cached'"
+            raise ValueError(
+                f"{what} cannot be trained through with gradient checkpointing: blocks run again in the "
+                "backward pass, when its caches already hold this step; use method='tofu', whose unmerge "
+                "remembers nothing, or disable_gradient_checkpointing()"
+            )
         if between is not None and self.setup.scope == "span":
             raise ValueError(
                 f"scope 'span' cannot run with {between}, which acts between the blocks of a "
@@ -254,7 +264,7 @@ class Runtime:
             if remove > most:
                 raise ValueError(
                     f"ratio {float(ratio):g} would remove {remove} of {grid.tokens} tokens on the "
-                    f"{grid.height}x{grid.width} grid of resolution {resolution}, but method "
+                    f"{grid.size} grid of resolution {resolution}, but method "
                     f"{setup.reduction and setup.reduction.method!r} can remove at most {most} there "
                     f"(ratio {most / grid.tokens:.3f}); lower the ratio, change the "
                     "method's options, or leave small grids out with min_tokens"
@@ -296,7 +306,7 @@ class Runtime:
                 for each in self.setup.plan_caches:
                     kept[each.resolution] += each.kept()
                 images = call.images
-                back = maps[-images:] if self.setup.family.conditional_first else maps[:images]
+                back = maps[-images:] if call.conditional_first else maps[:images]
                 statistics.note(first, back if call.branches_in_batch > 1 else None, kept, step)
             elif call.cfg_branch == "1":
                 statistics.note_second(first)

@@ -36,7 +36,7 @@ class Setup:
     """What was asked for, and what follows from it once for all.
 
     Args:
-        reduction, skipping: The configurations, resolved; one of them may be None.
+        configs: What was asked for, resolved, one of each workflow at most.
         family: Of the denoiser.
         sites: Everything that shrinks, in the order of execution; the forwards refer to the same objects.
         projections: Key and value projections to remember (keys_values "cached" only).
@@ -47,6 +47,8 @@ class Setup:
         has_stand_in: Whether another one runs without memory where there is no past.
 
     Attributes:
+        reduction: The TokenReduction among the configurations; None if it removes nothing.
+        skipping: The StepSkipping among them; None if it skips nothing.
         method: Of the reduction.
         needs: Why the denoising step must be known; empty if each call can stand alone.
         max_age: Steps after which unmerges must not reuse an update; None: they need not look.
@@ -54,8 +56,7 @@ class Setup:
         plan_caches: Those of the sites, each once.
     """
 
-    reduction: TokenReduction | None
-    skipping: StepSkipping | None
+    configs: tuple[Config, ...]
     family: Family
     sites: tuple[Site, ...]
     projections: tuple[Projection, ...]
@@ -64,6 +65,8 @@ class Setup:
     pipeline: Reference
     stands_in: bool = False
     has_stand_in: bool = False
+    reduction: TokenReduction | None = field(init=False)
+    skipping: StepSkipping | None = field(init=False)
     method: Method | None = field(init=False)
     needs: tuple[str, ...] = field(init=False)
     max_age: int | None = field(init=False)
@@ -71,11 +74,13 @@ class Setup:
     plan_caches: tuple[PlanCache, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        reduction, skipping = self.reduction, self.skipping
+        reduction, skipping = in_force(self.configs)
         needs = [] if reduction is None else reduction.needs_steps
-        if skipping is not None and skipping.speedup > 1:
+        if skipping is not None:
             needs = [*needs, f"speedup {skipping.speedup:g}"]
         derived: dict[str, Any] = {
+            "reduction": reduction,
+            "skipping": skipping,
             "method": None if reduction is None else reduction.make_method(),
             "needs": tuple(needs),
             "max_age": None,
@@ -94,11 +99,6 @@ class Setup:
         inside = reduction.scope in ("block", "span")
         alone = own and inside and self.max_age is None and self.warmup_steps > 0
         object.__setattr__(self, "needs_assignment", not alone)
-
-    @property
-    def configs(self) -> tuple[Config, ...]:
-        """What is in force, one of each workflow at most."""
-        return tuple(each for each in (self.reduction, self.skipping) if each is not None)
 
     @property
     def scope(self) -> str:
@@ -125,11 +125,8 @@ class Setup:
 
     @property
     def reduces(self) -> bool:
-        """Whether anything is asked for at all."""
-        reduction, skipping = self.reduction, self.skipping
-        return (reduction is not None and reduction.ratio > 0) or (
-            skipping is not None and skipping.speedup > 1
-        )
+        """Whether anything is done at all."""
+        return self.reduction is not None or self.skipping is not None
 
     @property
     def warmup_steps(self) -> int:
@@ -139,7 +136,7 @@ class Setup:
     def skipped_steps(self, total: int) -> set[int]:
         """The steps of so many at which the denoiser is skipped, if enough was computed before."""
         config = self.skipping
-        if config is None or config.speedup == 1:
+        if config is None:
             return set()
         first, last = config.steps_needed, total - config.cooldown_steps
         return skipped_steps(str(config.rule), total, config.speedup, first, last)
@@ -178,3 +175,14 @@ class Setup:
         """How many of a grid's tokens go at a ratio; none of a grid smaller than `min_tokens`."""
         least = 0 if self.reduction is None else self.reduction.min_tokens
         return 0 if tokens < least else int(tokens * float(ratio))
+
+
+def in_force(configs: tuple[Config, ...]) -> tuple[TokenReduction | None, StepSkipping | None]:
+    """Those that do anything: at ratio 0 no tokens are reduced, at speedup 1 no steps skipped."""
+    reduction = next((each for each in configs if isinstance(each, TokenReduction)), None)
+    skipping = next((each for each in configs if isinstance(each, StepSkipping)), None)
+    if reduction is not None and reduction.ratio == 0:
+        reduction = None
+    if skipping is not None and skipping.speedup == 1:
+        skipping = None
+    return reduction, skipping

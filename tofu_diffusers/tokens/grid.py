@@ -51,6 +51,12 @@ class TokenGrid:
         return replace(self, height=1, width=self.tokens, frames=1)
 
     @property
+    def size(self) -> str:
+        """For messages: its sides in words, such as 6x10, or 3x6x10 of three frames."""
+        sides = (self.height, self.width) if self.frames == 1 else self.sides
+        return "x".join(map(str, sides))
+
+    @property
     def sides(self) -> tuple[int, int, int]:
         """(frames, height, width), the order in which tokens are numbered."""
         return self.frames, self.height, self.width

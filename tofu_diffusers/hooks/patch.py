@@ -118,6 +118,15 @@ def attention_cache_on(block: nn.Module) -> str | None:
     return None
 
 
+def perturbed_by(attention: nn.Module) -> str | None:
+    """Name of a guider's hook that leaves an attention's scores out, where queries are as many as keys."""
+    registry = getattr(attention, "_diffusers_hook", None)
+    for name, hook in registry.hooks.items() if registry is not None else ():
+        if getattr(hook, "skip_attention_scores", False):
+            return str(name)
+    return None
+
+
 def compiled_alone(block: nn.Module) -> bool:
     """Whether this module was compiled by itself (`compile_repeated_blocks`)."""
     return block._compiled_call_impl is not None

@@ -7,6 +7,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     FasterCacheConfig,
+    ParallelConfig,
     PyramidAttentionBroadcastConfig,
     StableDiffusionInstructPix2PixPipeline,
     TaylorSeerCacheConfig,
@@ -173,6 +174,19 @@ def test_a_guider_that_perturbs_attention_is_refused_where_keys_outnumber_querie
                     assert model(**inputs)[0].isfinite().all()
         HookRegistry.check_if_exists_or_initialize(model).remove_hook("layer_skip_hook")
         assert torch.equal(model(**inputs)[0], plain)
+
+
+def test_tokens_that_are_split_between_processes_are_not_reduced():
+    """tests/compatibility/parallel.py has two processes; what they are refused by is seen here."""
+    pipe = tiny.tiny_flux()
+    plain = tiny.generate(pipe, steps=9)
+    pipe.transformer._parallel_config = ParallelConfig()
+    for options in ({"ratio": 0.5}, {"ratio": 0.5, "method": "tome"}):
+        with apply_tofu(pipe, **options), pytest.raises(ValueError, match="between processes"):
+            tiny.generate(pipe, steps=9)
+    with apply_tofu(pipe, speedup=2.0):
+        assert tiny.generate(pipe, steps=9).isfinite().all()
+    assert torch.equal(tiny.generate(pipe, steps=9), plain)
 
 
 CACHES = {

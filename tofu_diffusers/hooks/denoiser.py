@@ -99,6 +99,7 @@ def take_turn(hook: DenoiserHook, module: nn.Module, named: Kwargs) -> None:
         follow_projections(hook)
         if hook.generation.index == 0:
             check_caches(hook)
+            check_parallel(hook, module)
         check_guiders(hook)
     except BaseException:
         hook.generation.turn.leave()
@@ -119,6 +120,19 @@ def check_caches(hook: DenoiserHook) -> None:
                 "earlier step, and tofu keeps other tokens at every step; disable_cache(), or take step "
                 "skipping (speedup=2.0), or FirstBlockCache, with which token reduction runs"
             )
+
+
+def check_parallel(hook: DenoiserHook, module: nn.Module) -> None:
+    """Refuse to reduce tokens of which no process has all (diffusers' context parallelism).
+
+    Raises:
+        ValueError: if the denoiser runs so.
+    """
+    if hook.runtime.setup.blocks and getattr(module, "_parallel_config", None) is not None:
+        raise ValueError(
+            f"tokens are split between processes (enable_parallelism on this {type(module).__name__}), and "
+            "none has all of them to choose from; skip steps instead (speedup=2.0)"
+        )
 
 
 def check_guiders(hook: DenoiserHook) -> None:

@@ -1,5 +1,7 @@
 """handle.summary() and handle.stats(): tokens and FLOPs are those of the real forward."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
@@ -150,3 +152,27 @@ def test_computed_says_where_the_work_went():
     expected = torch.full((2,), (2 * 255 + 4 * 128) / 6)
     torch.testing.assert_close(shares.flatten(1).sum(1), expected)
     assert shares.min() > 2.9 / 6  # max_age 4: every token is computed at least once more
+
+
+@pytest.mark.parametrize("numbers", ["bfloat16", "float8", "int8"])
+def test_flops_do_not_depend_on_the_format_of_numbers(numbers):
+    def put(model):
+        if numbers == "bfloat16":
+            model.to(torch.bfloat16)
+        elif numbers == "float8":
+            model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        else:
+            quantization = pytest.importorskip("torchao.quantization")
+            quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+    for pipe in (tiny.tiny_sd(channels=(32,)), tiny.tiny_flux()):
+        for options in ({"ratio": 0.5, "method": "tome"}, {"speedup": 2.0}):
+            counted = []
+            for build in (lambda model: None, put):
+                model = copy.deepcopy(tiny.denoisers(pipe)[0])
+                build(model)
+                with apply_tofu(model, **options) as handle:
+                    summary = handle.summary()
+                assert not summary.uncounted
+                counted.append((summary.flops_whole, summary.flops_run))
+            assert counted[0] == counted[1]

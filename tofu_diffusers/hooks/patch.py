@@ -135,7 +135,8 @@ def compiled_alone(block: nn.Module) -> bool:
 def weightless(model: nn.Module) -> nn.Module:
     """A copy of a denoiser as it is now, on the meta device: without weights, and without hooks of anybody.
 
-    What changed its modules since it was loaded (LoRA, other layers) is in it.
+    What changed its modules since it was loaded (LoRA, other layers) is in it, but for the format of its
+    numbers: all are float32, as not every format can be had there, or computed with.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -143,7 +144,8 @@ def weightless(model: nn.Module) -> nn.Module:
         # Tables of positions, which some models keep without registering them.
         tensors += [leaf for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
         for tensor in tensors:
-            shape = torch.empty_like(tensor, device="meta")
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            shape = torch.empty(tensor.shape, dtype=dtype, device="meta")
             of_weights = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(shape, requires_grad=False) if of_weights else shape
         for name in (STATE, "_hf_hook", "_diffusers_hook", "_old_forward"):

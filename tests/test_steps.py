@@ -242,7 +242,7 @@ def test_guidance_that_ends_on_the_way(options):
     generation, plain, errors = handle._generations[0][1], tiny.tiny_sd().unet, []
 
     def compare(module, args, kwargs, out):
-        assert generation.runtime.call.images == 2
+        assert generation.runtime.call.images == 2 or "speedup" in options
         expected = plain(*args, **kwargs)[0]
         errors.append(float((out[0] - expected).abs().max()))
 

@@ -33,10 +33,13 @@ class StepRecord:
 
 
 class Turn:
-    """Lets one thread at a time into a denoiser, and refuses others instead of waiting."""
+    """Lets one thread at a time into a denoiser, and refuses others instead of waiting.
+
+    As a context manager it waits: a step that is over must be counted, unless another generation began.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Turn:
         return Turn()
@@ -52,6 +55,12 @@ class Turn:
 
     def leave(self) -> None:
         """Let others in."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
         self._lock.release()
 
 
@@ -164,18 +173,19 @@ class Generation:
             RuntimeError: if that timestep was stepped before.
         """
         call = self.runtime.call
-        if scheduler is not self.scheduler() or not call.step_known:
-            return
-        if self.index == 0:
-            # Where the call was traced, nobody could look before it.
-            self._trim_to_executed(scheduler, timestep)
-            self._warn_of_few()
-        self._check_stepped_once(timestep)
-        self._finish_step()
-        self._set_index(self.index + 1)
-        if not call.step_known:
-            # The generation is over: what decodes the latents may need the memory.
-            self.forget()
+        with self.turn:
+            if scheduler is not self.scheduler() or not call.step_known:
+                return
+            if self.index == 0:
+                # Where the call was traced, nobody could look before it.
+                self._trim_to_executed(scheduler, timestep)
+                self._warn_of_few()
+            self._check_stepped_once(timestep)
+            self._finish_step()
+            self._set_index(self.index + 1)
+            if not call.step_known:
+                # The generation is over: what decodes the latents may need the memory.
+                self.forget()
 
     def set_step(self, index: int, total: int, cfg_branches: int) -> None:
         """Take a bare model's step from its user."""

@@ -52,7 +52,11 @@ class ReductionBudget:
         Raises:
             ValueError: if it had no others.
         """
-        setup, call, noise = generation.runtime.setup, generation.runtime.call, generation.noise
+        setup, call, noise = (
+            generation.runtime.setup,
+            generation.runtime.call,
+            generation.sampling.noise,
+        )
         assert setup.reduction is not None
         first, last = setup.warmup_steps, len(noise) - setup.reduction.cooldown_steps
         if first >= last:

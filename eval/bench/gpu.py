@@ -60,7 +60,7 @@ def parity(job: Job) -> str | None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", core]
     try:
         done = subprocess.run(
-            [*command, f"tests/test_kernels_{name}.py"],
+            [*command, f"tests/kernels/test_kernels_{name}.py"],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -6,11 +6,11 @@ from itertools import groupby, pairwise
 
 import diffusers
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import tiny
 from tofu_diffusers import (
     SKIP_RULES,
     StepSkipping,

@@ -32,6 +32,7 @@ class First(Method):
     same_for_all: ClassVar[bool] = True
 
     def choose(self, evidence: Evidence) -> Plan:
+        """Keep the first tokens, whatever the evidence."""
         metric, tokens = evidence.metric, evidence.grid.tokens
         return first_plan(metric.shape[0], tokens, tokens - evidence.remove, metric.device)
 

@@ -222,6 +222,7 @@ class Bench:
 
     @contextmanager
     def applied(self, cell: Cell, model: Any, weight: float) -> Iterator[Lane]:
+        """A lane of a copy of the model with the cell's speed-up on it, which is taken off again."""
         own = twin(model)
         if cell.kind == "tofu" or (cell.kind == "ceiling" and not is_free(cell)):
             with apply_tofu(own, **cell.options()) as handle:

@@ -154,8 +154,9 @@ def samplers(steps: int) -> Iterator[Trial]:
 
 
 def tokens(steps: int) -> Iterator[Trial]:
-    """`TOKENS` with fresh and with cached keys and values, at two ratios; with the corrector ("corrected"),
-    and then by turns too ("due").
+    """`TOKENS` with fresh and with cached keys and values, at two ratios.
+
+    Again with the corrector ("corrected"), and with the corrector and the oldest tokens first ("due").
     """
     for ratio in (0.5, 0.75):
         for keys_values in ("fresh", "cached"):

@@ -103,8 +103,10 @@ class Family(ABC):
 
     @abstractmethod
     def example(self, model: nn.Module) -> Kwargs:
-        """Arguments of one forward at the model's own sample size, batch 2, on the meta device; only a
-        tensor that `grids` reads (`ids_name`) holds numbers."""
+        """Arguments of one forward at the model's own sample size, batch 2, on the meta device.
+
+        Only a tensor that `grids` reads (`ids_name`) holds numbers.
+        """
 
     def splits_stacks(self, named: Kwargs) -> str | None:
         """What in this call stands between blocks of a run, so that they must be run one by one."""
@@ -149,7 +151,7 @@ class Family(ABC):
         return sample
 
     def prediction(self, out: Tensor, grid: TokenGrid) -> Tensor:
-        """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N]"""
+        """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N]."""
         if self.latents_are_tokens:
             tokens = out[:, grid.text_before : grid.text_before + grid.tokens]
             return tokens.transpose(1, 2)[:, :, None, None]
@@ -164,7 +166,7 @@ class Family(ABC):
         return maps.view(out.shape)
 
     def hidden(self, kwargs: Kwargs) -> Tensor:
-        """The image tokens among a block's (or attention's) arguments.  -> [B, N, C]"""
+        """The image tokens among a block's (or attention's) arguments.  -> [B, N, C]."""
         hidden: Tensor = kwargs["hidden_states"]
         return hidden
 
@@ -173,7 +175,7 @@ class Family(ABC):
         return {**kwargs, "hidden_states": x}
 
     def output(self, out: Any) -> Tensor:
-        """The image tokens in what a block returned.  -> [B, N, C]"""
+        """The image tokens in what a block returned.  -> [B, N, C]."""
         tokens: Tensor = out if self.output_index is None else out[self.output_index]
         return tokens
 
@@ -191,7 +193,7 @@ def patch_grid(model: Any, sample: Tensor) -> dict[int, TokenGrid]:
 
 
 def positions_given(plan: Plan, removed: Tensor | None) -> Tensor:
-    """Of the tokens that an attention is given: the kept ones, then those of `removed`.  -> [B, M]"""
+    """Positions of what an attention is given: the kept tokens, then those of `removed`.  -> [B, M]."""
     return plan.kept if removed is None else torch.cat([plan.kept, removed], dim=1)
 
 

@@ -175,7 +175,7 @@ def cached_update(
 def unmerged(
     runtime: Runtime, site: Site, plan: Plan, update: Tensor, x: Tensor, merged: Tensor
 ) -> Tensor:
-    """The update of every token from that of the kept ones.  [B, K, C] -> [B, N, C]"""
+    """The update of every token from that of the kept ones.  [B, K, C] -> [B, N, C]."""
     cache, update = cached_update(runtime, site, update)
     return unmerge_tokens(
         update,
@@ -190,7 +190,7 @@ def unmerged(
 
 
 def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> dict[str, Tensor]:
-    """What the method's sources read of a block, of the conditional rows.  -> source -> [I, N] float32"""
+    """What the method's sources read of a block, of the conditional rows.  -> source -> [I, N] float32."""
     hook: BlockHook = module.__dict__["_tofu"]
     runtime = hook.runtime
     method = runtime.setup.method

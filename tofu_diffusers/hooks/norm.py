@@ -11,7 +11,7 @@ from .state import NormHook
 
 
 def norm_forward(module: Any, x: Tensor) -> Tensor:
-    """A group norm of the kept tokens by the statistics of all.  [B, C, K] -> [B, C, K]"""
+    """A group norm of the kept tokens by the statistics of all.  [B, C, K] -> [B, C, K]."""
     here: NormHook = module.__dict__["_tofu"]
     whole = here.hook.whole
     if whole is None:

@@ -66,11 +66,11 @@ class TokenStatistics:
             self.first = conditional(self.first)
 
     def age(self, resolution: int, step: Tensor) -> Tensor:
-        """Steps since each token of the level was computed.  -> [I, N] float32"""
+        """Steps since each token of the level was computed.  -> [I, N] float32."""
         return step - self.last[resolution]
 
     def importance(self, resolution: int) -> dict[str, Tensor]:
-        """The scores pooled to the level's grid.  -> source -> [I, N] float32"""
+        """The scores pooled to the level's grid.  -> source -> [I, N] float32."""
         sides, grid = self.grids[self.finest].sides, self.grids[resolution]
         return {
             source: _pool(score.view(-1, 1, *sides), grid) for source, score in self.scores.items()
@@ -133,7 +133,7 @@ class TokenStatistics:
 
 
 def flags_of(kept: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The tokens that any of these plans [I, K] keeps; none: all of them.  -> [I, N] bool, as `like`"""
+    """The tokens that any of these plans [I, K] keeps; none: all of them.  -> [I, N] bool, as `like`."""
     flags = torch.full_like(like, not kept, dtype=torch.bool)
     for rows in kept:
         flags = flags.scatter(1, rows, True)
@@ -141,12 +141,12 @@ def flags_of(kept: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def on_maps(flags: Tensor, grid: TokenGrid, maps: Tensor) -> Tensor:
-    """Where flagged tokens stand on maps [B, C, F, H, W].  [I, N] bool -> [I, 1, F, H, W] bool"""
+    """Where flagged tokens stand on maps [B, C, F, H, W].  [I, N] bool -> [I, 1, F, H, W] bool."""
     volume = flags.float().view(-1, 1, *grid.sides)
     return F.interpolate(volume, size=maps.shape[2:], mode="nearest").bool()
 
 
 def _pool(volume: Tensor, grid: TokenGrid) -> Tensor:
-    """Average onto a grid.  [B, 1, F, H, W] -> [B, N]"""
+    """Average onto a grid.  [B, 1, F, H, W] -> [B, N]."""
     pooled: Tensor = F.adaptive_avg_pool3d(volume, (grid.frames, grid.height, grid.width))
     return pooled.flatten(1)

@@ -80,11 +80,11 @@ class UpdateCache:
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def age(self, step: Tensor) -> Tensor:
-        """Steps since each token was computed; of one that never was, more.  [B, N] float32"""
+        """Steps since each token was computed; of one that never was, more.  [B, N] float32."""
         return step.to(torch.float32) - self.last
 
     def extrapolated(self, step: Tensor, dtype: torch.dtype) -> Tensor:
-        """Each token's last update, extrapolated where slopes are kept, else repeated.  [B, N, C], a copy"""
+        """Each token's last update, extrapolated where slopes are kept, else repeated.  [B, N, C], a copy."""
         if self.slope is None:
             return self.value.to(dtype, copy=True)
         age = self.age(step)[..., None]

@@ -184,7 +184,7 @@ def _launch(
 def unmerge_copy(
     x: Tensor, update: Tensor, kept: Tensor, assign: Tensor, computed: Tensor | None
 ) -> Tensor:
-    """x plus every token's copy of its kept token's update.
+    """Add to x every token's copy of its kept token's update.
 
     Args:
         x: [B, N, C], any strides.

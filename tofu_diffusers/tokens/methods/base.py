@@ -106,7 +106,7 @@ class Method(ABC):
         return "copy"
 
     def plan(self, evidence: Evidence) -> Plan:
-        """The tokens to keep and where the others go.  -> kept [B, N - remove], assign [B, N]
+        """The tokens to keep and where the others go.  -> kept [B, N - remove], assign [B, N].
 
         Raises:
             ValueError: the metric does not fit the grid, or more is asked than the method can do.

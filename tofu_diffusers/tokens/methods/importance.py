@@ -123,7 +123,7 @@ class Importance(Method):
         return assign_to_kept(evidence, keep, as_window(self.window))
 
     def score(self, evidence: Evidence) -> Tensor:
-        """The product of the sources' powers.  -> [B, N] float32"""
+        """The product of the sources' powers.  -> [B, N] float32."""
         if isinstance(self.source, str):
             return evidence.importance[self.source]
         product = torch.ones_like(evidence.metric[..., 0], dtype=torch.float32)

@@ -87,7 +87,7 @@ def sync(job: Job) -> str | None:
         bench = denoisers.Bench(case, device, dtype)
         for cell in denoisers.FIRST_CELLS:
             with bench.applied(cell, *bench.models[0]) as lane:
-                for _ in range(lane.whole_steps() + denoisers.REDUCED):
+                for _ in range(lane.unreduced_steps() + denoisers.REDUCED):
                     lane.step()
                 waits = waiting(lane.forward, device)
             if waits:

@@ -35,7 +35,7 @@ def clamp_cast(x, limit):
 
 
 @triton.jit
-def _restore(
+def _unmerge(
     x,
     update,
     computed,
@@ -143,7 +143,7 @@ def _launch(
     if how == "blend":
         before, before_last = take_rows(value, kept), last.gather(1, kept)
     cut = row_blocks(channels)
-    _restore[(triton.cdiv(tokens, cut["ROWS"]), batch)](
+    _unmerge[(triton.cdiv(tokens, cut["ROWS"]), batch)](
         unused if x is None else x,
         update,
         unused if computed is None else computed.contiguous(),

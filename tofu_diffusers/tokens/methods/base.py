@@ -85,7 +85,7 @@ class Method(ABC):
 
     @property
     def warmup(self) -> int:
-        """Steps that must run whole before there is evidence."""
+        """Steps that must compute all tokens before there is evidence."""
         return max((SOURCES[source].warmup for source in self.sources), default=0)
 
     @property

@@ -102,7 +102,7 @@ class Importance(Method):
             if source not in evidence.importance:
                 raise ValueError(
                     f"importance needs Evidence.importance of {source!r} and has none; "
-                    f"run {self.warmup} whole steps first, or choose another source"
+                    f"run {self.warmup} unreduced steps first, or choose another source"
                 )
         score = self.score(evidence)
         if age is None and (exponent > 0 or self.max_age is not None):

@@ -1,4 +1,4 @@
-"""Fold the most similar (source, destination) pairs, one destination a cell: ToMe for SD.
+"""Merge the most similar (source, destination) pairs, one destination a cell: ToMe for SD.
 
 Bipartite soft matching (arXiv 2303.17604) on 2-D and 3-D grids.
 """

@@ -16,7 +16,7 @@ from ..runtime.setup import Setup
 from ..runtime.sites import Site
 from .flops import count
 
-NOMINAL_STEPS = 20
+NOMINAL_STEPS = 25
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from eval.report.plots import pareto
 from eval.report.plots_growth import growth
 from eval.report.tables_speed import (
     SPEEDS,
+    full_size_table,
     growth_rows,
     growth_table,
     speed_table,
@@ -50,6 +51,7 @@ def measured(name: str, suffix: str = "csv") -> list[Path]:
 
 GROWTH, SUITES = measured("growth"), measured("suite")
 STACKING = measured("stacking", "jsonl")
+FULL_SIZE = ROOT / "eval" / "results" / "full_size.jsonl"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md")
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 
@@ -60,6 +62,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"{model} drift": (lambda model=model: drift_table(model, FRONT)) for model in RESULTS},
     **{f"{model} speed": (lambda model=model: speed_table(model)) for model in SPEEDS},
     "typed": typed_table,
+    "full size": lambda: full_size_table(FULL_SIZE),
     "ahead": lambda: ahead_table(FRONT),
     "oldest": lambda: oldest_table(FRONT),
     "lengths": lambda: lengths_table(LENGTHS),

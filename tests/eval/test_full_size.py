@@ -10,6 +10,7 @@ from eval import jsonl
 from eval.bench import full_size
 from eval.bench.full_size import SETTINGS, measure
 from eval.bench.models import SUITES, USUAL
+from eval.report.tables_speed import full_size_table
 
 TINY = SUITES["tiny"]
 META = torch.device("meta")
@@ -76,3 +77,10 @@ def test_qwen_image_has_the_published_number_of_parameters():
     with META:
         model = case.cls.from_config(dict(case.config))
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(20.4, rel=0.01)
+
+
+def test_a_line_of_the_table_cites_a_row_a_cell(out):
+    _, _, _, _, *lines = full_size_table(out).splitlines()
+    for line, case in zip(lines, TINY, strict=False):
+        assert line.startswith(f"| {case.model}, {case.size} |")
+        assert line.count("<!-- row: full_size.jsonl#") == len(SETTINGS)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eval.provenance import ROOT
+from eval.report import plots_step
 from eval.report.plots import pareto
 from eval.report.plots_growth import growth
 from eval.report.tables_speed import (
@@ -104,5 +105,6 @@ def main(args: argparse.Namespace) -> None:
         figure.savefig(ROOT / "docs" / f"results_{model}.png", metadata={"Software": None})
     figure = growth([growth_rows(path) for path in GROWTH])
     figure.savefig(ROOT / "docs" / "growth.png", metadata={"Software": None})
+    plots_step.save(ROOT / "docs" / "how_it_works.png")
     for path in DOCUMENTS:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

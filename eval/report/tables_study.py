@@ -67,7 +67,7 @@ def described(row: Row) -> str:
         chosen = {"random": "at random", "importance": f"by {source.replace('_', ' ')}"}
         how = chosen.get(options["method"], f"as {options['method']} chooses")
         if how_chosen.get("age_exponent", 0) > 2:
-            how = f"by turns, then {how}"
+            how = f"oldest first, then {how}"
         return (
             f"tokens {how}, {options['unmerge']}{corrector}, keys_values {options['keys_values']}, "
             f"ratio {options['ratio']:g}, {options['warmup_steps']} warm-up steps"
@@ -226,7 +226,7 @@ def beside_rivals(groups: Iterable[tuple[str, str, Sequence[Row]]]) -> str:
         groups: A model, what else to say of it, and rows that belong together.
     """
     lines = [
-        "| | FLOPs | step skipping | first quarter whole, then evenly | evenly | fewer steps |",
+        "| | FLOPs | step skipping | first quarter computed, then evenly | evenly | fewer steps |",
         "|---|---|---|---|---|---|",
     ]
     every = []
@@ -370,25 +370,25 @@ def ahead_line(label: str, model: str, row: Row, others: Iterable[Row | None]) -
     return f"| {label} {cite(model, row)} | {row['flops_ratio']:.2f}x | {' | '.join(cells)} |"
 
 
-# Single tokens by turns, and how many steps cost about as much.
-TURNS = (
+# Tokens oldest first, and how many steps cost about as much.
+OLDEST = (
     ("unet", "tokens-fresh-0.75", 17),
     ("mmdit", "tokens-fresh-0.5", 17),
     ("mmdit", "tokens-fresh-0.75", 12),
 )
-TURNS_RIVALS = ("steps", "line", "late")
+OLDEST_RIVALS = ("steps", "line", "late")
 
 
-def turns_table(stage: str) -> str:
-    """By how much single tokens by turns are ahead of the choice by change, and of steps skipped."""
+def oldest_table(stage: str) -> str:
+    """By how much tokens oldest first are ahead of the choice by change, and of steps skipped."""
     lines = []
-    for model, name, count in TURNS:
+    for model, name, count in OLDEST:
         rows = named(model, stage)
         row = rows[f"{name}-due"]
-        others = [rows[f"{name}-corrected"], *(rows[f"{rival}-{count}"] for rival in TURNS_RIVALS)]
+        others = [rows[f"{name}-corrected"], *(rows[f"{rival}-{count}"] for rival in OLDEST_RIVALS)]
         label = f"`{model}`, ratio {row['setting']['options']['ratio']:g}"
         lines.append(ahead_line(label, model, row, others))
-    rivals = ("tokens by change", *(RIVALS[rival] for rival in TURNS_RIVALS))
+    rivals = ("tokens by change", *(RIVALS[rival] for rival in OLDEST_RIVALS))
     return "\n".join([*ahead_head(rivals), *lines])
 
 

@@ -18,7 +18,7 @@ from ..runtime.sites import Site
 from ..steps.sampler import Sampling
 from .flops import UncountedError, count
 
-NOMINAL_STEPS = 20
+NOMINAL_STEPS = 25
 
 
 @dataclass(frozen=True)

@@ -86,5 +86,5 @@ class Call:
         return site.split is None or site.split == self.per_block
 
     def conditional(self, x: Tensor) -> Tensor:
-        """The conditional rows of a batch.  [B, ...] -> [I, ...]"""
+        """The conditional rows of a batch.  [B, ...] -> [I, ...]."""
         return x[: self.images] if self.conditional_first else x[-self.images :]

@@ -204,7 +204,7 @@ class Runtime:
         return projection.rows.get(self.call.cfg_branch)
 
     def conditional(self, x: Tensor) -> Tensor:
-        """The conditional rows of a batch.  [B, ...] -> [I, ...]"""
+        """The conditional rows of a batch.  [B, ...] -> [I, ...]."""
         return self.call.conditional(x)
 
     # ---- parts of the above --------------------------------------------------------------------

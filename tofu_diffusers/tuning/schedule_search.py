@@ -156,7 +156,7 @@ def learn_schedule(
 def follow_rewards(
     reward: Callable[[Tensor], float], size: int, rounds: int, candidates: int, seed: int
 ) -> Tensor:
-    """Policy gradient on the mean of a Gaussian policy, from 0 on.  -> [size], where it ended"""
+    """Policy gradient on the mean of a Gaussian policy, from 0 on.  -> [size], where it ended."""
     draw = torch.Generator().manual_seed(seed)
     mean = torch.zeros(size)
     for _ in range(rounds):

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from tests import tiny
-from tests.test_context import sd3_inputs, unet_inputs
+from tests.inputs import sd3_inputs, unet_inputs
 from tofu_diffusers import apply_tofu, remove_tofu
 
 SCHEDULERS = [

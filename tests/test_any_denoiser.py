@@ -6,8 +6,9 @@ import pkgutil
 
 import pytest
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, StableDiffusionPipeline
 
+from tests import tiny
 from tests.denoisers import DENOISERS
 from tofu_diffusers import StepSkipping, apply_tofu
 from tofu_diffusers.steps.outputs import tensors_in
@@ -16,6 +17,16 @@ STEPS = 6
 # Computes the two steps of the warm-up, and the fourth and sixth.
 CONFIG = StepSkipping(speedup=1.5, warmup_steps=2, rule="even", corrector=False)
 COMPUTED = [0, 1, 3, 5]
+
+
+NO_DENOISERS = {
+    "DreamLiteTransformer2DModel": "stands inside DreamLiteUNetModel",
+    "MiniMaxMusic3RVQDepthDecoder": "writes codes of sound one after another",
+    "MotionAdapter": "holds weights for UNetMotionModel",
+    "TransformerTemporalModel": "stands inside video UNets",
+    "UVit2DModel": "fills in masked picture tokens, and knows no noise level",
+}
+"""Models in diffusers' rooms of denoisers that no pipeline denoises with."""
 
 
 def walk():
@@ -34,18 +45,19 @@ def generate(entry, model, handle=None):
     """A loop of a few steps with two calls each.
 
     Returns:
-        Outputs by step, the calls' one after another; the steps at which blocks ran.
+        Outputs by step, the calls' one after another; the steps at which any layer ran.
     """
     found, ran = [], []
-    first = next(each for each in model.children() if list(each.parameters()))
-    hook = first.register_forward_hook(lambda *_: ran.append(step))
+    leaves = [each for each in model.modules() if not list(each.children())]
+    hooks = [each.register_forward_hook(lambda *_: ran.append(step)) for each in leaves]
     with torch.no_grad():
         for step in range(STEPS):
             if handle is not None:
                 handle.step(step, STEPS)
             outputs = [model(**entry.arguments(2 * step + call)) for call in range(2)]
             found.append([each.clone() for out in outputs for each in tensors_in(out)])
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     return found, sorted({*ran})
 
 
@@ -107,3 +119,53 @@ def test_the_form_of_an_output_stays(name):
                 forms.append(form(model(**arguments, **option)))
             assert handle.inspect()[0].steps[-2].skipped
             assert forms == [forms[0]] * 4
+
+
+def test_every_class_of_diffusers_is_here_or_no_denoiser():
+    missing = {*walk()} - {*DENOISERS} - {*NO_DENOISERS}
+    assert not missing, missing
+    assert len(DENOISERS) >= 75 and not {*NO_DENOISERS} & {*DENOISERS}
+
+
+class CallsBeside(StableDiffusionPipeline):
+    """Calls its denoiser before its steps and behind them, as some do to fill a cache."""
+
+    def __call__(self, *args, **kwargs):
+        inputs = tiny.model_inputs(self.unet)
+        self.beside = [self.unet(**inputs)[0]]
+        out = super().__call__(*args, **kwargs)
+        self.beside.append(self.unet(**inputs)[0])
+        return out
+
+
+class NeverSteps(StableDiffusionPipeline):
+    """Denoises without its scheduler."""
+
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs):
+        for _ in range(12):
+            self.unet(**tiny.model_inputs(self.unet))
+
+
+def test_calls_beside_the_steps_are_run():
+    pipe = tiny.tiny_sd()
+    with apply_tofu(pipe, speedup=2.0):
+        expected = tiny.generate(pipe, steps=8)
+    pipe = CallsBeside(**pipe.components, requires_safety_checker=False)
+    with torch.no_grad():
+        plain = pipe.unet(**tiny.model_inputs(pipe.unet))[0]
+    with apply_tofu(pipe, speedup=2.0) as handle:
+        for _ in range(2):
+            assert torch.equal(tiny.generate(pipe, steps=8), expected)
+            assert all(torch.equal(each, plain) for each in pipe.beside)
+            (count,) = handle.summary().steps
+            assert (count.steps, count.computed) == (8, 4)
+
+
+def test_a_pipeline_that_steps_no_scheduler_is_refused_and_not_just_run():
+    pipe = NeverSteps(**tiny.tiny_sd().components, requires_safety_checker=False)
+    with (
+        apply_tofu(pipe, speedup=2.0),
+        pytest.raises(RuntimeError, match="must know the denoising step"),
+    ):
+        pipe()

@@ -220,6 +220,7 @@ class Generation:
             if len(new) == len(told_by):
                 # Set after `apply_tofu`, or in another pipeline around this denoiser.
                 self._follow(told_by[0], caller)
+        call.told_by_pipeline = bool(told_by)
         scale = self.runtime.setup.family.timestep_scale
         if call.step_known and self.index == 0 and call.number == 0 and self.scheduler() and scale:
             self._trim_to_executed(self.scheduler(), named["timestep"] / scale)
@@ -244,7 +245,10 @@ class Generation:
 
     def steps(self) -> list[StepRecord]:
         """The steps of the last generation, the running one included."""
-        current = [self._record()] if self.runtime.call.number else []
+        call = self.runtime.call
+        # A call beside the steps is none, but that of a bare denoiser whose tokens are reduced is all there is.
+        counts = call.step_known or self.runtime.setup.reduction is not None
+        current = [self._record()] if call.number and counts else []
         return current if current and self._history_is_old else self.history + current
 
     # ---- parts of the above --------------------------------------------------------------------

@@ -62,5 +62,3 @@ def add(name: str, config: dict[str, Any], inputs: Callable[[Noise], Inputs]) ->
     """Make a tiny denoiser known by the name of its class."""
     assert name not in DENOISERS, name
     DENOISERS[name] = TinyDenoiser(name, config, inputs)
-
-

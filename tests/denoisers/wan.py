@@ -90,7 +90,10 @@ add(
 
 
 def _animate_2(noise: Noise) -> Inputs:
-    """One video as a list, after the pass over the reference that filled the cache."""
+    """One video as a list, after the pass over the reference that filled the cache.
+
+    The first call in a process compiles what makes the mask, which takes seconds.
+    """
     reference = FRAMES - 1
     cache = WanAnimate2KVCache(2)
     for index in range(2):

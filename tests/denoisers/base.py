@@ -47,7 +47,7 @@ class TinyDenoiser:
             for parameter in model.parameters():
                 small = noise(*parameter.shape) * 0.1
                 # Scales of norms lie around 1.
-                parameter.copy_(parameter * 0 + small if parameter.ndim > 1 else 1 + small)
+                parameter.copy_(small if parameter.ndim > 1 else 1 + small)
         return model.eval().requires_grad_(False)
 
     def arguments(self, seed: int = 0) -> Inputs:

@@ -246,7 +246,7 @@ class Generation:
     def steps(self) -> list[StepRecord]:
         """The steps of the last generation, the running one included."""
         call = self.runtime.call
-        # A call beside the steps is none, but that of a bare denoiser whose tokens are reduced is all there is.
+        # A call beside the steps is none; that of a bare denoiser whose tokens are reduced is all there is.
         counts = call.step_known or self.runtime.setup.reduction is not None
         current = [self._record()] if call.number and counts else []
         return current if current and self._history_is_old else self.history + current

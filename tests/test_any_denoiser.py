@@ -9,7 +9,7 @@ import torch
 from diffusers import ModelMixin, StableDiffusionPipeline
 
 from tests import tiny
-from tests.denoisers import DENOISERS
+from tests.denoisers import DENOISERS, NO_DENOISERS
 from tofu_diffusers import StepSkipping, apply_tofu
 from tofu_diffusers.steps.outputs import tensors_in
 
@@ -19,14 +19,6 @@ CONFIG = StepSkipping(speedup=1.5, warmup_steps=2, rule="even", corrector=False)
 COMPUTED = [0, 1, 3, 5]
 
 
-NO_DENOISERS = {
-    "DreamLiteTransformer2DModel": "stands inside DreamLiteUNetModel",
-    "MiniMaxMusic3RVQDepthDecoder": "writes codes of sound one after another",
-    "MotionAdapter": "holds weights for UNetMotionModel",
-    "TransformerTemporalModel": "stands inside video UNets",
-    "UVit2DModel": "fills in masked picture tokens, and knows no noise level",
-}
-"""Models in diffusers' rooms of denoisers that no pipeline denoises with."""
 NAMES = sorted({*DENOISERS} - {*NO_DENOISERS})
 
 

@@ -7,11 +7,13 @@ import torch
 from diffusers import (
     DDIMScheduler,
     FasterCacheConfig,
+    ParallelConfig,
     PyramidAttentionBroadcastConfig,
     StableDiffusionInstructPix2PixPipeline,
     TaylorSeerCacheConfig,
     UNet2DConditionModel,
 )
+from diffusers.hooks import HookRegistry, LayerSkipConfig, apply_layer_skip
 
 from tests import tiny
 from tofu_diffusers import apply_tofu
@@ -141,6 +143,50 @@ def test_with_guidance_by_text_and_picture_the_plan_is_of_the_row_that_has_both(
         pipe("a cat", image=picture, num_inference_steps=2, generator=draw, output_type="latent")
         assert handle.inspect()[0].cfg_branches == 3
     assert seen[0] == (1, [True, True, False], [True])
+
+
+def test_a_guider_that_perturbs_attention_is_refused_where_keys_outnumber_queries():
+    model = tiny.tiny_sd().unet
+    inputs = tiny.model_inputs(model)
+    config = LayerSkipConfig(
+        [0],
+        fqn="mid_block.attentions.0.transformer_blocks",
+        skip_attention=False,
+        skip_attention_scores=True,
+        skip_ff=False,
+    )
+    fresh = {"ratio": 0.5, "method": "random", "keys_values": "fresh", "warmup_steps": 1}
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+        apply_layer_skip(model, config)
+        perturbed = model(**inputs)[0]
+        assert not torch.equal(perturbed, plain)
+        with apply_tofu(model, **fresh) as handle:
+            handle.step(0, 9)
+            assert torch.equal(model(**inputs)[0], perturbed)
+            handle.step(1, 9)
+            with pytest.raises(ValueError, match="a guider perturbs attentions"):
+                model(**inputs)
+        for options in ({**fresh, "keys_values": "dropped"}, {"speedup": 2.0}):
+            with apply_tofu(model, **options) as handle:
+                for step in range(3):
+                    handle.step(step, 9)
+                    assert model(**inputs)[0].isfinite().all()
+        HookRegistry.check_if_exists_or_initialize(model).remove_hook("layer_skip_hook")
+        assert torch.equal(model(**inputs)[0], plain)
+
+
+def test_tokens_that_are_split_between_processes_are_not_reduced():
+    """tests/compatibility/parallel.py has two processes; what they are refused by is seen here."""
+    pipe = tiny.tiny_flux()
+    plain = tiny.generate(pipe, steps=9)
+    pipe.transformer._parallel_config = ParallelConfig()
+    for options in ({"ratio": 0.5}, {"ratio": 0.5, "method": "tome"}):
+        with apply_tofu(pipe, **options), pytest.raises(ValueError, match="between processes"):
+            tiny.generate(pipe, steps=9)
+    with apply_tofu(pipe, speedup=2.0):
+        assert tiny.generate(pipe, steps=9).isfinite().all()
+    assert torch.equal(tiny.generate(pipe, steps=9), plain)
 
 
 CACHES = {

@@ -1,5 +1,6 @@
 """What others put on a model before, after and around tofu: hooks, casting, LoRA, FreeU, modular."""
 
+import inspect
 import itertools
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from accelerate.hooks import ModelHook as AccelerateHook
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry, ModelHook, apply_layerwise_casting
-from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
+from diffusers.modular_pipelines import QwenImageAutoBlocks, StableDiffusionXLAutoBlocks
 from peft import LoraConfig
 
 from tests import tiny
+from tests.hooks.test_beside import sd as with_controlnet
 from tests.inputs import unet_inputs
 from tests.test_apply import fingerprint
 from tofu_diffusers import apply_tofu, remove_tofu
@@ -189,3 +191,31 @@ def test_a_modular_pipeline_with_guidance_in_two_calls():
             (2, "0.5"),
         ]
     assert torch.equal(run(), baseline)
+
+
+def test_a_denoiser_and_a_controlnet_say_what_they_take():
+    """Modular pipelines leave out what a forward does not name: Qwen-Image's the shapes of pictures."""
+    parts = tiny.tiny_qwen()
+    pipe = QwenImageAutoBlocks().init_pipeline()
+    pipe.update_components(**{name: part for name, part in parts.components.items() if part})
+
+    def run():
+        return pipe(
+            prompt="a cat",
+            num_inference_steps=9,
+            height=128,
+            width=128,
+            generator=torch.Generator().manual_seed(0),
+            output="latents",
+        )
+
+    baseline = run()
+    for options in ({"ratio": 0.5}, {"speedup": 2.0}):
+        with apply_tofu(pipe, **options):
+            assert not torch.equal(run(), baseline)
+    assert torch.equal(run(), baseline)
+    pipe = with_controlnet()
+    models = pipe.unet, pipe.controlnet
+    taken = [inspect.signature(model.forward) for model in models]
+    with apply_tofu(pipe, speedup=2.0):
+        assert [inspect.signature(model.forward) for model in models] == taken

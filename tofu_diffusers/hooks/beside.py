@@ -13,7 +13,7 @@ from ..runtime.generation import Generation
 from ..steps.outputs import tensors_in, with_tensors
 from ..steps.pipelines import generating
 from ..steps.reference import Reference
-from .patch import attach
+from .patch import attach, with_signature_of
 
 
 @dataclass(eq=False)
@@ -50,7 +50,8 @@ class BesideHook:
 
 def attach_beside(module: nn.Module, denoiser: Any) -> None:
     """Let a network rest at the steps that skip the denoiser."""
-    attach(module, beside_forward, BesideHook(Reference(denoiser), beside_forward))
+    forward = with_signature_of(type(module).forward, beside_forward)
+    attach(module, forward, BesideHook(Reference(denoiser), forward))
 
 
 # Asks who calls, which is not for tracing. What the network itself is compiled to stays so.

@@ -25,6 +25,7 @@ from .patch import (
     compiled_alone,
     detach,
     hook_on,
+    perturbed_by,
     state_of,
 )
 from .state import AttentionHook, BlockHook, ProjectionHook, QueryHook, RotaryAttentionHook
@@ -98,6 +99,8 @@ def take_turn(hook: DenoiserHook, module: nn.Module, named: Kwargs) -> None:
         follow_projections(hook)
         if hook.generation.index == 0:
             check_caches(hook)
+            check_parallel(hook, module)
+        check_guiders(hook)
     except BaseException:
         hook.generation.turn.leave()
         raise
@@ -117,6 +120,39 @@ def check_caches(hook: DenoiserHook) -> None:
                 "earlier step, and tofu keeps other tokens at every step; disable_cache(), or take step "
                 "skipping (speedup=2.0), or FirstBlockCache, with which token reduction runs"
             )
+
+
+def check_parallel(hook: DenoiserHook, module: nn.Module) -> None:
+    """Refuse to reduce tokens of which no process has all (diffusers' context parallelism).
+
+    Raises:
+        ValueError: if the denoiser runs so.
+    """
+    if hook.runtime.setup.blocks and getattr(module, "_parallel_config", None) is not None:
+        raise ValueError(
+            f"tokens are split between processes (enable_parallelism on this {type(module).__name__}), and "
+            "none has all of them to choose from; skip steps instead (speedup=2.0)"
+        )
+
+
+def check_guiders(hook: DenoiserHook) -> None:
+    """Refuse guiders that perturb attentions in this call, and would not where keys outnumber queries.
+
+    Raises:
+        ValueError: if there is one in a block that is reduced.
+    """
+    setup = hook.runtime.setup
+    if setup.keys_values == "dropped" or all(site.ratio == "0.0" for site in setup.sites):
+        return
+    for block in setup.blocks:
+        for attention in setup.family.attentions(block).values():
+            found = perturbed_by(attention)
+            if found is not None:
+                raise ValueError(
+                    f"a guider perturbs attentions ({found!r}), and leaves alone those with more keys than "
+                    f"queries, as keys_values {setup.keys_values!r} makes them; use keys_values='dropped', "
+                    "let it stop before tokens are reduced, or skip steps instead (speedup=2.0)"
+                )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

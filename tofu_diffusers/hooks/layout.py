@@ -18,7 +18,7 @@ from .block import block_forward, observed_block_forward
 from .denoiser import DenoiserHook, denoiser_forward
 from .keys_values import check_unfused, projection_forward, query_forward, rotary_forward
 from .norm import norm_forward
-from .patch import attach, detach, parameters_of, state_of
+from .patch import attach, detach, parameters_of, state_of, with_signature_of
 from .state import (
     AttentionHook,
     BlockHook,
@@ -56,9 +56,10 @@ def attach_root(model: nn.Module, layouts: list[tuple[Generation, Layout]]) -> D
     """Put the forwards on a denoiser, of the first generation and its layout."""
     generation, layout = layouts[0]
     names = parameters_of(model)
-    forward = type(model).forward
-    hook = DenoiserHook(generation, forward, denoiser_forward, names, layouts=list(layouts))
-    attach(model, denoiser_forward, hook)
+    own = type(model).forward
+    forward = with_signature_of(own, denoiser_forward)
+    hook = DenoiserHook(generation, own, forward, names, layouts=list(layouts))
+    attach(model, forward, hook)
     try:
         layout.attach_blocks(generation.runtime, hook)
     except BaseException:

@@ -11,7 +11,8 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from types import MethodType
+from functools import cache
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -65,6 +66,14 @@ def detach(module: nn.Module) -> None:
     _swap(module, ours, MethodType(type(module).forward, module))
 
 
+@cache
+def with_signature_of(own: Forward, forward: Forward) -> Forward:
+    """A forward of ours that takes what a class's own does: pipelines ask it, and leave out the rest."""
+    copied = FunctionType(forward.__code__, forward.__globals__, forward.__name__)
+    copied.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    return copied
+
+
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
     """Names of the parameters of a module's own forward, in order."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
@@ -106,6 +115,15 @@ def attention_cache_on(block: nn.Module) -> str | None:
         for name in registry.hooks if registry is not None else ():
             if name in ATTENTION_CACHES:
                 return str(name)
+    return None
+
+
+def perturbed_by(attention: nn.Module) -> str | None:
+    """Name of a guider's hook that leaves an attention's scores out, where queries are as many as keys."""
+    registry = getattr(attention, "_diffusers_hook", None)
+    for name, hook in registry.hooks.items() if registry is not None else ():
+        if getattr(hook, "skip_attention_scores", False):
+            return str(name)
     return None
 
 

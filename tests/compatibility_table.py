@@ -1,0 +1,48 @@
+"""The tables in docs/compatibility.md, from the rows that tests/test_compatibility.py tries.
+
+`python -m tests.compatibility_table` rebuilds them; a test holds the document to it.
+"""
+
+from pathlib import Path
+
+from tests.compatibility import AMOUNTS, KINDS, Combination, Refused, Row
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "compatibility.md"
+MARKS = ("<!-- compatibility: python -m tests.compatibility_table -->", "<!-- /compatibility -->")
+HEADER = ("", "UNet: tokens", "steps", "transformer: tokens", "steps", "note")
+
+
+def line(row: Row) -> tuple[str, ...]:
+    """One combination: a cell a kind of denoiser and workflow, and what to know."""
+    outcomes = [getattr(row, workflow) for workflow in AMOUNTS]
+    cells = [
+        outcome.cell if pipelines else ""
+        for pipelines in (row.unet, row.transformer)
+        for outcome in outcomes
+    ]
+    notes = [f'"{outcome.words}"' for outcome in outcomes if isinstance(outcome, Refused)]
+    instead = row.instead.items() if isinstance(row, Combination) else ()
+    notes += [f'works with `{name}="{value}"`' for name, value in instead]
+    return (row.name, *cells, "; ".join([*notes, *filter(None, [row.note])]))
+
+
+def table(rows: tuple[Row, ...]) -> str:
+    """The rows of one kind, as Markdown."""
+    lines = [HEADER, ("---",) * len(HEADER), *map(line, rows)]
+    return "\n".join("| " + " | ".join(each) + " |" for each in lines)
+
+
+def page(text: str) -> str:
+    """The document with its tables made anew."""
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    tables = "\n\n".join(f"## {kind}\n\n{table(rows)}" for kind, rows in KINDS.items())
+    return f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}"
+
+
+def main() -> None:
+    DOCUMENT.write_text(page(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

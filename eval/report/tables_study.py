@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from eval.generate.settings import config_of
 from eval.jsonl import read
 from eval.provenance import ROOT
 from eval.report.cells import interval, versions
 from eval.statistics import difference, of_mean
-from tofu_diffusers import resolve
 
 FAMILY = {"unet": "unet", "mmdit": "sd3"}
 RESULTS = {name: ROOT / "eval" / "results" / f"study_{name}.jsonl" for name in FAMILY}
 QUALITY = {name: ROOT / "eval" / "results" / f"sweep_{name}.json" for name in FAMILY}
 DISTANCES = {name: ROOT / "eval" / "results" / f"sweep_{name}_64px.json" for name in FAMILY}
 
+CHOSEN_WARMUP = {"unet": 2, "mmdit": 4}
+"""Of rule "late", which the study was made with."""
 TYPED = {name: ROOT / "eval" / "results" / f"typed_{name}.jsonl" for name in FAMILY}
 
 Row = Mapping[str, Any]
@@ -135,7 +135,7 @@ def chosen(model: str, stage: str, names: Iterable[str]) -> dict[str, Row]:
     return {
         name: rows[name]
         for name in names
-        if name in rows and (not name.startswith("step-") or is_profile(model, rows[name]))
+        if name in rows and (not name.startswith("step-") or is_chosen(model, rows[name]))
     }
 
 
@@ -234,7 +234,7 @@ def beside_rivals(groups: Iterable[tuple[str, str, Sequence[Row]]]) -> str:
         every += rows
         names = by_name(rows)
         for name, row in sorted(names.items(), key=lambda item: item[1]["flops_ratio"]):
-            if not is_profile(model, row):
+            if not is_chosen(model, row):
                 continue
             count = name.split("-")[1]
             beside = [row, *(names[f"{rival}-{count}"] for rival in ("late", "line", "steps"))]
@@ -311,18 +311,18 @@ def kept_table(
     return "\n".join([circumstances(every), "", *lines])
 
 
-def is_profile(model: str, row: Row) -> bool:
-    """Whether a row is what the pipeline's profile does for `speedup=`, whatever the speed-up."""
-    setting = row["setting"]
-    if setting["kind"] != "tofu" or "speedup" not in setting["options"]:
-        return False
-    config = config_of(setting["options"])
-    chosen = type(config)(speedup=setting["options"]["speedup"])
-    return config == resolve(chosen, FAMILY[model])
+def is_chosen(model: str, row: Row) -> bool:
+    """Whether a row is the step skipping that the study found best of its own, whatever the speed-up."""
+    options = row["setting"].get("options", {})
+    chosen = {"warmup_steps": CHOSEN_WARMUP[model], "rule": "late", "order": 1, "corrector": True}
+    return (
+        row["setting"]["kind"] == "tofu"
+        and {name: value for name, value in options.items() if name != "speedup"} == chosen
+    )
 
 
-# What has the same FLOPs, by the names of its settings: "line-12" beside "step-12". That of a profile has a
-# twin without corrector.
+# What has the same FLOPs, by the names of its settings: "line-12" beside "step-12", which has a twin without
+# corrector.
 RIVALS = {
     "steps": "fewer steps",
     "multistep": "fewer steps, DPM-Solver++",
@@ -339,7 +339,7 @@ def ahead_table(stage: str) -> str:
     for model in RESULTS:
         rows = named(model, stage)
         for name, row in rows.items():
-            if not is_profile(model, row):
+            if not is_chosen(model, row):
                 continue
             count = name.split("-")[1]
             others = [

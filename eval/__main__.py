@@ -19,6 +19,7 @@ COMMANDS = {
         "eval.bench.growth",
         "how the cost of plans, merges and unmerges grows with the tokens",
     ),
+    "flops": ("eval.bench.full_size", "FLOPs that full-size denoisers save, without their weights"),
     "study": ("eval.studies.study", "drift of many combinations, without pictures or times"),
     "calibrate": ("eval.calibrate", "probes for importance source gradient"),
     "tables": ("eval.report.tables", "the documents' tables and plots, from committed rows"),

@@ -90,8 +90,10 @@ def baselines(steps: int, speedups: Iterable[float]) -> list[Setting]:
 
 
 def others(pipe: Any, ratios: Iterable[float]) -> list[Setting]:
-    """What other packages offer: attention reused between steps for every denoiser; tomesd and DeepCache
-    for UNets; TaylorSeer for transformers, and First Block Cache for those whose blocks it can take.
+    """Settings of other packages.
+
+    Attention reused between steps for every denoiser; tomesd and DeepCache for UNets; TaylorSeer for
+    transformers, and First Block Cache for those whose blocks it can take.
     """
     settings = [Setting("pab-2", "pab", {"skip": 2})]
     if getattr(pipe, "unet", None) is not None:

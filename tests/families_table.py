@@ -1,19 +1,22 @@
-"""The table of families in docs/models.md, from what the tiny denoisers of the tests really do.
+"""The table of families and the list of denoisers in docs/models.md, from what the tests really run.
 
 `python -m tests.families_table` rebuilds it; a test holds the document to it.
 """
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests import tiny
+from tests.denoisers import DENOISERS, NO_DENOISERS
 from tofu_diffusers import FAMILIES, apply_tofu
 from tofu_diffusers.config import KEYS_VALUES, SCOPES
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 MARKS = ("<!-- families: python -m tests.families_table -->", "<!-- /families -->")
+LIST_MARKS = ("<!-- denoisers: python -m tests.families_table -->", "<!-- /denoisers -->")
 BUILDERS = {
     "unet": (tiny.tiny_sd, tiny.tiny_sdxl),
     "sd3": (tiny.tiny_sd3,),
@@ -24,6 +27,7 @@ BUILDERS = {
     "dit": (tiny.tiny_dit,),
     "unet2d": (tiny.tiny_ddpm,),
 }
+SKIPPED = sorted({*DENOISERS} - {*NO_DENOISERS})
 HEADER = ("denoiser", "pipelines", "grid", *(f"`{scope}`" for scope in SCOPES), "images of a batch")
 
 
@@ -84,10 +88,23 @@ def table() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def denoisers() -> str:
+    """The classes on which steps are skipped in tests, as Markdown."""
+    names = ", ".join(f"`{name}`" for name in SKIPPED)
+    return "\n".join(textwrap.wrap(f"{len(SKIPPED)} classes: {names}.", 120))
+
+
+def document() -> str:
+    """The page with both made anew."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for (begin, end), made in ((MARKS, table()), (LIST_MARKS, denoisers())):
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
+    return text
+
+
 def main() -> None:
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    DOCUMENT.write_text(f"{before}{MARKS[0]}\n{table()}\n{MARKS[1]}{after}", encoding="utf-8")
+    DOCUMENT.write_text(document(), encoding="utf-8")
 
 
 if __name__ == "__main__":

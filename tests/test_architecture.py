@@ -178,6 +178,19 @@ def test_one_file_touches_private_state_of_the_hosts():
     assert touching == {"tofu_diffusers/hooks/patch.py", "eval/baselines/host_state.py"}
 
 
+def test_every_folder_of_the_tests_is_a_room():
+    """A folder of tests is named as what it tests, and a test's file name stands once."""
+    tests = ROOT / "tests"
+    folders = {path.name for path in tests.iterdir() if path.is_dir() and path.name[0] not in "._"}
+    rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert folders <= rooms | {"eval", "pipelines", "denoisers"}
+    # As packages they would shadow those that they test.
+    packages = {path.parent.name for path in tests.rglob("__init__.py")}
+    assert packages <= {"denoisers"}
+    names = [path.name for path in tests.rglob("test_*.py")]
+    assert len(names) == len({*names})
+
+
 def test_the_package_is_typed_and_exports_what_it_says():
     assert (PACKAGE / "py.typed").is_file()
     missing = [name for name in tofu_diffusers.__all__ if not hasattr(tofu_diffusers, name)]

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from tests import tiny
-from tests.test_context import unet_inputs
+from tests.inputs import unet_inputs
 from tofu_diffusers import apply_tofu, remove_tofu
 
 SKIPPING = {"speedup": 1.5, "warmup_steps": 2}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.test_context import sd3_inputs, unet_inputs
+from tests.inputs import sd3_inputs, unet_inputs
 from tofu_diffusers import apply_tofu, remove_tofu
 
 

@@ -14,6 +14,7 @@ from .report.inspection import Inspection
 from .report.summary import Summary
 from .steps.rules import SKIP_RULES
 from .steps.schedule import Schedule
+from .steps.trajectory import Trajectory
 from .tokens.grid import TokenGrid
 from .tokens.merge import MERGES, merge_tokens
 from .tokens.methods import METHODS, Evidence, Method
@@ -23,6 +24,7 @@ from .tokens.unmerges import UNMERGES
 from .tokens.update_cache import CacheKind, UpdateCache
 from .tuning.calibrate import calibrate_gradient
 from .tuning.schedule_search import LearnedSchedule, learn_schedule
+from .tuning.trajectory import measure_trajectory
 
 __version__ = "0.1.0"
 
@@ -47,11 +49,13 @@ __all__ = [
     "Summary",
     "TokenGrid",
     "TokenReduction",
+    "Trajectory",
     "UpdateCache",
     "__version__",
     "apply_tofu",
     "calibrate_gradient",
     "learn_schedule",
+    "measure_trajectory",
     "merge_tokens",
     "profile",
     "remove_tofu",

@@ -440,7 +440,9 @@ def _attached(model: nn.Module, like: Setup) -> Generation:
 
 def _ways(wanted: tuple[Config, ...], family: str) -> list[tuple[Config, ...]]:
     """What was asked for, and where a family's profile that needs a past was taken, what does without."""
-    full = tuple(resolve(each, family) for each in wanted)
+    full = tuple(
+        resolve(each, family) for each in sorted(wanted, key=lambda each: CONFIGS.index(type(each)))
+    )
     reduction, skipping = in_force(full)
     ways = [full]
     asked = next((each for each in wanted if isinstance(each, TokenReduction)), None)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from .steps.rules import SKIP_RULES
 from .steps.schedule import Schedule, quantise
+from .steps.trajectory import Trajectory
 from .tokens.merge import MERGES
 from .tokens.methods import Method, make_method
 from .tokens.methods.base import hint
@@ -368,10 +369,13 @@ class StepSkipping(Config):
     Args:
         speedup: How many times fewer FLOPs of the denoiser: of N steps at most N / speedup are computed, but
             never fewer than the warm-up needs. Higher is faster and drifts more; 1 skips nothing.
-        warmup_steps: Steps at the start that are computed. More drift less early and leave fewer for later.
+        warmup_steps: Steps at the start that are computed, the first one in any case. More drift less early
+            and leave fewer for later.
         cooldown_steps: Steps at the end that are computed.
         rule: Which of the others are skipped: a name of `tofu_diffusers.SKIP_RULES`.
-        order: Of the forecast: 0 repeats the last computed output, 1 extrapolates the last two linearly.
+        trajectory: How the denoiser's outputs change along a generation, which rule "trajectory" plans by.
+        order: Of the forecast: 0 repeats the last computed output, 1 extrapolates the last two linearly, or
+            repeats the only one.
         corrector: Whether the latents are corrected at the next computed step by what the forecasts before it
             turn out to have missed. Drifts less and costs next to nothing; does nothing with order 0.
         memory_limit: Most GiB that caches may take; None: no limit.
@@ -393,6 +397,7 @@ class StepSkipping(Config):
     warmup_steps: int | None = None
     cooldown_steps: int = 0
     rule: str | None = None
+    trajectory: Trajectory | None = None
     order: int = 1
     corrector: bool = True
 
@@ -408,24 +413,29 @@ class StepSkipping(Config):
             raise ValueError(f"order {self.order} is above 1; choose 0 (repeat) or 1 (extrapolate)")
         if self.rule is not None:
             one_of("rule", self.rule, SKIP_RULES)
+        if self.trajectory is not None:
+            object.__setattr__(self, "trajectory", Trajectory.of(self.trajectory))
         if not isinstance(self.corrector, bool):
             raise TypeError(f"corrector must be True or False, not {self.corrector!r}")
 
     @property
     def is_resolved(self) -> bool:
         """Whether nothing is left to a family's profile."""
-        return self.rule is not None and self.warmup_steps is not None
+        planned = self.rule != "trajectory" or self.trajectory is not None
+        return self.rule is not None and self.warmup_steps is not None and planned
 
     def resolved(self, profile: Mapping[str, Any]) -> StepSkipping:
         """Take the options that are not given from a profile's fields."""
         given = {name: getattr(self, name) for name in self.field_names()}
-        taken = {name: profile[name] for name in ("rule", "warmup_steps") if given[name] is None}
+        taken = {name: value for name, value in profile.items() if given[name] is None}
+        if (self.rule or taken["rule"]) != "trajectory":
+            taken.pop("trajectory", None)
         return StepSkipping(**given | taken)
 
     @property
     def steps_needed(self) -> int:
         """Steps that must be computed before one can be skipped."""
-        return max(self.warmup_steps or 0, self.order + 1)
+        return max(self.warmup_steps or 0, 1)
 
 
 CONFIGS: tuple[type[Config], ...] = (TokenReduction, StepSkipping)

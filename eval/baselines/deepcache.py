@@ -14,9 +14,9 @@ def deep_cached(pipe: Any, *, interval: int, branch: int = 0) -> Iterator[None]:
     """DeepCache's package (arXiv 2312.00858): all of a UNet but its outer layers reused between steps.
 
     Args:
-        interval: One of so many steps is computed whole, the first among them.
-        branch: Which skip connection, counted inwards from 0 and 3 a level: of the other steps only what is
-            outside of it is computed.
+        interval: One of so many steps is computed in full, the first among them.
+        branch: Which skip connection, counted inwards from 0 and 3 a resolution: of the other steps only what
+            is outside of it is computed.
 
     Raises:
         ValueError: if the pipeline has no UNet; on a branch that the UNet does not have, or an interval

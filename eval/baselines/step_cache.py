@@ -19,7 +19,7 @@ def computed_steps(total: int, computed: int, first: int) -> frozenset[int]:
     """
     if not 0 < first <= computed <= total:
         raise ValueError(
-            f"step caching computes {computed} of {total} steps, the first {first} of them whole; "
+            f"step caching computes {computed} of {total} steps, the first {first} among them; "
             "choose 0 < first <= computed <= total"
         )
     rest = computed - first

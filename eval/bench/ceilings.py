@@ -32,6 +32,7 @@ class First(Method):
     same_for_all: ClassVar[bool] = True
 
     def choose(self, evidence: Evidence) -> Plan:
+        """Keep the first tokens, whatever the evidence."""
         metric, tokens = evidence.metric, evidence.grid.tokens
         return first_plan(metric.shape[0], tokens, tokens - evidence.remove, metric.device)
 
@@ -57,7 +58,7 @@ def first_method() -> Iterator[None]:
 
 @dataclass(eq=False)
 class Held:
-    """Between the first and the last block of a run: tokens not computed, and arguments cut to the others."""
+    """From the first to the last block of a stack: tokens not computed, and arguments cut to the others."""
 
     rest: Tensor | None = None
     cut: dict[str, Any] = field(default_factory=dict)
@@ -65,10 +66,10 @@ class Held:
 
 def run_on_first(model: nn.Module, family: Any, ratio: float) -> None:
     """Make the blocks of a denoiser run on x[:, :K], for good, and hand the rest of x through."""
-    for run in family.block_stacks(model):
+    for stack in family.block_stacks(model):
         held = Held()
-        for i, (_, block) in enumerate(run.blocks):
-            _cut(block, family, ratio, held, i == 0, i == len(run.blocks) - 1)
+        for i, (_, block) in enumerate(stack.blocks):
+            _cut(block, family, ratio, held, i == 0, i == len(stack.blocks) - 1)
 
 
 def _cut(block: Any, family: Any, ratio: float, held: Held, first: bool, last: bool) -> None:
@@ -83,7 +84,7 @@ def _cut(block: Any, family: Any, ratio: float, held: Held, first: bool, last: b
             tokens = x.shape[1]
             kept = tokens - int(tokens * ratio)
             plan = first_plan(x.shape[0], tokens, kept, x.device)
-            # Rotary rows, once a run: they are the same for all of its blocks.
+            # Rotary rows, once a stack: they are the same for all of its blocks.
             following = family.slice_block_arguments(named, plan, "dropped", None)
             held.cut = {name: v for name, v in following.items() if v is not named.get(name)}
             x, held.rest = x[:, :kept], x[:, kept:]

@@ -3,7 +3,7 @@
     python -m eval speed --suite full --out suite.csv
 
 Every row is one way to run a step, in turns with the unreduced model and with its ceiling (`ceilings`),
-after the whole steps that it needs; what a row says is in `rows`.
+after the unreduced steps that it needs; what a row says is in `rows`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from tofu_diffusers import Handle, TokenReduction, apply_tofu
 
 STEPS = 1000  # of the generation that is never finished
 REDUCED = 2  # warm-up steps with fewer tokens, the first of which makes what later ones find
-# A graph a level, kind of step and width; past the limit Dynamo would silently run on without compiling.
+# A graph a resolution, kind of step and width; past the limit Dynamo would silently run on without compiling.
 GRAPHS = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
 
-# Those that change most, with as few whole steps at the start as there can be: it costs what any choice by
-# importance does.
+# Those that change most, with as few unreduced steps at the start as there can be: it costs what any choice
+# by importance does.
 TOKENS = {
     "method": "importance",
     "method_options": {"source": "change"},
@@ -129,7 +129,7 @@ class Lane:
             out = self.forward()
         return out, timer.calls_ms()[0]
 
-    def whole_steps(self) -> int:
+    def unreduced_steps(self) -> int:
         """How many steps at the start are not reduced."""
         if self.handle is None:
             return 0
@@ -163,10 +163,10 @@ class Bench:
 
     @property
     def tokens(self) -> int:
-        """Of one image, at the finest level that has blocks."""
+        """Tokens of one image, at the finest resolution that has blocks."""
         family, model = self.case.family, self.models[0][0]
         grids = family.grids(model, self.inputs[0])
-        return int(max(grids[run.resolution].tokens for run in family.block_stacks(model)))
+        return int(max(grids[stack.resolution].tokens for stack in family.block_stacks(model)))
 
     def row(self, cell: Cell, compiled: bool, rounds: int) -> dict[str, Any]:
         """Measured: times, speed, share of the ceiling, FLOPs, memory."""
@@ -181,21 +181,21 @@ class Bench:
                 self._prepare(plain, bounds[-1], bound, compiled)
             # What the ceiling keeps for its keys_values is not tofu's.
             held = self._allocated() - before
-            ours, whole, flops = self._applied(stack, cell), self._whole_flops(), 0.0
+            ours, unreduced, flops = self._applied(stack, cell), self._unreduced_flops(), 0.0
             if cell.kind == "tomesd":
-                whole, flops = self._eager_flops(self._plain(False)), self._eager_flops(ours)
-                if flops == whole:
+                unreduced, flops = self._eager_flops(self._plain(False)), self._eager_flops(ours)
+                if flops == unreduced:
                     return {"note": "n/a: tomesd merges nothing in this model"}
             self._prepare(plain, ours, cell, compiled)
             flops = flops or self._flops(cell, ours)
-            if cell.kind != "unreduced" and not flops < whole:
+            if cell.kind != "unreduced" and not flops < unreduced:
                 raise RuntimeError(f"{cell} removed nothing: {flops:.4g} FLOPs a step")
             (bases, *limits, steps), peak = self._in_turns([plain, *bounds, ours], rounds)
         row = {
             **_spread_of("step_ms", steps),
             "unreduced_ms": spread(bases)["value"],
             **_spread_of("speed", _ratios(bases, steps)),
-            "flops_ratio": whole / flops,
+            "flops_ratio": unreduced / flops,
             "peak_mib": None if peak is None else (peak - held) / 2**20,
             "note": self._note(),
         }
@@ -222,6 +222,7 @@ class Bench:
 
     @contextmanager
     def applied(self, cell: Cell, model: Any, weight: float) -> Iterator[Lane]:
+        """A lane of a copy of the model with the cell's speed-up on it, which is taken off again."""
         own = twin(model)
         if cell.kind == "tofu" or (cell.kind == "ceiling" and not is_free(cell)):
             with apply_tofu(own, **cell.options()) as handle:
@@ -247,7 +248,7 @@ class Bench:
     def _warm_up(self, base: Lane, own: Lane, cell: Cell) -> None:
         for _ in range(REDUCED):
             expected, _ = base.step()
-        for _ in range(own.whole_steps() + REDUCED):
+        for _ in range(own.unreduced_steps() + REDUCED):
             got, _ = own.step()
         if got.shape != expected.shape or not bool(got.isfinite().all()):
             raise RuntimeError(
@@ -286,16 +287,16 @@ class Bench:
                 ratio = cell.ratio if cell.kind == "ceiling" else 0.0
                 total += lane.weight * self._counted(lane, ratio)
                 continue
-            summary, whole = lane.handle.summary(), lane.whole_steps()
-            a_whole_one = summary.flops_whole / (whole + REDUCED)
-            total += lane.weight * (summary.flops_run - whole * a_whole_one) / REDUCED
+            summary, unreduced = lane.handle.summary(), lane.unreduced_steps()
+            an_unreduced_one = summary.flops_whole / (unreduced + REDUCED)
+            total += lane.weight * (summary.flops_run - unreduced * an_unreduced_one) / REDUCED
         return total
 
-    def _whole_flops(self) -> float:
-        if "whole" not in self.flops:
+    def _unreduced_flops(self) -> float:
+        if "unreduced" not in self.flops:
             lanes = [Lane(model, weight, self.inputs) for model, weight in self.models]
-            self.flops["whole"] = self._flops(Cell("unreduced"), lanes)
-        return self.flops["whole"]
+            self.flops["unreduced"] = self._flops(Cell("unreduced"), lanes)
+        return self.flops["unreduced"]
 
     def _counted(self, lane: Lane, ratio: float) -> float:
         """Of one step, counted on a copy without weights, on its first tokens where a ratio is given."""

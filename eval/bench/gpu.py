@@ -60,7 +60,7 @@ def parity(job: Job) -> str | None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", core]
     try:
         done = subprocess.run(
-            [*command, f"tests/test_kernels_{name}.py"],
+            [*command, f"tests/kernels/test_kernels_{name}.py"],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -87,7 +87,7 @@ def sync(job: Job) -> str | None:
         bench = denoisers.Bench(case, device, dtype)
         for cell in denoisers.FIRST_CELLS:
             with bench.applied(cell, *bench.models[0]) as lane:
-                for _ in range(lane.whole_steps() + denoisers.REDUCED):
+                for _ in range(lane.unreduced_steps() + denoisers.REDUCED):
                     lane.step()
                 waits = waiting(lane.forward, device)
             if waits:

@@ -18,6 +18,7 @@ import torch
 from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
@@ -73,8 +74,8 @@ class Case:
 
     Args:
         size: In pixels, and frames of a video.
-        latents: What the denoiser is given of one image: (channels, (frames,) rows, columns), or for FLUX
-            (rows, columns) of tokens.
+        latents: What the denoiser is given of one image: (channels, (frames,) rows, columns), or for
+            FLUX and Qwen-Image (rows, columns) of tokens.
         text: Tokens of text.
         batch: Rows; `conditions` parts of it are guidance.
         layers: Of the model where it is not built as a whole but with one and with two layers, and its
@@ -166,6 +167,14 @@ class Case:
                     # Image, row, column.
                     "img_ids": functional.pad(cells, (1, 0)).to(device, dtype),
                 }
+            case "QwenImageTransformer2DModel":
+                rows, columns = self.latents
+                return {
+                    "hidden_states": drawn(rows * columns, config["in_channels"]),
+                    "timestep": filled(0.5).to(dtype),
+                    "encoder_hidden_states": drawn(self.text, config["joint_attention_dim"]),
+                    "img_shapes": [[(1, rows, columns)]] * self.batch,
+                }
             case "PixArtTransformer2DModel":
                 return {
                     "hidden_states": drawn(*self.latents),
@@ -235,6 +244,11 @@ def _flux(model: str, config: Mapping[str, Any], side: int, text: int = 512) -> 
     return Case(model, size, FluxTransformer2DModel, config, (side, side), text)
 
 
+def _qwen(model: str, config: Mapping[str, Any], side: int, text: int = 128) -> Case:
+    size = f"{16 * side}x{16 * side}"
+    return Case(model, size, QwenImageTransformer2DModel, config, (side, side), text)
+
+
 def _pixart(model: str, config: Mapping[str, Any], side: int, text: int = 300) -> Case:
     size = f"{8 * side}x{8 * side}"
     config = {"sample_size": side, "interpolation_scale": max(1, side // 64), **config}
@@ -247,6 +261,17 @@ def _wan(
     size = f"{8 * height}x{8 * width}x{4 * frames - 3}"
     return Case(model, size, WanTransformer3DModel, config, (16, frames, height, width), text)
 
+
+# At the sizes that people use; their FLOPs are counted.
+USUAL = (
+    _unet("SD1.5", SD15, 64),
+    _unet("SDXL", SDXL, 128),
+    _sd3("SD3.5-large", SD35_LARGE, 128),
+    _flux("FLUX.1", FLUX, 64),
+    _pixart("PixArt-Sigma", PIXART, 128),
+    _qwen("Qwen-Image", {}, 83),
+    _wan("Wan-14B", WAN_14B, 21, 60, 104),
+)
 
 SUITES: dict[str, tuple[Case, ...]] = {
     # The most important first.

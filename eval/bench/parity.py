@@ -66,7 +66,7 @@ def compare(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, flo
     if wrong:
         raise ValueError(
             f"with kernels the predictions differ from the reference's by more than {CHECKED}: {wrong}; "
-            "nothing is timed. Run tests/test_kernels_triton.py, or set TOFU_KERNELS=reference"
+            "nothing is timed. Run tests/kernels/test_kernels_triton.py, or set TOFU_KERNELS=reference"
         )
     return errors
 

@@ -23,7 +23,7 @@ class Alignment(Protocol):
     identity: dict[str, Any]
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """uint8 [B, 3, H, W] -> [B], more is better"""
+        """Score each picture with its own prompt; more is better.  uint8 [B, 3, H, W] -> [B]."""
         ...
 
 
@@ -40,6 +40,7 @@ class EmojiAlignment:
         }
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Cosine x 100 of each picture with its prompt.  uint8 [B, 3, H, W] -> [B]."""
         return self.scorer.score(images, prompts)
 
 
@@ -70,6 +71,7 @@ class ClipAlignment:
         }
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """CLIP score of each picture with its prompt.  uint8 [B, 3, H, W] -> [B]."""
         pairs = zip(images, prompts, strict=True)
         return torch.stack(
             [clip_score(image, prompt, lambda: self.parts) for image, prompt in pairs]

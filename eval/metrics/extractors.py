@@ -65,7 +65,7 @@ class Pictures:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor:
-        """uint8 [3, H, W]"""
+        """Read one picture.  uint8 [3, H, W]."""
         one = self.source[index]
         if isinstance(one, Path):
             with Image.open(one) as image:
@@ -77,7 +77,7 @@ class Pictures:
         return torch.from_numpy(one).permute(2, 0, 1)
 
     def batches(self, size: int = 32) -> Iterator[Tensor]:
-        """In order; each of one picture size, so that some are smaller.  uint8 [B, 3, H, W]"""
+        """Yield them in order, each batch of one picture size.  uint8 [B, 3, H, W] with B up to `size`."""
         batch: list[Tensor] = []
         for index in range(len(self)):
             picture = self[index]
@@ -144,6 +144,7 @@ class Extractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        """Features of pictures of one size, resampled to the network's.  uint8 [B, 3, H, W] -> [B, D]."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
                 f"images must be uint8 [B, 3, H, W], not {images.dtype} {list(images.shape)}"
@@ -221,7 +222,7 @@ def weights_of(module: nn.Module) -> str:
 
 
 def features(extractor: Extractor, pictures: Pictures) -> Tensor:
-    """Of every picture; read from beside them if neither they nor the extractor changed.  [N, D]"""
+    """Extract the features of every picture, or read them if nothing changed.  [N, D]."""
     pictures.cache.mkdir(parents=True, exist_ok=True)
     file = pictures.cache / f"features-{extractor.name}.safetensors"
     key = hashlib.sha256(f"{pictures.digest} {extractor.identity}".encode()).hexdigest()

@@ -21,7 +21,7 @@ class _Given(nn.Identity):
 
 
 def frechet_distance(mine: Tensor, others: Tensor, *, split: bool = False) -> float:
-    """Between Gaussians of the two sets' means and covariances, in float64.  [N, D], [M, D]
+    """Frechet distance of two sets' Gaussians, in float64.  [N, D], [M, D].
 
     split: every process of a group gives its part of both sets, and gets the distance of the whole.
     """
@@ -32,7 +32,7 @@ def frechet_distance(mine: Tensor, others: Tensor, *, split: bool = False) -> fl
 
 
 def few_pictures(mine: Tensor, others: Tensor) -> str | None:
-    """What is to be said of a Frechet distance of few pictures.  [N, D], [M, D]"""
+    """A warning, if the sets are smaller than their features are wide.  [N, D], [M, D]."""
     least, width = min(len(mine), len(others)), mine.shape[1]
     if least >= width:
         return None
@@ -43,7 +43,7 @@ def few_pictures(mine: Tensor, others: Tensor) -> str | None:
 
 
 def kernel_distance(mine: Tensor, others: Tensor) -> float:
-    """KID: the squared MMD under (x y / D + 1)^3, in float64.  [N, D], [M, D]
+    """KID: the squared MMD under (x y / D + 1)^3, in float64.  [N, D], [M, D].
 
     Of sets of one size it is that of all pictures; of others the mean over `SUBSETS` seeded subsets, each
     as large as the smaller set. It is unbiased for independent sets, and below 0 for much the same pictures.

@@ -53,12 +53,12 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, mine: Tensor, others: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] x 2 -> [B]"""
+        """LPIPS of each picture to the one at its place.  uint8 [B, 3, H, W] x 2 -> [B]."""
         return self.net(mine / 255, others / 255, normalize=True).flatten()
 
 
 def psnr_db(mine: Tensor, others: Tensor) -> Tensor:
-    """Of each picture to the one at its place.  uint8 [B, 3, H, W] x 2 -> [B], float64"""
+    """PSNR of each picture to the one at its place.  uint8 [B, 3, H, W] x 2 -> float64 [B]."""
     x, y = mine.double(), others.double()
     psnr = peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3))
     return psnr.clamp(max=PSNR_CAP_DB)

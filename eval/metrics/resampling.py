@@ -17,7 +17,7 @@ FEW = 50
 
 
 def of_frechet(mine: Tensor, others: Tensor, *, paired: bool) -> Resampled:
-    """The Frechet distance of two sets of features.  [N, D], [M, D]
+    """The Frechet distance of two sets of features.  [N, D], [M, D].
 
     Args:
         mine: Of the setting.
@@ -42,7 +42,7 @@ def of_kernel(mine: Tensor, others: Tensor, *, paired: bool) -> Resampled:
     n, m, width = len(x), len(y), x.shape[1]
 
     def mean(left: np.ndarray, right: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Of the kernel over all pairs of each resample.  [R, N], [R, M] -> [R]"""
+        """Mean of the kernel over all pairs of each resample.  [R, N], [R, M] -> [R]."""
         kernel: np.ndarray = (left @ right.T / width + 1) ** 3
         total: np.ndarray = ((a @ kernel) * b).sum(1)
         if left is right:  # nobody is paired with itself
@@ -74,7 +74,7 @@ def _frechet(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> float:
 
 
 def _counts(n: int, m: int, resamples: int, paired: bool) -> tuple[np.ndarray, np.ndarray]:
-    """How often each resample has each image.  [R, N], [R, M], float64"""
+    """How often each resample has each image.  [R, N], [R, M], float64."""
     if paired and n != m:
         raise ValueError(f"{n} images cannot be paired with {m}; give one of both for each")
 

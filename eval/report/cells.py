@@ -13,7 +13,7 @@ CIRCUMSTANCES = ("pipeline", "weights", "n", "seed", "device", "threads", "versi
 
 
 def interval(entry: Mapping[str, Any] | None, digits: int, unit: str = "") -> str:
-    """ "44.2 (43.0 to 45.1)", or "-" for nothing."""
+    """A value with its interval, as "44.2 (43.0 to 45.1)", or "-" for nothing."""
     if entry is None or entry["value"] is None:
         return "-"
     text = f"{entry['value']:.{digits}f}{unit}"

@@ -98,6 +98,7 @@ class Run:
 
     @classmethod
     def of(cls, sweep: Path, row: Row) -> Run:
+        """Read a setting's folder; what cannot be read becomes the problem that the page shows."""
         name = row["setting"]["name"]
         folder, scores = sweep / name, sweep / "scores" / f"{name}.json"
         try:

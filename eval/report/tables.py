@@ -14,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eval.provenance import ROOT
+from eval.report import plots_step
 from eval.report.plots import pareto
 from eval.report.plots_growth import growth
 from eval.report.tables_speed import (
     SPEEDS,
+    full_size_table,
     growth_rows,
     growth_table,
     speed_table,
@@ -32,10 +34,10 @@ from eval.report.tables_study import (
     drawn_rows,
     drift_table,
     lengths_table,
+    oldest_table,
     plans_table,
     quality_table,
     samplers_table,
-    turns_table,
     typed_table,
     worth_table,
 )
@@ -50,6 +52,7 @@ def measured(name: str, suffix: str = "csv") -> list[Path]:
 
 GROWTH, SUITES = measured("growth"), measured("suite")
 STACKING = measured("stacking", "jsonl")
+FULL_SIZE = ROOT / "eval" / "results" / "full_size.jsonl"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md")
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 
@@ -60,8 +63,9 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"{model} drift": (lambda model=model: drift_table(model, FRONT)) for model in RESULTS},
     **{f"{model} speed": (lambda model=model: speed_table(model)) for model in SPEEDS},
     "typed": typed_table,
+    "full size": lambda: full_size_table(FULL_SIZE),
     "ahead": lambda: ahead_table(FRONT),
-    "turns": lambda: turns_table(FRONT),
+    "oldest": lambda: oldest_table(FRONT),
     "lengths": lambda: lengths_table(LENGTHS),
     "samplers": lambda: samplers_table(SAMPLERS),
     "plans": lambda: plans_table(PLANS),
@@ -101,5 +105,6 @@ def main(args: argparse.Namespace) -> None:
         figure.savefig(ROOT / "docs" / f"results_{model}.png", metadata={"Software": None})
     figure = growth([growth_rows(path) for path in GROWTH])
     figure.savefig(ROOT / "docs" / "growth.png", metadata={"Software": None})
+    plots_step.save(ROOT / "docs" / "how_it_works.png")
     for path in DOCUMENTS:
         path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

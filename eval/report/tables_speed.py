@@ -80,9 +80,36 @@ def _growth(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def short(ms: float) -> str:
-    """A time with three digits or all before the point."""
-    return f"{ms:,.{2 if ms < 10 else 1 if ms < 100 else 0}f}"
+def short(value: float) -> str:
+    """A number with three digits or all before the point."""
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def full_size_table(path: Path) -> str:
+    """A line a model: what a step takes, and how many times fewer FLOPs every setting counts."""
+    rows = read(path)
+    names = list(dict.fromkeys(row["setting"]["name"] for row in rows))
+    steps = " or ".join(dict.fromkeys(str(row["steps"]) for row in rows))
+    heads = (f"`{name.replace('-', '=')}`" for name in names)
+    lines = [
+        f"Counted on shapes alone, {steps} steps; {versions(rows[0])}. A step is that of one image in one "
+        "branch of guidance.",
+        "",
+        f"| | image tokens | a step | {' | '.join(heads)} |",
+        "|---|---|---|" + "---|" * len(names),
+    ]
+    for model, size in dict.fromkeys((row["model"], row["size"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["size"]) == (model, size)]
+        shown = {
+            row["setting"][
+                "name"
+            ]: f"{row['flops_ratio']:.2f}x <!-- row: {path.name}#{row['id']} -->"
+            for row in mine
+        }
+        cells = [f"{mine[0]['tokens']:,}", f"{short(mine[0]['step_flops'] / 1e12)} TFLOPs"]
+        cells += [shown.get(name, "") for name in names]
+        lines.append(f"| {model}, {size} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def suite_table(path: Path) -> str:

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from eval.generate.settings import config_of
 from eval.jsonl import read
 from eval.provenance import ROOT
 from eval.report.cells import interval, versions
 from eval.statistics import difference, of_mean
-from tofu_diffusers import resolve
 
 FAMILY = {"unet": "unet", "mmdit": "sd3"}
 RESULTS = {name: ROOT / "eval" / "results" / f"study_{name}.jsonl" for name in FAMILY}
 QUALITY = {name: ROOT / "eval" / "results" / f"sweep_{name}.json" for name in FAMILY}
 DISTANCES = {name: ROOT / "eval" / "results" / f"sweep_{name}_64px.json" for name in FAMILY}
 
+CHOSEN_WARMUP = {"unet": 2, "mmdit": 4}
+"""Of rule "late", which the study was made with."""
 TYPED = {name: ROOT / "eval" / "results" / f"typed_{name}.jsonl" for name in FAMILY}
 
 Row = Mapping[str, Any]
@@ -67,7 +67,7 @@ def described(row: Row) -> str:
         chosen = {"random": "at random", "importance": f"by {source.replace('_', ' ')}"}
         how = chosen.get(options["method"], f"as {options['method']} chooses")
         if how_chosen.get("age_exponent", 0) > 2:
-            how = f"by turns, then {how}"
+            how = f"oldest first, then {how}"
         return (
             f"tokens {how}, {options['unmerge']}{corrector}, keys_values {options['keys_values']}, "
             f"ratio {options['ratio']:g}, {options['warmup_steps']} warm-up steps"
@@ -135,7 +135,7 @@ def chosen(model: str, stage: str, names: Iterable[str]) -> dict[str, Row]:
     return {
         name: rows[name]
         for name in names
-        if name in rows and (not name.startswith("step-") or is_profile(model, rows[name]))
+        if name in rows and (not name.startswith("step-") or is_chosen(model, rows[name]))
     }
 
 
@@ -226,7 +226,7 @@ def beside_rivals(groups: Iterable[tuple[str, str, Sequence[Row]]]) -> str:
         groups: A model, what else to say of it, and rows that belong together.
     """
     lines = [
-        "| | FLOPs | step skipping | first quarter whole, then evenly | evenly | fewer steps |",
+        "| | FLOPs | step skipping | first quarter computed, then evenly | evenly | fewer steps |",
         "|---|---|---|---|---|---|",
     ]
     every = []
@@ -234,7 +234,7 @@ def beside_rivals(groups: Iterable[tuple[str, str, Sequence[Row]]]) -> str:
         every += rows
         names = by_name(rows)
         for name, row in sorted(names.items(), key=lambda item: item[1]["flops_ratio"]):
-            if not is_profile(model, row):
+            if not is_chosen(model, row):
                 continue
             count = name.split("-")[1]
             beside = [row, *(names[f"{rival}-{count}"] for rival in ("late", "line", "steps"))]
@@ -311,18 +311,18 @@ def kept_table(
     return "\n".join([circumstances(every), "", *lines])
 
 
-def is_profile(model: str, row: Row) -> bool:
-    """Whether a row is what the pipeline's profile does for `speedup=`, whatever the speed-up."""
-    setting = row["setting"]
-    if setting["kind"] != "tofu" or "speedup" not in setting["options"]:
-        return False
-    config = config_of(setting["options"])
-    chosen = type(config)(speedup=setting["options"]["speedup"])
-    return config == resolve(chosen, FAMILY[model])
+def is_chosen(model: str, row: Row) -> bool:
+    """Whether a row is the step skipping that the study found best of its own, whatever the speed-up."""
+    options = row["setting"].get("options", {})
+    chosen = {"warmup_steps": CHOSEN_WARMUP[model], "rule": "late", "order": 1, "corrector": True}
+    return (
+        row["setting"]["kind"] == "tofu"
+        and {name: value for name, value in options.items() if name != "speedup"} == chosen
+    )
 
 
-# What has the same FLOPs, by the names of its settings: "line-12" beside "step-12". That of a profile has a
-# twin without corrector.
+# What has the same FLOPs, by the names of its settings: "line-12" beside "step-12", which has a twin without
+# corrector.
 RIVALS = {
     "steps": "fewer steps",
     "multistep": "fewer steps, DPM-Solver++",
@@ -339,7 +339,7 @@ def ahead_table(stage: str) -> str:
     for model in RESULTS:
         rows = named(model, stage)
         for name, row in rows.items():
-            if not is_profile(model, row):
+            if not is_chosen(model, row):
                 continue
             count = name.split("-")[1]
             others = [
@@ -370,25 +370,25 @@ def ahead_line(label: str, model: str, row: Row, others: Iterable[Row | None]) -
     return f"| {label} {cite(model, row)} | {row['flops_ratio']:.2f}x | {' | '.join(cells)} |"
 
 
-# Single tokens by turns, and how many steps cost about as much.
-TURNS = (
+# Tokens oldest first, and how many steps cost about as much.
+OLDEST = (
     ("unet", "tokens-fresh-0.75", 17),
     ("mmdit", "tokens-fresh-0.5", 17),
     ("mmdit", "tokens-fresh-0.75", 12),
 )
-TURNS_RIVALS = ("steps", "line", "late")
+OLDEST_RIVALS = ("steps", "line", "late")
 
 
-def turns_table(stage: str) -> str:
-    """By how much single tokens by turns are ahead of the choice by change, and of steps skipped."""
+def oldest_table(stage: str) -> str:
+    """By how much tokens oldest first are ahead of the choice by change, and of steps skipped."""
     lines = []
-    for model, name, count in TURNS:
+    for model, name, count in OLDEST:
         rows = named(model, stage)
         row = rows[f"{name}-due"]
-        others = [rows[f"{name}-corrected"], *(rows[f"{rival}-{count}"] for rival in TURNS_RIVALS)]
+        others = [rows[f"{name}-corrected"], *(rows[f"{rival}-{count}"] for rival in OLDEST_RIVALS)]
         label = f"`{model}`, ratio {row['setting']['options']['ratio']:g}"
         lines.append(ahead_line(label, model, row, others))
-    rivals = ("tokens by change", *(RIVALS[rival] for rival in TURNS_RIVALS))
+    rivals = ("tokens by change", *(RIVALS[rival] for rival in OLDEST_RIVALS))
     return "\n".join([*ahead_head(rivals), *lines])
 
 

@@ -130,11 +130,11 @@ def matched(steps: int, speeds: Sequence[float] = SPEEDS) -> Iterator[Trial]:
 
 def skipping(steps: int, count: int) -> Iterator[Trial]:
     """So many of the steps computed, the first two or four among them, with the corrector and without."""
-    for whole, corrector in itertools.product((2, 4), (False, True)):
-        if whole >= count:
+    for warmup, corrector in itertools.product((2, 4), (False, True)):
+        if warmup >= count:
             continue
-        options = {"warmup_steps": whole, "rule": "late", "order": 1, "corrector": corrector}
-        first = "" if whole == 2 else f"-first{whole}"
+        options = {"warmup_steps": warmup, "rule": "late", "order": 1, "corrector": corrector}
+        first = "" if warmup == 2 else f"-first{warmup}"
         name = f"step-{count}{first}{'-corrected' if corrector else ''}"
         yield Trial(tofu(name, speedup=steps / count, **options), steps)
 
@@ -154,8 +154,9 @@ def samplers(steps: int) -> Iterator[Trial]:
 
 
 def tokens(steps: int) -> Iterator[Trial]:
-    """`TOKENS` with fresh and with cached keys and values, at two ratios; with the corrector ("corrected"),
-    and then by turns too ("due").
+    """`TOKENS` with fresh and with cached keys and values, at two ratios.
+
+    Again with the corrector ("corrected"), and with the corrector and the oldest tokens first ("due").
     """
     for ratio in (0.5, 0.75):
         for keys_values in ("fresh", "cached"):
@@ -178,10 +179,10 @@ def front(steps: int) -> Iterator[Trial]:
     yield from matched(steps)
     yield from rivals(steps)
     yield from tokens(steps)
-    whole = steps // 4
-    half = {**TOKENS, "ratio": 0.5, "warmup_steps": whole}
+    warmup = steps // 4
+    half = {**TOKENS, "ratio": 0.5, "warmup_steps": warmup}
     count = round(steps / 1.5)
-    cache = {"total": steps, "computed": count, "first": whole, "order": 1}
+    cache = {"total": steps, "computed": count, "first": warmup, "order": 1}
     both = [tofu("tokens", **half), Setting("line", "step_cache", cache)]
     for setting in (
         tofu("tokens-temporal-0.5", **{**half, "unmerge": "temporal"}),

@@ -35,6 +35,7 @@ def psnr(image: Image.Image, reference: Image.Image) -> float:
 
 
 def generate(pipe: Any, prompt: str, args: argparse.Namespace, label: str) -> Image.Image:
+    """Generate one picture from the seed that all settings share."""
     pipe.set_progress_bar_config(desc=f"{prompt} ({label})", leave=False)
     image: Image.Image = pipe(
         prompt,
@@ -57,6 +58,7 @@ class Column:
     sites: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, pipe: Any, prompt: str, args: argparse.Namespace) -> None:
+        """Generate and time a picture, with tofu applied if this is not the unreduced pipeline."""
         if self.options is None:
             with self.timer:
                 self.pictures.append(generate(pipe, prompt, args, self.label))
@@ -67,6 +69,7 @@ class Column:
             self.summary, self.sites = handle.summary(), handle.stats()
 
     def forget(self) -> None:
+        """Drop pictures and times, as after a first picture that warms up."""
         self.pictures.clear()
         self.timer.marks.clear()
 

@@ -15,7 +15,7 @@ _COLOUR_WORDS = {*COLOURS, "gray", "violet"}
 
 
 def colour_shares(pixels: np.ndarray) -> np.ndarray:
-    """Share of the pixels that each word of COLOURS names.  float [P, 3] in [0, 1] -> [11]"""
+    """Share of the pixels that each word of COLOURS names.  float [P, 3] in [0, 1] -> [11]."""
     high, low = pixels.max(1), pixels.min(1)
     span = high - low
     safe = np.maximum(span, 1e-6)
@@ -49,7 +49,7 @@ def colour_shares(pixels: np.ndarray) -> np.ndarray:
 
 
 def dominant_colour(pixels: np.ndarray, least: float = 0.33) -> str | None:
-    """The colour word of at least that share of the pixels, if there is one.  float [P, 3] in [0, 1]"""
+    """The colour word of at least that share of the pixels, if there is one.  float [P, 3] in [0, 1]."""
     if len(pixels) == 0:
         return None
     shares = colour_shares(pixels)
@@ -58,14 +58,14 @@ def dominant_colour(pixels: np.ndarray, least: float = 0.33) -> str | None:
 
 
 def turn_hue(pixels: np.ndarray, degrees: int) -> np.ndarray:
-    """The same picture with its hues turned.  uint8 [H, W, 3] -> uint8 [H, W, 3]"""
+    """The same picture with its hues turned.  uint8 [H, W, 3] -> uint8 [H, W, 3]."""
     hue, saturation, value = Image.fromarray(pixels).convert("HSV").split()
     hue = hue.point(lambda h: (h + round(degrees / 360 * 256)) % 256)
     return np.asarray(Image.merge("HSV", (hue, saturation, value)).convert("RGB"))
 
 
 def recolourings(foreground: np.ndarray, colour: str | None) -> dict[str, int]:
-    """New colours of a picture, with the turn of hues that gives most of each.  uint8 [P, 3]
+    """New colours of a picture, with the turn of hues that gives most of each.  uint8 [P, 3].
 
     Empty if its own colour is none or has no hue.
     """

@@ -70,6 +70,7 @@ class Subject:
 
     @property
     def card(self) -> Path:
+        """Where the measured numbers lie."""
         return self.folder / "card.json"
 
 
@@ -146,6 +147,7 @@ def alignment(pipe: Any, emoji: Emoji, scorer: EmojiScorer) -> dict[str, dict[st
 
 
 def measure(model: str, work: Path, log: Path) -> dict[str, Any]:
+    """Generate, score and draw what the card shows; `log` is that of the training."""
     subject = SUBJECTS[model]
     pipe, emoji, scorer = load_pipeline(model), data.load(work / "emoji.npz"), EmojiScorer.load()
     pictures = generate(pipe, list(SHOWN))
@@ -273,11 +275,13 @@ def read(model: str) -> dict[str, Any]:
 
 
 def save(card: dict[str, Any]) -> None:
+    """Write the numbers, and the README that shows them."""
     SUBJECTS[card["model"]].card.write_text(json.dumps(card, indent=1) + "\n")
     write_readme(card)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Measure one model and rewrite its card."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="unet")
     parser.add_argument("--work", type=Path, default=data.WORK, help="with the training data")

@@ -65,7 +65,7 @@ def _example(model: ModelMixin, size: int) -> dict[str, Tensor]:
 
 
 def _half(tokens: Tensor) -> Tensor:
-    """[B, N, C] -> [B, N - N // 2, C]"""
+    """Keep the second half of the tokens.  [B, N, C] -> [B, N - N // 2, C]."""
     return tokens[:, tokens.shape[1] // 2 :]
 
 

@@ -54,18 +54,18 @@ class Emoji:
 
     @property
     def held_out(self) -> np.ndarray:
-        """bool [I]: whether the concept is kept from training."""
+        """Whether the concept is kept from training.  bool [I]."""
         return np.array([held_out(name) for name in self.concepts], bool)
 
     @property
     def held_pair(self) -> np.ndarray:
-        """bool [I]: whether a known concept is kept from training in this colour."""
+        """Whether a known concept is kept from training in this colour.  bool [I]."""
         rows = zip(self.described, self.recoloured, strict=True)
         return np.array([turned and held_out(words) for words, turned in rows])
 
     @property
     def trained(self) -> np.ndarray:
-        """bool [I]: whether training sees the picture."""
+        """Whether training sees the picture.  bool [I]."""
         return ~(self.held_out | self.held_pair)
 
 
@@ -79,6 +79,7 @@ class Concept:
 
 
 def concepts(path: Path = CONCEPTS) -> Iterator[Concept]:
+    """Read the list; a heading in brackets says whether what follows may be recoloured."""
     any_colour = False
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
@@ -123,6 +124,7 @@ def _on_white(data: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def webp(picture: Image.Image) -> bytes:
+    """Encode a picture as the pack keeps it, a little lossy."""
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=90, method=4)
     return buffer.getvalue()
@@ -187,6 +189,7 @@ def build(packages: Path, out: Path) -> None:
 
 
 def load(path: Path = WORK / "emoji.npz") -> Emoji:
+    """Read the packed data; without it the command that builds it is named."""
     if not path.exists():
         raise SystemExit(f"no training data at {path}; build it: python -m pipelines.emoji.data")
     images, rows = unpack(path)
@@ -199,6 +202,7 @@ def load(path: Path = WORK / "emoji.npz") -> Emoji:
 
 
 def main() -> None:
+    """Build the pack from npm's tarballs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--packages", type=Path, default=WORK / "packages", help="npm tarballs")
     parser.add_argument("--out", type=Path, default=WORK / "emoji.npz")

@@ -79,6 +79,7 @@ class Job:
 
     @property
     def log(self) -> Path:
+        """Where every stage and every call of this command leaves a line."""
         return self.work / "log.jsonl"
 
     @property
@@ -88,6 +89,7 @@ class Job:
 
     @property
     def exported(self) -> bool:
+        """Whether every model's archive is there."""
         return all((self.work / f"{model}.tar").exists() for model in PARTS)
 
     @property
@@ -171,6 +173,7 @@ def finish(checkpoint: Path) -> None:
 
 
 def is_finished(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds no more than the averaged weights, as `finish` leaves it."""
     import torch
 
     if not checkpoint.exists():
@@ -257,6 +260,7 @@ def used(log: Path) -> float:
 
 
 def budgets(total: float, until: float, trial: bool) -> dict[str, Budget]:
+    """Share `total` minutes among the stages; a trial gets two steps of each."""
     from pipelines.emoji.loop import Budget
 
     if trial:

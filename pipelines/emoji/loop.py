@@ -149,6 +149,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Move towards the current weights, faster in the first steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         current = [self.parameters[k] for k in self.values]
         torch._foreach_lerp_(list(self.values.values()), current, 1 - decay)
@@ -198,15 +199,19 @@ class Loop:
 
     @property
     def checkpoint(self) -> Path:
+        """The file that the loop goes on from."""
         return self.work / f"{self.name}.pt"
 
     @property
     def progress(self) -> float:
+        """Share of the budget that is used up."""
         return self.budget.progress(self.step, self.seconds)
 
     def _clock(self) -> float:
-        """Seconds of training.  On a CPU those of its cores, so that a run in the background of other work,
-        or one that is stopped for a while, is not charged for what it did not get.
+        """Seconds of training.
+
+        On a CPU those of its cores, so that a run in the background of other work, or one that is stopped
+        for a while, is not charged for what it did not get.
         """
         if self.device.type == "cpu":
             return time.process_time() / self.shards
@@ -220,6 +225,7 @@ class Loop:
         self.step, self.seconds = state["step"], state["seconds"]
 
     def save(self) -> None:
+        """Write all that it takes to go on."""
         state = {
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -230,6 +236,7 @@ class Loop:
         save_atomic(state, self.checkpoint)
 
     def log(self, **values: object) -> None:
+        """Append a row to log.jsonl, and print it."""
         row = {"stage": self.name, "step": self.step, "minutes": self.seconds / 60} | values
         row = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
         with (self.work / "log.jsonl").open("a") as file:
@@ -329,8 +336,10 @@ def begin_with(
     checkpoints: Iterable[Path] = (),
     prefix: str = "",
 ) -> None:
-    """Give a module what was trained before: the averaged weights of the first checkpoint that is there,
-    of one submodule when a prefix is given, or else a saved model's.
+    """Give a module what was trained before.
+
+    That is the averaged weights of the first checkpoint that is there, of one submodule when a prefix is
+    given, or else a saved model's.
 
     A saved model of another shape is left alone, and named. What the module has alone stays as it is (a
     table of positions for another size).

@@ -46,6 +46,7 @@ def new_transformer(side: int = 32) -> SD3Transformer2DModel:
 
 
 def new_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Euler steps of flow matching, with a little more of them at high noise."""
     return FlowMatchEulerDiscreteScheduler(shift=1.5)
 
 

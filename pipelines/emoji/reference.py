@@ -21,7 +21,7 @@ from pipelines.emoji.vae import SIDES, resized, to_unit
 
 
 def pictures(emoji: Emoji, side: int) -> np.ndarray:
-    """Those of training, as it has seen them in that size.  uint8 [N, side, side, 3]"""
+    """The pictures of training, as it has seen them in that size.  uint8 [N, side, side, 3]."""
     images = emoji.images[emoji.trained]
     if side == SIZE:
         return images
@@ -30,6 +30,7 @@ def pictures(emoji: Emoji, side: int) -> np.ndarray:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Write the pictures of training as files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument(

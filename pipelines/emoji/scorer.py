@@ -32,7 +32,7 @@ class Head(nn.Module):
         self.text = nn.Linear(TEXT_WIDTH, WIDTH)
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 1280], [T, 384] -> unit vectors [B, 448], [T, 448]"""
+        """Project features of pictures and texts.  [B, 1280], [T, 384] -> unit vectors [B, 448], [T, 448]."""
         return F.normalize(self.image(images), dim=1), F.normalize(self.text(texts), dim=1)
 
 
@@ -108,7 +108,7 @@ class EmojiScorer:
 
     @torch.no_grad()
     def image_features(self, images: Tensor) -> Tensor:
-        """Pooled EfficientNet-Lite0 features.  uint8 [B, 3, H, W] -> float32 [B, 1280]"""
+        """Pooled EfficientNet-Lite0 features.  uint8 [B, 3, H, W] -> float32 [B, 1280]."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
                 f"images must be uint8 [B, 3, H, W], not {images.dtype} {list(images.shape)}"
@@ -122,7 +122,7 @@ class EmojiScorer:
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Mean-pooled MiniLM features of unit length.  [T, 384]"""
+        """Mean-pooled MiniLM features of unit length.  [T, 384]."""
         features = []
         for i in range(0, len(texts), 128):
             batch = self.tokenizer(list(texts[i : i + 128]), padding=True, return_tensors="pt")
@@ -133,7 +133,7 @@ class EmojiScorer:
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosine x 100 of each picture with its own prompt.  [B]"""
+        """Cosine x 100 of each picture with its own prompt.  [B]."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts; give one each")
         a, b = self.head(self.image_features(images), self.text_features(prompts))
@@ -219,6 +219,7 @@ def train(data_path: Path, folder: Path, steps: int = 1500, seed: int = 0) -> No
 
 
 def main() -> None:
+    """Train the head on pictures and names of the emoji data."""
     from pipelines.emoji.data import WORK
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

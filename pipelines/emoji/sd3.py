@@ -31,7 +31,7 @@ class ClipOnlySD3Pipeline(StableDiffusion3Pipeline):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """[B * images, 0, C]"""
+        """No tokens, where T5's would be.  [B * images, 0, C]."""
         tokens: Tensor = super()._get_t5_prompt_embeds(
             prompt, num_images_per_prompt, max_sequence_length=0, device=device, dtype=dtype
         )

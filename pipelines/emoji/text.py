@@ -68,6 +68,7 @@ def _merges(trained: Tokenizer) -> list[list[str]]:
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIP text model of three layers, untrained."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -112,12 +113,12 @@ class Captions:
         self.empty = tokens(tokenizer, [""])[0].to(device)
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """[B] -> [B, LENGTH]"""
+        """Token ids of one caption of each picture, drawn anew at every call.  [B] -> [B, LENGTH]."""
         which = torch.randint(VARIANTS, rows.shape, generator=generator, device=rows.device)
         return self.table[rows, which].long()
 
     def first(self, rows: Tensor) -> Tensor:
-        """The same one at every call.  [B] -> [B, LENGTH]"""
+        """Token ids of each picture's first caption.  [B] -> [B, LENGTH]."""
         return self.table[rows, 0].long()
 
 
@@ -142,13 +143,13 @@ class Rows:
         self.ends = chosen.cumsum(0).to(device)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """[count]"""
+        """Rows of pictures that training sees, drawn by their weights.  [count]."""
         place = torch.rand(count, generator=generator, device=self.trained.device) * self.ends[-1]
         return self.trained[torch.searchsorted(self.ends, place).clamp(max=len(self.trained) - 1)]
 
 
 def tower() -> nn.Sequential:
-    """latents [B, 4, 32, 32] -> [B, WIDTH]"""
+    """The network that pulls latents and captions together.  [B, 4, 32, 32] -> [B, WIDTH]."""
     layers: list[nn.Module] = []
     for into, out in ((4, 32), (32, 64), (64, 128), (128, 128)):
         layers += [nn.Conv2d(into, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
@@ -164,6 +165,7 @@ def train_text(
     batch: int = 192,
     stop_after: int | None = None,
 ) -> Loop:
+    """Train the text encoder to find the latents that a caption is of, by a tower that is then dropped."""
     torch.manual_seed(1)
     tokenizer = new_tokenizer(emoji)
     rows, captions = Rows(emoji, device), Captions(tokenizer, emoji, device)

@@ -52,6 +52,7 @@ def run_stage(stage: str, budget: Budget, emoji: Emoji, work: Path, device: torc
 
 
 def main() -> None:
+    """Train the stages that are asked for, or export what was trained."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", choices=(*SHARES, "export", "all"), default="all")
     parser.add_argument("--minutes", type=float, default=120, help="of training, all runs together")

@@ -17,6 +17,7 @@ MIN_SNR = 5.0
 
 
 def new_unet() -> UNet2DConditionModel:
+    """The denoiser of the `unet` pipeline, untrained."""
     return UNet2DConditionModel(
         sample_size=32,
         in_channels=4,
@@ -34,6 +35,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_scheduler() -> DDIMScheduler:
+    """The noise schedule that the UNet is trained and sampled with."""
     return DDIMScheduler(
         beta_start=0.00085,
         # Large pictures of one object on white still show through the usual 0.012 at the noisiest step.

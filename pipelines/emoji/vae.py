@@ -19,6 +19,7 @@ SIDES = (32, 64, 128)
 
 
 def new_vae() -> AutoencoderKL:
+    """An autoencoder that halves each side twice, untrained."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -37,23 +38,24 @@ def new_vae() -> AutoencoderKL:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [-1, 1]"""
+    """Pictures as the autoencoder takes them.  uint8 [B, H, W, 3] -> float [B, 3, H, W] in [-1, 1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def resized(pixels: Tensor, side: int) -> Tensor:
-    """[B, 3, H, W] -> [B, 3, side, side]"""
+    """Resample pictures, if they are of another size.  [B, 3, H, W] -> [B, 3, side, side]."""
     if pixels.shape[-1] == side:
         return pixels
     return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbours, down and across.  [B, C, H, W] -> [B, C, H - 1, W], [B, C, H, W - 1]."""
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
 def chroma(x: Tensor) -> Tensor:
-    """How each channel differs from the grey of its pixel.  [B, 3, H, W]"""
+    """How each channel differs from the grey of its pixel.  [B, 3, H, W]."""
     return x - x.mean(1, keepdim=True)
 
 
@@ -168,6 +170,7 @@ def _raw_vae(work: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def cache_latents(emoji: Emoji, work: Path, device: torch.device) -> None:
+    """Encode every picture once, at every size of training."""
     vae = _raw_vae(work).to(device)
     raw: dict[int, list[Tensor]] = {side: [] for side in SIDES}
     for images in torch.from_numpy(emoji.images).split(32):
@@ -187,6 +190,7 @@ def cache_latents(emoji: Emoji, work: Path, device: torch.device) -> None:
 
 
 def load_latents(work: Path) -> Latents:
+    """Read the encoded pictures; without them the command that makes them is named."""
     path = work / "latents.pt"
     if not path.exists():
         raise SystemExit(

@@ -3,9 +3,9 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .base import DENOISERS, TinyDenoiser
+from .base import DENOISERS, NO_DENOISERS, TinyDenoiser
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["DENOISERS", "TinyDenoiser"]
+__all__ = ["DENOISERS", "NO_DENOISERS", "TinyDenoiser"]

@@ -47,7 +47,7 @@ class TinyDenoiser:
             for parameter in model.parameters():
                 small = noise(*parameter.shape) * 0.1
                 # Scales of norms lie around 1.
-                parameter.copy_(parameter * 0 + small if parameter.ndim > 1 else 1 + small)
+                parameter.copy_(small if parameter.ndim > 1 else 1 + small)
         return model.eval().requires_grad_(False)
 
     def arguments(self, seed: int = 0) -> Inputs:
@@ -62,3 +62,13 @@ def add(name: str, config: dict[str, Any], inputs: Callable[[Noise], Inputs]) ->
     """Make a tiny denoiser known by the name of its class."""
     assert name not in DENOISERS, name
     DENOISERS[name] = TinyDenoiser(name, config, inputs)
+
+
+NO_DENOISERS = {
+    "DreamLiteTransformer2DModel": "stands inside DreamLiteUNetModel",
+    "MiniMaxMusic3RVQDepthDecoder": "writes codes of sound one after another",
+    "MotionAdapter": "holds weights for UNetMotionModel",
+    "TransformerTemporalModel": "stands inside video UNets",
+    "UVit2DModel": "fills in masked picture tokens, and knows no noise level",
+}
+"""Models in diffusers' rooms of denoisers that no pipeline denoises with."""

@@ -133,7 +133,7 @@ def test_a_model_of_two_layers_is_scaled_to_all_of_them():
     whole = _wan("Wan", small, 1, 8, 12, 4)
     scaled = replace(whole, layers=5)
     assert scaled.depths == {1: -3.0, 2: 4.0}
-    counts = [Bench(case, CPU, torch.float32)._whole_flops() for case in (whole, scaled)]
+    counts = [Bench(case, CPU, torch.float32)._unreduced_flops() for case in (whole, scaled)]
     assert counts[0] == counts[1]
     row = Bench(scaled, CPU, torch.float32).row(Cell("unreduced"), False, 1)
     assert "of 5 layers" in row["note"]

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 from eval.__main__ import main
@@ -18,6 +17,7 @@ from eval.report import tables, tables_study
 from eval.statistics import difference, of_mean
 from eval.studies import study
 from eval.studies.study import Study, Trial
+from tests import tiny
 from tofu_diffusers import (
     FAMILIES,
     KEYS_VALUES,

@@ -26,7 +26,8 @@ class AnyFamily(Family):
 
     def latents(self, named: Kwargs) -> list[Tensor]:
         # Which argument holds them is not known. Whatever changes its shape may change the output's.
-        return [each for each in tensors_in(list(named.values())) if each.ndim]
+        # The number of timesteps may change from step to step, and changes nothing.
+        return [each for each in tensors_in(list(named.values())) if each.ndim > 1]
 
     def block_stacks(self, model: nn.Module) -> list[BlockStack]:
         return []

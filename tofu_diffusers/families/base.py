@@ -102,8 +102,10 @@ class Family(ABC):
         """
 
     def example(self, model: nn.Module) -> Kwargs | None:
-        """Arguments of one forward at the model's own sample size, batch 2, on the meta device; only a
-        tensor that `grids` reads (`ids_name`) holds numbers. None: not known before a call."""
+        """Arguments of one forward at the model's own sample size, batch 2, on the meta device.
+
+        Only a tensor that `grids` reads (`ids_name`) holds numbers. None: not known before a call.
+        """
         return None
 
     def splits_stacks(self, named: Kwargs) -> str | None:
@@ -153,7 +155,7 @@ class Family(ABC):
         return [self.sample(named)]
 
     def prediction(self, out: Tensor, grid: TokenGrid) -> Tensor:
-        """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N]"""
+        """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N]."""
         if self.latents_are_tokens:
             tokens = out[:, grid.text_before : grid.text_before + grid.tokens]
             return tokens.transpose(1, 2)[:, :, None, None]
@@ -168,7 +170,7 @@ class Family(ABC):
         return maps.view(out.shape)
 
     def hidden(self, kwargs: Kwargs) -> Tensor:
-        """The image tokens among a block's (or attention's) arguments.  -> [B, N, C]"""
+        """The image tokens among a block's (or attention's) arguments.  -> [B, N, C]."""
         hidden: Tensor = kwargs["hidden_states"]
         return hidden
 
@@ -177,7 +179,7 @@ class Family(ABC):
         return {**kwargs, "hidden_states": x}
 
     def output(self, out: Any) -> Tensor:
-        """The image tokens in what a block returned.  -> [B, N, C]"""
+        """The image tokens in what a block returned.  -> [B, N, C]."""
         tokens: Tensor = out if self.output_index is None else out[self.output_index]
         return tokens
 
@@ -195,7 +197,7 @@ def patch_grid(model: Any, sample: Tensor) -> dict[int, TokenGrid]:
 
 
 def positions_given(plan: Plan, removed: Tensor | None) -> Tensor:
-    """Of the tokens that an attention is given: the kept ones, then those of `removed`.  -> [B, M]"""
+    """Positions of what an attention is given: the kept tokens, then those of `removed`.  -> [B, M]."""
     return plan.kept if removed is None else torch.cat([plan.kept, removed], dim=1)
 
 

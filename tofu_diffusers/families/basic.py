@@ -47,7 +47,7 @@ class BasicFamily(Family):
         self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
     ) -> Kwargs:
         mask = kwargs.get("attention_mask")
-        # A mask over self-attention keys [B, 1, N]; with a context all N keys are still there.
+        # A mask over self-attention keys [B, 1, N]; unless they are dropped, all N keys are there.
         if mask is None or keys_values != "dropped":
             return kwargs
         kept = plan.kept[:, None].expand(-1, mask.shape[1], -1)

@@ -13,7 +13,7 @@ from .basic import BasicFamily
 
 @register_family
 class DiTFamily(BasicFamily):
-    """One run over all blocks; squares only, as the model itself."""
+    """One stack of all blocks; squares only, as the model itself."""
 
     name = "dit"
     classes = ("DiTTransformer2DModel",)

@@ -13,7 +13,7 @@ from .basic import BasicFamily
 
 @register_family
 class PixArtFamily(BasicFamily):
-    """One run over all blocks. Position is added at patchify, so nothing but the tokens shrinks."""
+    """One stack of all blocks. Position is added at patchify, so nothing but the tokens shrinks."""
 
     name = "pixart"
     classes = ("PixArtTransformer2DModel",)

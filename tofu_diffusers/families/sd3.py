@@ -13,7 +13,7 @@ from .base import BlockStack, Family, Kwargs, patch_grid, register_family
 
 @register_family
 class SD3Family(Family):
-    """One run over all blocks. Position is added at patchify, so nothing but the tokens shrinks."""
+    """One stack of all blocks. Position is added at patchify, so nothing but the tokens shrinks."""
 
     name = "sd3"
     classes = ("SD3Transformer2DModel",)

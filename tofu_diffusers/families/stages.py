@@ -10,7 +10,7 @@ from ..tokens.grid import TokenGrid
 
 
 def stages(model: Any) -> list[tuple[str, nn.Module, int]]:
-    """(name, module, level) of every stage, in the order of execution; level 0 is the finest."""
+    """(name, module, resolution) of every stage, in the order of execution; 0 is the finest."""
     down, up = list(model.down_blocks), list(model.up_blocks)
     return [
         *((f"down_blocks.{i}", block, i) for i, block in enumerate(down)),
@@ -20,7 +20,7 @@ def stages(model: Any) -> list[tuple[str, nn.Module, int]]:
 
 
 def stage_grids(model: Any, sample: Tensor) -> dict[int, TokenGrid]:
-    """The grid of every level, of latents [B, C, H, W]."""
+    """The grid of every resolution, of latents [B, C, H, W]."""
     height, width = sample.shape[-2:]
     grids = {}
     for resolution in range(len(model.down_blocks)):

@@ -14,14 +14,14 @@ from .stages import stage_grids, stages
 
 @register_family
 class UNetFamily(BasicFamily):
-    """Runs are the BasicTransformerBlocks of one Transformer2DModel; levels are the UNet's resolutions."""
+    """A stack is the BasicTransformerBlocks of one Transformer2DModel; stages have a resolution each."""
 
     name = "unet"
     classes = ("UNet2DConditionModel",)
     sample_name = "sample"
 
     def block_stacks(self, model: Any) -> list[BlockStack]:
-        runs = []
+        stacks = []
         for stage, holder, resolution in stages(model):
             for i, transformer in enumerate(getattr(holder, "attentions", None) or []):
                 blocks = getattr(transformer, "transformer_blocks", None)
@@ -29,8 +29,8 @@ class UNetFamily(BasicFamily):
                 if not blocks or not getattr(transformer, "is_input_continuous", False):
                     continue
                 name = f"{stage}.attentions.{i}.transformer_blocks"
-                runs.append(BlockStack.of(model, name, resolution))
-        return runs
+                stacks.append(BlockStack.of(model, name, resolution))
+        return stacks
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         return stage_grids(model, self.sample(named))

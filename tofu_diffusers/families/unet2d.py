@@ -73,5 +73,5 @@ class UNet2DFamily(Family):
 
 
 def as_tokens(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H * W, C]; tokens stay"""
+    """A map as tokens; tokens stay as they are.  [B, C, H, W] -> [B, H * W, C]."""
     return x.flatten(2).mT if x.ndim == 4 else x

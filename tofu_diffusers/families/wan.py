@@ -14,7 +14,7 @@ from .base import BlockStack, Family, Kwargs, gather_rows, positions_given, regi
 
 @register_family
 class WanFamily(Family):
-    """One run over all blocks on a (frame, row, column) grid. Wan 2.2 has two denoisers; each is one."""
+    """One stack of all blocks on a (frame, row, column) grid. Wan 2.2 has two denoisers; each is one."""
 
     name = "wan"
     classes = ("WanTransformer3DModel",)

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..families.base import Kwargs
 from ..tokens.merge import merge_tokens
-from .block import on_kept, parts_of, record_whole, unmerged
-from .keys_values import with_context
+from .block import on_kept, parts_of, record_unreduced, unmerged
+from .keys_values import with_keys_values
 from .patch import bind
 from .state import AttentionHook
 
@@ -29,12 +29,12 @@ def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     def call(given: Kwargs) -> Any:
         if here.rotary is not None:
-            return with_context(here.rotary, module, given)
+            return with_keys_values(here.rotary, module, given)
         return here.original(module, **given)
 
     if plan is None:
         out = call(named)
-        record_whole(runtime, site, parts_of(out)[0][:, text:], None)
+        record_unreduced(runtime, site, parts_of(out)[0][:, text:], None)
         return out
     merged = merge_tokens(x, plan, site.merge)
     reduced = torch.cat([before, merged], dim=1) if text else merged

@@ -60,13 +60,13 @@ def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         )
     if not last:
         return out
-    # 7  Unmerge the update of the whole span, and remember it.  [B, K, C] -> [B, N, C]
+    # 7  Unmerge the update of the span, and remember it.  [B, K, C] -> [B, N, C]
     assert call.open_span is not None
     entered, merged, _ = call.open_span
     call.open_span = None
     y = family.output(out)
     if plan is None:
-        record_whole(runtime, site, y, entered)
+        record_unreduced(runtime, site, y, entered)
         return out
     cache, update = cached_update(runtime, site, y - merged)
     full = unmerge_onto(
@@ -85,7 +85,7 @@ def block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def observed_block_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A whole block whose attentions shrink: its input, before the first norm, is their metric."""
+    """Run a block whose attentions shrink: its input, before the first norm, is their metric."""
     hook: BlockHook = module.__dict__["_tofu"]
     named = bind(hook.names, args, kwargs)
     x = hook.runtime.setup.family.hidden(named)
@@ -119,7 +119,7 @@ def on_kept(
     batch = given.shape[0]
 
     def once(named: Kwargs, x: Tensor, given: Tensor, plan: Plan, removed: Tensor | None) -> Any:
-        hook.plan, hook.whole = plan, x
+        hook.plan, hook.unreduced = plan, x
         if runtime.setup.keys_values == "fresh":
             if removed is None:
                 hook.inputs = inputs(x, named)
@@ -129,7 +129,7 @@ def on_kept(
                 )
         following = family.slice_block_arguments(named, plan, runtime.setup.keys_values, removed)
         out = call(family.with_hidden(following, given))
-        hook.plan, hook.whole, hook.inputs = None, None, {}
+        hook.plan, hook.unreduced, hook.inputs = None, None, {}
         return out
 
     if not runtime.call.per_image:
@@ -146,8 +146,8 @@ def on_kept(
             )
         )
     hook.row = None
-    whole = tuple(None if part[0] is None else torch.cat(part) for part in zip(*outs, strict=True))
-    return whole if len(whole) > 1 else whole[0]
+    joined = tuple(None if part[0] is None else torch.cat(part) for part in zip(*outs, strict=True))
+    return joined if len(joined) > 1 else joined[0]
 
 
 def parts_of(out: Any) -> tuple[Any, ...]:
@@ -155,8 +155,8 @@ def parts_of(out: Any) -> tuple[Any, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def record_whole(runtime: Runtime, site: Site, y: Tensor, x: Tensor | None) -> None:
-    """Remember the update of a step that ran whole."""
+def record_unreduced(runtime: Runtime, site: Site, y: Tensor, x: Tensor | None) -> None:
+    """Remember the update of a step that computed all tokens."""
     cache = runtime.update_cache(site)
     if cache is not None and runtime.call.step is not None:
         with torch.no_grad():
@@ -175,7 +175,7 @@ def cached_update(
 def unmerged(
     runtime: Runtime, site: Site, plan: Plan, update: Tensor, x: Tensor, merged: Tensor
 ) -> Tensor:
-    """The update of every token from that of the kept ones.  [B, K, C] -> [B, N, C]"""
+    """The update of every token from that of the kept ones.  [B, K, C] -> [B, N, C]."""
     cache, update = cached_update(runtime, site, update)
     return unmerge_tokens(
         update,
@@ -190,7 +190,7 @@ def unmerged(
 
 
 def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> dict[str, Tensor]:
-    """What the method's sources read of a block, of the conditional rows.  -> source -> [I, N] float32"""
+    """What the method's sources read of a block, of the conditional rows.  -> source -> [I, N] float32."""
     hook: BlockHook = module.__dict__["_tofu"]
     runtime = hook.runtime
     method = runtime.setup.method

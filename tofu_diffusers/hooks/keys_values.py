@@ -34,9 +34,9 @@ def projection_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) 
     """Keys or values of all tokens, though the attention was given the kept ones."""
     here: ProjectionHook = module.__dict__["_tofu"]
     hook = here.hook
-    whole = hook.inputs.get(here.attribute)
-    if whole is not None:
-        rows: Tensor = here.original(module, whole, *args, **kwargs)
+    unreduced = hook.inputs.get(here.attribute)
+    if unreduced is not None:
+        rows: Tensor = here.original(module, unreduced, *args, **kwargs)
         return rows
     rows = here.original(module, x, *args, **kwargs)
     cache = None if hook.probing else hook.runtime.rows_of(here.projection)
@@ -117,11 +117,11 @@ class SdpaPatch(TorchFunctionMode):
             cache.copy_(image)
             return rows
         scatter_rows_(cache, self.kept, image)
-        whole = cache.view(*cache.shape[:2], heads, depth).transpose(1, 2).to(rows.dtype)
-        return torch.cat([rows[:, :, :-tokens], whole], dim=2)
+        all_rows = cache.view(*cache.shape[:2], heads, depth).transpose(1, 2).to(rows.dtype)
+        return torch.cat([rows[:, :, :-tokens], all_rows], dim=2)
 
 
-def with_context(here: RotaryAttentionHook, module: nn.Module, kwargs: dict[str, Any]) -> Any:
+def with_keys_values(here: RotaryAttentionHook, module: nn.Module, kwargs: dict[str, Any]) -> Any:
     """Run an attention on the tokens that its site's plan keeps, with the keys_values of the others.
 
     Raises:
@@ -159,7 +159,7 @@ def with_context(here: RotaryAttentionHook, module: nn.Module, kwargs: dict[str,
 def rotary_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of such an attention where its block shrinks."""
     here: RotaryAttentionHook = module.__dict__["_tofu"]
-    return with_context(here, module, bind(here.names, args, kwargs))
+    return with_keys_values(here, module, bind(here.names, args, kwargs))
 
 
 def query_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -31,9 +31,9 @@ from .state import (
 
 @dataclass
 class Span:
-    """Consecutive blocks of one run that shrink as one site."""
+    """Consecutive blocks of one stack that shrink as one site."""
 
-    run: BlockStack
+    stack: BlockStack
     blocks: list[tuple[str, nn.Module]]
     depths: list[float]
 
@@ -88,20 +88,20 @@ class Layout:
         self._blocks: list[BlockLayout] = []
         if config is None:
             return
-        runs = family.block_stacks(model)
-        ordered = [block for run in runs for block in run.blocks]
+        stacks = family.block_stacks(model)
+        ordered = [block for stack in stacks for block in stack.blocks]
         count = len(ordered)
         self._order = {name: i for i, (name, _) in enumerate(ordered)}
         self._depth = {name: i / max(1, count - 1) for name, i in self._order.items()}
         self._count = count
         acted = False
-        for run in runs:
-            for span in self._spans(run):
+        for stack in stacks:
+            for span in self._spans(stack):
                 acted |= self._lay_out(span)
         if not acted:
             raise ValueError(
                 f"{type(model).__name__} has no site for tofu: {count} blocks on resolutions "
-                f"{sorted({run.resolution for run in runs})}, and resolutions={config.resolutions}, "
+                f"{sorted({stack.resolution for stack in stacks})}, and resolutions={config.resolutions}, "
                 f"first_blocks={config.first_blocks}, last_blocks={config.last_blocks}, "
                 f"scope={config.scope!r} leave none; relax one of them"
             )
@@ -130,7 +130,7 @@ class Layout:
             for norm in self.family.norms(laid.block):
                 attach(norm, norm_forward, NormHook(hook, type(norm).forward, norm_forward))
             for attribute, attention in self.family.attentions(laid.block).items():
-                rotary = self._attach_context(root, hook, laid, attribute, attention)
+                rotary = self._attach_keys_values(root, hook, laid, attribute, attention)
                 if on_attention:
                     site = laid.attentions[attribute]
                     state = AttentionHook(
@@ -147,7 +147,7 @@ class Layout:
                 elif rotary is not None:
                     attach(attention, rotary_forward, rotary)
 
-    def _attach_context(
+    def _attach_keys_values(
         self,
         root: DenoiserHook,
         hook: BlockHook,
@@ -206,26 +206,26 @@ class Layout:
             and not self.family.blocks_are_attentions
         )
 
-    def _is_whole(self, name: str, resolution: int) -> bool:
+    def _stays_unreduced(self, name: str, resolution: int) -> bool:
         config, index = self.config, self._order[name]
         inside = config.first_blocks <= index < self._count - config.last_blocks
         return not inside or (
             config.resolutions is not None and resolution not in config.resolutions
         )
 
-    def _spans(self, run: BlockStack) -> list[Span]:
-        """The run cut where blocks stay whole, and into single blocks unless a span is one site."""
+    def _spans(self, stack: BlockStack) -> list[Span]:
+        """The stack cut where blocks are not reduced, and into single blocks unless a span is one site."""
         spans: list[Span] = []
         together = self.config.scope == "span" or self._block_equals_span()
-        previous_whole = True
-        for name, block in run.blocks:
-            whole = self._is_whole(name, run.resolution)
-            if spans and together and not whole and not previous_whole:
+        previous_unreduced = True
+        for name, block in stack.blocks:
+            unreduced = self._stays_unreduced(name, stack.resolution)
+            if spans and together and not unreduced and not previous_unreduced:
                 spans[-1].blocks.append((name, block))
                 spans[-1].depths.append(self._depth[name])
-            elif not whole:
-                spans.append(Span(run, [(name, block)], [self._depth[name]]))
-            previous_whole = whole
+            elif not unreduced:
+                spans.append(Span(stack, [(name, block)], [self._depth[name]]))
+            previous_unreduced = unreduced
         return spans
 
     def _block_equals_span(self) -> bool:
@@ -246,21 +246,21 @@ class Layout:
     def _site(
         self,
         name: str,
-        run: BlockStack,
+        stack: BlockStack,
         block_name: str,
         depth: float,
         width: int,
         split: bool | None,
     ) -> Site:
         config = self.config
-        key = {"block": block_name, "stack": run.name, "resolution": str(run.resolution)}[
+        key = {"block": block_name, "stack": stack.name, "resolution": str(stack.resolution)}[
             str(config.share)
         ]
-        plan_cache = self._plan_caches.setdefault(key, PlanCache(run.resolution))
+        plan_cache = self._plan_caches.setdefault(key, PlanCache(stack.resolution))
         unmerge = config.unmerge_at(depth)
         site = Site(
             name,
-            run.resolution,
+            stack.resolution,
             plan_cache,
             depth,
             config.merge_at(depth),
@@ -273,21 +273,21 @@ class Layout:
 
     def _lay_out(self, span: Span) -> bool:
         """Plan the forwards of one span; returns whether any token can shrink there."""
-        run = span.run
+        stack = span.stack
         blocks = span.blocks
         acted = False
         joint = None
         if len(blocks) > 1 and not self._on_attention:
             depth = sum(span.depths) / len(span.depths)
             name = f"{blocks[0][0]}-{blocks[-1][0].rsplit('.', 1)[-1]}"
-            joint = self._site(name, run, blocks[0][0], depth, self._width(blocks[0][1]), False)
+            joint = self._site(name, stack, blocks[0][0], depth, self._width(blocks[0][1]), False)
         for i, ((name, block), depth) in enumerate(zip(blocks, span.depths, strict=True)):
             attentions = self.family.attentions(block)
             if self._on_attention:
                 sites = {
                     attribute: self._site(
                         f"{name}.{attribute}",
-                        run,
+                        stack,
                         name,
                         depth,
                         width_of(attention, "to_q", "in_features"),
@@ -301,7 +301,7 @@ class Layout:
             else:
                 sites = {}
                 alone = self._site(
-                    name, run, name, depth, self._width(block), None if joint is None else True
+                    name, stack, name, depth, self._width(block), None if joint is None else True
                 )
             acted = True
             self._blocks.append(
@@ -313,13 +313,13 @@ class Layout:
                     joint is None or i == len(blocks) - 1,
                     alone,
                     sites,
-                    self._projections(name, run, attentions),
+                    self._projections(name, stack, attentions),
                 )
             )
         return acted
 
     def _projections(
-        self, name: str, run: BlockStack, attentions: dict[str, nn.Module]
+        self, name: str, stack: BlockStack, attentions: dict[str, nn.Module]
     ) -> dict[str, dict[str, Projection]]:
         keys_values = str(self.config.keys_values)
         found: dict[str, dict[str, Projection]] = {}
@@ -329,7 +329,7 @@ class Layout:
                 check_unfused(attention, f"{name}.{attribute}", keys_values)
             width = width_of(attention, "to_k", "out_features")
             found[attribute] = {
-                key: Projection(f"{name}.{attribute}.{key}", run.resolution, width)
+                key: Projection(f"{name}.{attribute}.{key}", stack.resolution, width)
                 for key in ("to_k", "to_v")
             }
             if keys_values == "cached":

@@ -11,16 +11,16 @@ from .state import NormHook
 
 
 def norm_forward(module: Any, x: Tensor) -> Tensor:
-    """A group norm of the kept tokens by the statistics of all.  [B, C, K] -> [B, C, K]"""
+    """A group norm of the kept tokens by the statistics of all.  [B, C, K] -> [B, C, K]."""
     here: NormHook = module.__dict__["_tofu"]
-    whole = here.hook.whole
-    if whole is None:
+    unreduced = here.hook.unreduced
+    if unreduced is None:
         normed: Tensor = here.original(module, x)
         return normed
-    batch, branches_in_batch = x.shape[0], module.num_groups
-    every = whole.mT.reshape(batch, branches_in_batch, -1).float()
+    batch, groups = x.shape[0], module.num_groups
+    every = unreduced.mT.reshape(batch, groups, -1).float()
     variance, mean = torch.var_mean(every, dim=2, keepdim=True, correction=0)
-    y = (x.reshape(batch, branches_in_batch, -1).float() - mean) * (variance + module.eps).rsqrt()
+    y = (x.reshape(batch, groups, -1).float() - mean) * (variance + module.eps).rsqrt()
     y = y.view(x.shape)
     if module.affine:
         y = y * module.weight[:, None].float() + module.bias[:, None].float()

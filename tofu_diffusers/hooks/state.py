@@ -27,9 +27,9 @@ class BlockHook:
         own_site: The site it is when its stack must be split.
         probe: Of the block, where importance is read with one; see `sensitivity`.
 
-    While the block runs on kept tokens, `plan` says which, `whole` is what it would have been given, `inputs`
-    what its attentions would read of tokens that they are not given (keys_values "fresh"), and `row` which
-    row of the batch it is, if only one.
+    While the block runs on kept tokens, `plan` says which, `unreduced` is what it would have been given,
+    `inputs` what its attentions would read of tokens that they are not given (keys_values "fresh"), and `row`
+    which row of the batch it is, if only one.
     """
 
     name: str
@@ -43,7 +43,7 @@ class BlockHook:
     own_site: Site
     probe: Tensor | None = None
     plan: Plan | None = None
-    whole: Tensor | None = None
+    unreduced: Tensor | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
     row: int | None = None
     metric: Tensor | None = None
@@ -52,7 +52,7 @@ class BlockHook:
 
     def forget(self) -> None:
         """Drop what belongs to one call."""
-        self.plan = self.whole = self.row = self.metric = self.importance = None
+        self.plan = self.unreduced = self.row = self.metric = self.importance = None
         self.inputs, self.probing = {}, False
 
 

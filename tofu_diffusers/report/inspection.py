@@ -60,7 +60,7 @@ def inspect(model: nn.Module, generation: Generation) -> Inspection:
         family=setup.family.name,
         configs=setup.configs,
         index=generation.index,
-        noise=tuple(generation.noise),
+        noise=generation.sampling.noise,
         step_known=call.step_known,
         steps=tuple(generation.steps()),
         cfg_branches=int(call.cfg_branches),

@@ -15,9 +15,10 @@ from ..profiles import origin
 from ..runtime.generation import Generation, StepRecord
 from ..runtime.setup import Setup
 from ..runtime.sites import Site
+from ..steps.sampler import Sampling
 from .flops import UncountedError, count
 
-NOMINAL_STEPS = 20
+NOMINAL_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,16 @@ class Row:
 
 @dataclass(frozen=True)
 class StepCount:
-    """Steps of a denoiser whose steps are skipped, and how many of them it computed."""
+    """Steps of a denoiser whose steps are skipped, and how many of them it computed.
+
+    Attributes:
+        plan: A sign a step: "#" was computed, "." skipped.
+    """
 
     denoiser: str
     steps: int
     computed: int
+    plan: str
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,9 @@ class Summary:
         ]
         if not table:
             lines = []
-        lines += [f"{s.denoiser}: computed {s.computed} of {s.steps} steps" for s in self.steps]
+        lines += [
+            f"{s.denoiser}: computed {s.computed} of {s.steps} steps  {s.plan}" for s in self.steps
+        ]
         when = "nominal, no generation yet" if self.nominal else "last generation"
         lines += [
             self.settings,
@@ -161,7 +169,8 @@ def summarise(
         ]
         if any(isinstance(each, StepSkipping) for each in setup.configs):
             computed = sum(not step.skipped for step in steps)
-            skips.append(StepCount(name, len(steps), computed))
+            plan = "".join("." if step.skipped else "#" for step in steps)
+            skips.append(StepCount(name, len(steps), computed, plan))
         weights = Counter[tuple[str, ...]]()
         for step in steps:
             if not step.skipped:
@@ -205,12 +214,12 @@ def _counts(
 def _nominal_steps(setup: Setup) -> list[StepRecord]:
     """The steps of a typical generation."""
     if not setup.needs:
-        return [StepRecord(1, setup.settings_at(0, 0, []).ratios)]
-    noise = [1.0 - i / NOMINAL_STEPS for i in range(NOMINAL_STEPS)]
+        return [StepRecord(1, setup.settings_at(0, 0, Sampling()).ratios)]
+    sampling = Sampling.evenly(NOMINAL_STEPS)
     steps: list[StepRecord] = []
     for i in range(NOMINAL_STEPS):
         computed = sum(not step.skipped for step in steps)
-        settings = setup.settings_at(i, computed, noise)
+        settings = setup.settings_at(i, computed, sampling)
         steps.append(StepRecord(1, settings.ratios, settings.skip))
     return steps
 

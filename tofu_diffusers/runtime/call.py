@@ -30,6 +30,7 @@ class Call:
         skip: Whether the denoiser is skipped.
         caches_are_warm: Whether the step builds on what caches hold.
         cfg_branches: How many branches of guidance a batch holds, as a string; "0": not known yet.
+        told_by_pipeline: Whether a pipeline calls, whose scheduler tells its steps.
         conditional_first: Whether the conditional rows stand before the others.
         number: How many calls of this step came before.
         cfg_branch: Which of the step's calls this is, the key of what is remembered.
@@ -51,6 +52,7 @@ class Call:
     caches_are_warm: bool = False
     cfg_branches: str = "1"
     conditional_first: bool = False
+    told_by_pipeline: bool = False
 
     number: int = 0
     cfg_branch: str = "0"
@@ -86,5 +88,5 @@ class Call:
         return site.split is None or site.split == self.per_block
 
     def conditional(self, x: Tensor) -> Tensor:
-        """The conditional rows of a batch.  [B, ...] -> [I, ...]"""
+        """The conditional rows of a batch.  [B, ...] -> [I, ...]."""
         return x[: self.images] if self.conditional_first else x[-self.images :]

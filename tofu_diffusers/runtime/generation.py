@@ -17,7 +17,7 @@ from torch import Tensor
 from ..steps.clock import exchanged, is_watched, watch
 from ..steps.pipelines import generating, holds, schedulers
 from ..steps.reference import Reference
-from ..steps.sampler import noise_level, noise_levels, step_sizes
+from ..steps.sampler import Sampling, noise_level
 from .runtime import Runtime
 
 FEW_STEPS = 8
@@ -33,10 +33,13 @@ class StepRecord:
 
 
 class Turn:
-    """Lets one thread at a time into a denoiser, and refuses others instead of waiting."""
+    """Lets one thread at a time into a denoiser, and refuses others instead of waiting.
+
+    As a context manager it waits: a step that is over must be counted, unless another generation began.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Turn:
         return Turn()
@@ -52,6 +55,12 @@ class Turn:
 
     def leave(self) -> None:
         """Let others in."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
         self._lock.release()
 
 
@@ -76,7 +85,7 @@ class Generation:
         scheduler: That tells the steps; nothing where the user does, or nobody.
         caller: The pipeline that generates; nothing in a loop of the user's.
         index: Of the step.
-        noise: Levels of all its steps (1: pure noise); empty: there is no generation.
+        sampling: All its steps; empty: there is no generation.
         computed_steps: How many steps the denoiser has computed.
         forgotten_steps: How many of them were before a branch of guidance began anew.
         history: Of the steps that are over.
@@ -92,7 +101,7 @@ class Generation:
         self.scheduler = Reference()
         self.caller = Reference()
         self.index = 0
-        self.noise: list[float] = []
+        self.sampling = Sampling()
         self.computed_steps = self.forgotten_steps = 0
         self.history: list[StepRecord] = []
         self.compute_counts: dict[int, Tensor] = {}
@@ -127,11 +136,11 @@ class Generation:
         finally:
             self.turn.leave()
 
-    def begin(self, noise: list[float], cfg_branches: int) -> None:
-        """Start a generation whose steps have these noise levels.
+    def begin(self, sampling: Sampling, cfg_branches: int) -> None:
+        """Start a generation of these steps.
 
         Args:
-            noise: 1 is pure noise; empty: none, what is remembered is dropped.
+            sampling: Empty: none, what is remembered is dropped.
             cfg_branches: Of guidance in a batch; 0: not known yet, see `GridReader.resolve`.
         """
         call, caches = self.runtime.call, self.runtime.caches
@@ -141,20 +150,19 @@ class Generation:
         self._timestep, self._trimmed = None, False
         call.cfg_branches = str(cfg_branches)
         call.conditional_first = self.runtime.setup.family.conditional_first
-        self.noise = noise
+        self.sampling = sampling
         # Anew: a tensor made in inference mode cannot be written outside of it.
         call.step = None
         # One of a pipeline's denoisers may have no call in this generation, but in the one before.
-        self._history_is_old = bool(noise)
-        if not noise:
+        self._history_is_old = bool(sampling)
+        if not sampling:
             self._clear_history()
         call.number = self.computed_steps = self.forgotten_steps = 0
         call.began_anew = False
         caches.peak_bytes = 0
         self.runtime.reader.start()
         self.forget()
-        if caches.with_step_sizes is not None:
-            caches.with_step_sizes.begin(None)
+        self._tell_sizes()
         self._set_index(0)
 
     def advance(self, scheduler: Any, timestep: Any) -> None:
@@ -164,23 +172,24 @@ class Generation:
             RuntimeError: if that timestep was stepped before.
         """
         call = self.runtime.call
-        if scheduler is not self.scheduler() or not call.step_known:
-            return
-        if self.index == 0:
-            # Where the call was traced, nobody could look before it.
-            self._trim_to_executed(scheduler, timestep)
-            self._warn_of_few()
-        self._check_stepped_once(timestep)
-        self._finish_step()
-        self._set_index(self.index + 1)
-        if not call.step_known:
-            # The generation is over: what decodes the latents may need the memory.
-            self.forget()
+        with self.turn:
+            if scheduler is not self.scheduler() or not call.step_known:
+                return
+            if self.index == 0:
+                # Where the call was traced, nobody could look before it.
+                self._trim_to_executed(scheduler, timestep)
+                self._warn_of_few()
+            self._check_stepped_once(timestep)
+            self._finish_step()
+            self._set_index(self.index + 1)
+            if not call.step_known:
+                # The generation is over: what decodes the latents may need the memory.
+                self.forget()
 
     def set_step(self, index: int, total: int, cfg_branches: int) -> None:
         """Take a bare model's step from its user."""
-        if index == 0 or not self.runtime.call.step_known or total != len(self.noise):
-            self.begin([1.0 - i / total for i in range(total)], cfg_branches)
+        if index == 0 or not self.runtime.call.step_known or total != len(self.sampling):
+            self.begin(Sampling.evenly(total), cfg_branches)
             self._warn_of_few()
         else:
             self._finish_step()
@@ -202,8 +211,8 @@ class Generation:
             raise broken_into(self._denoiser)
         if caller is None:
             # One call alone, also after a pipeline's generation, whether that was over or not.
-            if self.noise and (self.caller() is not None or not call.step_known):
-                self.begin([], cfg_branches=1)
+            if self.sampling and (self.caller() is not None or not call.step_known):
+                self.begin(Sampling(), cfg_branches=1)
         elif told_by and not self._told_by_hand:
             new = [each for each in told_by if not is_watched(each, self)]
             for scheduler in new:
@@ -211,13 +220,14 @@ class Generation:
             if len(new) == len(told_by):
                 # Set after `apply_tofu`, or in another pipeline around this denoiser.
                 self._follow(told_by[0], caller)
+        call.told_by_pipeline = bool(told_by)
         scale = self.runtime.setup.family.timestep_scale
         if call.step_known and self.index == 0 and call.number == 0 and self.scheduler() and scale:
             self._trim_to_executed(self.scheduler(), named["timestep"] / scale)
 
     def end(self) -> None:
         """End a generation that was broken off, if there is one."""
-        self.begin([], cfg_branches=1)
+        self.begin(Sampling(), cfg_branches=1)
         self.broken_off.clear()
 
     def forget(self) -> None:
@@ -231,11 +241,14 @@ class Generation:
     @property
     def has_past(self) -> bool:
         """Whether a call can build on earlier ones: its step is known, and steps are not few."""
-        return self.runtime.call.step_known and len(self.noise) > FEW_STEPS
+        return self.runtime.call.step_known and len(self.sampling) > FEW_STEPS
 
     def steps(self) -> list[StepRecord]:
         """The steps of the last generation, the running one included."""
-        current = [self._record()] if self.runtime.call.number else []
+        call = self.runtime.call
+        # A call beside the steps is none; that of a bare denoiser whose tokens are reduced is all there is.
+        counts = call.step_known or self.runtime.setup.reduction is not None
+        current = [self._record()] if call.number and counts else []
         return current if current and self._history_is_old else self.history + current
 
     # ---- parts of the above --------------------------------------------------------------------
@@ -251,16 +264,13 @@ class Generation:
     def _follow(self, scheduler: Any, caller: Any) -> None:
         """Start the generation of this scheduler and pipeline."""
         branches = self._branches_of(caller)
-        self.begin(noise_levels(scheduler), branches)
+        self.begin(Sampling.of(scheduler), branches)
         self.scheduler, self.caller = Reference(scheduler), Reference(caller)
         # Guidance by text and by picture (InstructPix2Pix): both, the picture alone, neither.
         self.runtime.call.conditional_first |= hasattr(caller, "image_guidance_scale")
         # What a pipeline set up before, by this scheduler or another of its own, it does not go on with.
         gone = (None, scheduler, *schedulers(caller))
         self.broken_off = [each for each in self.broken_off if each() not in gone]
-        corrects = self.runtime.caches.with_step_sizes
-        if corrects is not None:
-            corrects.begin(step_sizes(scheduler))
 
     def _branches_of(self, pipeline: Any) -> int:
         """Branches of guidance in a batch, as the pipeline says; 0: it does not, see `GridReader.resolve`."""
@@ -296,7 +306,7 @@ class Generation:
         """
         if self._trimmed:
             return
-        self._trimmed, pipeline, count = True, self.caller(), len(self.noise)
+        self._trimmed, pipeline, count = True, self.caller(), len(self.sampling)
         planned = getattr(pipeline, "num_timesteps", None)
         if planned is None:
             # Nothing is announced, by a loop of the user's or an old pipeline, but by the scheduler perhaps.
@@ -306,16 +316,21 @@ class Generation:
         if latest <= 0:
             return
         level = noise_level(scheduler, timestep)
-        distances = [abs(noise - level) for noise in self.noise]
+        distances = [abs(noise - level) for noise in self.sampling.noise]
         begin = min(distances.index(min(distances)), latest)
-        self.noise = self.noise[begin : begin + planned]
-        corrects = self.runtime.caches.with_step_sizes
-        if corrects is not None and corrects.step_sizes is not None:
-            corrects.begin(corrects.step_sizes[begin : begin + planned])
+        self.sampling = self.sampling.part(begin, planned)
+        self._tell_sizes()
         self._apply_settings()
 
+    def _tell_sizes(self) -> None:
+        """Tell what corrects outputs how far the steps go."""
+        corrects = self.runtime.caches.with_step_sizes
+        if corrects is not None:
+            sizes = self.sampling.sizes if self.sampling.first_order else None
+            corrects.begin(None if sizes is None else list(sizes))
+
     def _warn_of_few(self) -> None:
-        setup, steps = self.runtime.setup, len(self.noise)
+        setup, steps = self.runtime.setup, len(self.sampling)
         if steps <= FEW_STEPS and setup.warmup_steps and not setup.has_stand_in:
             warnings.warn(
                 f"{steps} steps, of which {min(steps, setup.warmup_steps)} compute all tokens: little is "
@@ -323,7 +338,7 @@ class Generation:
                 stacklevel=2,
             )
         if setup.skipping is not None:
-            computed = max(1, steps - len(setup.skipped_steps(steps)))
+            computed = max(1, steps - len(setup.skipped_steps(self.sampling)))
             if steps / computed < setup.skipping.speedup - 1e-6:
                 warnings.warn(
                     f"speedup {setup.skipping.speedup:g} is not reached: {computed} of {steps} steps must be "
@@ -334,7 +349,7 @@ class Generation:
 
     def _warn_of_nothing(self) -> None:
         """Say so where no step of this generation will reduce any token."""
-        setup, call, steps = self.runtime.setup, self.runtime.call, len(self.noise)
+        setup, call, steps = self.runtime.setup, self.runtime.call, len(self.sampling)
         config = setup.reduction
         if config is None or not call.grids:
             return
@@ -343,7 +358,7 @@ class Generation:
         # While guidance is not known, all tokens are computed: it is read behind the second step.
         first = 2 if call.cfg_branches == "0" else 0
         for index in range(first, steps):
-            ratios = setup.settings_at(index, index, self.noise).ratios
+            ratios = setup.settings_at(index, index, self.sampling).ratios
             removed = (
                 setup.tokens_removed(grid.tokens, ratios[i])
                 for i, grid in zip(sites, grids, strict=True)
@@ -361,7 +376,7 @@ class Generation:
     def _set_index(self, index: int) -> None:
         call, reduction = self.runtime.call, self.runtime.setup.reduction
         self.index = index
-        call.step_known = index < len(self.noise)
+        call.step_known = index < len(self.sampling)
         call.number, call.beside_rested = 0, False
         if reduction is None or index % reduction.reuse == 0:
             self.runtime.caches.clear_plans()
@@ -375,9 +390,9 @@ class Generation:
         """Hand over to the call what its step is run with."""
         setup, call = self.runtime.setup, self.runtime.call
         # Behind the last step there is none: a call is alone again.
-        noise = self.noise if call.step_known else []
+        sampling = self.sampling if call.step_known else Sampling()
         past = self.computed_steps - self.forgotten_steps
-        settings = setup.settings_at(self.index, self.computed_steps, noise, past)
+        settings = setup.settings_at(self.index, self.computed_steps, sampling, past)
         call.skip, call.caches_are_warm = settings.skip, settings.caches_are_warm
         for site, ratio in zip(setup.sites, settings.ratios, strict=True):
             site.ratio = ratio

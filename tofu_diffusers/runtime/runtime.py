@@ -23,7 +23,7 @@ from ..tokens.statistics import TokenStatistics, flags_of, on_maps
 from ..tokens.unmerges import UNMERGES
 from ..tokens.update_cache import UpdateCache
 from .caches import Caches
-from .call import CHECKPOINTING, Call
+from .call import CALLS_LIMIT, CHECKPOINTING, Call
 from .grid_reader import GridReader
 from .setup import Setup
 from .sites import Projection, Site
@@ -133,7 +133,7 @@ class Runtime:
             return out
         # 9  Remember the output for forecasts. Before it is corrected for tokens: what is forecast is what
         # the denoiser computed.
-        if caches.forecaster is not None:
+        if caches.forecaster is not None and call.step_known:
             if call.cfg_branch not in caches.forecaster.past:
                 caches.check_limit(caches.nbytes + caches.forecaster.nbytes_for(out))
             corrects = self.setup.corrects_steps
@@ -204,21 +204,24 @@ class Runtime:
         return projection.rows.get(self.call.cfg_branch)
 
     def conditional(self, x: Tensor) -> Tensor:
-        """The conditional rows of a batch.  [B, ...] -> [I, ...]"""
+        """The conditional rows of a batch.  [B, ...] -> [I, ...]."""
         return self.call.conditional(x)
 
     # ---- parts of the above --------------------------------------------------------------------
 
     def _run_without_step(self) -> None:
-        if self.setup.needs:
+        setup, call = self.setup, self.call
+        # Some pipelines call their denoiser before or behind the steps, to fill a cache of their own.
+        beside = setup.reduction is None and call.told_by_pipeline and call.number < CALLS_LIMIT
+        if setup.needs and not beside:
             raise RuntimeError(
-                f"{', '.join(self.setup.needs)} must know the denoising step, and nobody told it: call "
-                "handle.step(i, n) before each step of a bare model; for a pipeline that does not step its "
-                "`scheduler` (as some inversions), use TokenReduction(method='tofu') or remove_tofu"
+                f"{', '.join(setup.needs)} must know the denoising step, and nobody told it: call "
+                "handle.step(i, n) before each step of a bare model; for a pipeline that steps no "
+                "scheduler of its own, use TokenReduction(method='tofu') or remove_tofu"
             )
         self.caches.clear_plans()
-        self.call.number = 0
-        self.call.cfg_branches = "1"
+        call.number = call.number if beside else 0
+        call.cfg_branches = "1"
 
     def _split_stacks(self, between: str | None, alone: bool) -> None:
         sites = self.setup.sites

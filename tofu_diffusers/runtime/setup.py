@@ -10,7 +10,8 @@ from torch import nn
 from ..config import Config, StepSkipping, TokenReduction
 from ..families.base import Family
 from ..steps.reference import Reference
-from ..steps.rules import skipped_steps
+from ..steps.rules import Steps, computed_steps, skipped_steps
+from ..steps.sampler import Sampling
 from ..tokens.methods import Method
 from ..tokens.unmerges import UNMERGES
 from .sites import PlanCache, Projection, Site
@@ -133,16 +134,25 @@ class Setup:
         """Steps at the start that compute all tokens: as asked, and until there is evidence."""
         return 0 if self.reduction is None else self.reduction.steps_needed
 
-    def skipped_steps(self, total: int) -> set[int]:
-        """The steps of so many at which the denoiser is skipped, if enough was computed before."""
-        config = self.skipping
-        if config is None:
-            return set()
-        first, last = config.steps_needed, total - config.cooldown_steps
-        return skipped_steps(str(config.rule), total, config.speedup, first, last)
+    def skipped_steps(self, sampling: Sampling) -> frozenset[int]:
+        """The steps of a generation at which the denoiser is skipped, if enough was computed before."""
+        config, total = self.skipping, len(sampling)
+        if config is None or not total:
+            return frozenset()
+        free = range(config.steps_needed, total - config.cooldown_steps)
+        steps = Steps(
+            free,
+            computed_steps(total, config.speedup, free),
+            sampling.angles,
+            sampling.sizes,
+            config.trajectory,
+            config.order,
+            config.corrector and sampling.first_order and sampling.sizes is not None,
+        )
+        return skipped_steps(str(config.rule), steps)
 
     def settings_at(
-        self, index: int, computed_steps: int, noise: list[float], past: int | None = None
+        self, index: int, computed_steps: int, sampling: Sampling, past: int | None = None
     ) -> StepSettings:
         """What a step is run with.
 
@@ -150,19 +160,20 @@ class Setup:
             index: Of the step; past the last one, or in a generation without steps, nothing is skipped.
             computed_steps: How many steps this denoiser has computed before.
             past: How many of them every branch of guidance remembers; None: all.
-            noise: Levels of all steps (1: pure noise).
+            sampling: All steps.
         """
-        total = len(noise)
+        total = len(sampling)
         skip = index < total and self.skipping is not None
         if skip and self.skipping is not None:
             ready = computed_steps >= self.skipping.steps_needed
             # Guidance that begins or ends on the way leaves a branch without two steps to extrapolate.
-            ready = ready and (past is None or past > self.skipping.order)
-            skip = ready and index in self.skipped_steps(total)
+            least = min(self.skipping.order + 1, self.skipping.steps_needed)
+            ready = ready and (past is None or past >= least)
+            skip = ready and index in self.skipped_steps(sampling)
         reduction = self.reduction
         if reduction is None:
             return StepSettings((), skip, False)
-        level = noise[min(index, total - 1)] if total else 1.0
+        level = sampling.noise[min(index, total - 1)] if total else 1.0
         first, last = self.warmup_steps, total - reduction.cooldown_steps
         whole = bool(total) and (computed_steps < first or index >= last)
         ratios = tuple(

@@ -28,7 +28,8 @@ class StepListener(Protocol):
     schedulers: list[Reference]
 
     @property
-    def pipeline(self) -> Any: ...
+    def pipeline(self) -> Any:
+        """The pipeline that it was made for, or None."""
 
     def start(self, scheduler: Any) -> None:
         """A generation starts: the scheduler has set its timesteps."""
@@ -137,6 +138,7 @@ class Watched:
         return inspect.signature(self._method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the scheduler's method, then tell the clock."""
         result = self._method(*args, **kwargs)
         if self.name == "set_timesteps":
             self.clock.start()

@@ -83,7 +83,10 @@ class Forecaster:
             TypeError: if there is no tensor in it.
         """
         tensors = tensors_in(out)
-        if branch not in self.past:
+        known = self.past.get(branch)
+        if known is None or [each.shape for each in tensors_in(known.form)] != [
+            each.shape for each in tensors
+        ]:
             if not tensors:
                 raise TypeError(
                     f"the denoiser returned {type(out).__name__} without a tensor of floats, and so nothing "

@@ -3,11 +3,82 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 NOISY = ("Ancestral", "CogVideoXDPM", "DDPM", "LCM", "SASolver", "SDE", "TCD", "UnCLIP")
 """In the names of schedulers that draw noise at every step, which drowns what was wrong before."""
+MULTISTEP = ("LMSDiscrete", "PNDM")
+"""In the names of schedulers whose steps build on earlier predictions, whatever their `solver_order`."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The steps of a generation, as its scheduler has set them.
+
+    Attributes:
+        noise: Timesteps as fractions of the training range, 1 is pure noise.
+        angles: Noise levels: the angle of noise against signal, 1 is pure noise. Other than timesteps, they
+            mean the same under every schedule of noise.
+        sizes: See `step_sizes`.
+        first_order: Whether a step adds its own prediction and no earlier one, so that what forecasts lacked
+            can be made up for. A solver of higher order takes such a prediction for a bend of the path and
+            passes it on.
+    """
+
+    noise: tuple[float, ...] = ()
+    angles: tuple[float, ...] = ()
+    sizes: tuple[float, ...] | None = None
+    first_order: bool = False
+
+    @classmethod
+    def of(cls, scheduler: Any) -> Sampling:
+        """Of the generation that a scheduler has set its timesteps for. A few host reads."""
+        sizes = step_sizes(scheduler)
+        noise = tuple(noise_levels(scheduler))
+        name, order = type(scheduler).__name__, scheduler.config.get("solver_order", 1)
+        first_order = order == 1 and not any(word in name for word in MULTISTEP)
+        angles = noise_angles(scheduler, noise)
+        return cls(noise, angles, None if sizes is None else tuple(sizes), first_order)
+
+    @classmethod
+    def evenly(cls, total: int) -> Sampling:
+        """Of a loop that tells no more than how many steps it has."""
+        levels = tuple(1.0 - i / total for i in range(total))
+        return cls(levels, levels)
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    def part(self, begin: int, count: int) -> Sampling:
+        """These steps alone."""
+        at = slice(begin, begin + count)
+        sizes = self.sizes and self.sizes[at]
+        return Sampling(self.noise[at], self.angles[at], sizes, self.first_order)
+
+
+def noise_angles(scheduler: Any, noise: tuple[float, ...]) -> tuple[float, ...]:
+    """The angle of noise against signal at every step, as a fraction of the right angle.
+
+    From sigmas under flow matching, from alphas where the scheduler has those, else from the timesteps.
+    """
+    sigmas, alphas = (getattr(scheduler, name, None) for name in ("sigmas", "alphas_cumprod"))
+    if is_flow(scheduler) and sigmas is not None and len(sigmas) >= len(noise):
+        pairs = [(each, 1 - each) for each in sigmas[: len(noise)].tolist()]
+    elif alphas is not None and not is_flow(scheduler):
+        at = scheduler.timesteps.long().clamp(0, len(alphas) - 1).to(alphas.device)
+        kept = alphas[at].double().clamp(0, 1).tolist()
+        pairs = [(math.sqrt(1 - each), math.sqrt(each)) for each in kept]
+    else:
+        pairs = [(each, 1 - each) for each in noise]
+    return tuple(math.atan2(*pair) / (math.pi / 2) for pair in pairs)
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler follows a flow from noise to image, with sigmas from 1 to 0."""
+    named = "FlowMatch" in type(scheduler).__name__
+    return named or bool(scheduler.config.get("use_flow_sigmas", False))
 
 
 def noise_levels(scheduler: Any) -> list[float]:
@@ -38,7 +109,7 @@ def step_sizes(scheduler: Any) -> list[float] | None:
     noisy = any(word in name for word in NOISY) or config.get("stochastic_sampling", False)
     if noisy or str(config.get("algorithm_type", "")).startswith("sde"):
         return None
-    flow = "FlowMatch" in name or config.get("use_flow_sigmas", False)
+    flow = is_flow(scheduler)
     kind = "flow_prediction" if flow else config.get("prediction_type")
     if kind not in ("flow_prediction", "epsilon", "v_prediction") or (alphas is None and not flow):
         return None

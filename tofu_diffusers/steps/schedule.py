@@ -61,6 +61,7 @@ class Schedule:
 
     @property
     def is_constant(self) -> bool:
+        """Whether every step, or every depth, has the same factor."""
         return self.kind == "constant"
 
     def factor(self, position: float) -> float:

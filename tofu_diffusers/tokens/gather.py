@@ -13,7 +13,7 @@ from ..kernels import use_fused_rows
 
 
 def gather_rows(x: Tensor, positions: Tensor) -> Tensor:
-    """The rows at these positions.  [B, N, C], [B, M] int64 -> [B, M, C]"""
+    """The rows at these positions.  [B, N, C], [B, M] int64 -> [B, M, C]."""
     if use_fused_rows(x):
         rows: Tensor = torch.ops.tofu.take_rows(x, positions)
         return rows
@@ -31,7 +31,7 @@ def scatter_rows_(x: Tensor, positions: Tensor, rows: Tensor) -> None:
 
 
 def _flat(positions: Tensor, tokens: int) -> Tensor:
-    """Positions in the flattened batch.  [B, M] -> [B * M]"""
+    """Positions in the flattened batch.  [B, M] -> [B * M]."""
     if positions.shape[0] == 1:
         return positions.flatten()
     start = torch.arange(positions.shape[0], device=positions.device)[:, None] * tokens

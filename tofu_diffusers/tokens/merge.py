@@ -20,12 +20,12 @@ EPS = 1e-6
 
 
 def prune(x: Tensor, plan: Plan) -> Tensor:
-    """Keep the kept tokens, drop the others.  [B, N, C] -> [B, K, C]"""
+    """Keep the kept tokens, drop the others.  [B, N, C] -> [B, K, C]."""
     return plan.rows(x)
 
 
 def mean(x: Tensor, plan: Plan) -> Tensor:
-    """Average each group, the kept token included.  [B, N, C] -> [B, K, C]"""
+    """Average each group, the kept token included.  [B, N, C] -> [B, K, C]."""
     if use_triton(x):
         return _in_triton(x, plan, None)
     share = plan.sizes().gather(1, plan.assign)[..., None]
@@ -34,7 +34,7 @@ def mean(x: Tensor, plan: Plan) -> Tensor:
 
 
 def mlerp(x: Tensor, plan: Plan) -> Tensor:
-    """The mean's direction at the group's maximum norm.  [B, N, C] -> [B, K, C]
+    """The mean's direction at the group's maximum norm.  [B, N, C] -> [B, K, C].
 
     Where opposed tokens cancel (||xbar|| <= EPS * maximum norm) there is no direction to take;
     the result is then finite and no longer than the maximum norm.

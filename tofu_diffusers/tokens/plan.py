@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     assign: Tensor
 
     def sizes(self) -> Tensor:
-        """Tokens in each group, the kept one included.  -> [B, K] int64, rows sum to N"""
+        """Tokens in each group, the kept one included.  -> [B, K] int64, rows sum to N."""
         batch, slots = self.kept.shape
         row = torch.arange(batch, device=self.kept.device)[:, None] * slots
         index = (self.assign + row).flatten()
@@ -34,12 +34,12 @@ class Plan(NamedTuple):
         return counts.view(batch, slots)
 
     def is_kept(self) -> Tensor:
-        """Whether each token is kept.  -> [B, N] bool"""
+        """Whether each token is kept.  -> [B, N] bool."""
         position = torch.arange(self.assign.shape[1], device=self.assign.device)
         return self.kept.gather(1, self.assign) == position
 
     def removed(self) -> Tensor:
-        """Positions of the removed tokens, ascending.  -> [B, N - K] int64"""
+        """Positions of the removed tokens, ascending.  -> [B, N - K] int64."""
         return positions_of(~self.is_kept(), self.assign.shape[1] - self.kept.shape[1])
 
     def repeat(self, times: int) -> Plan:
@@ -59,11 +59,11 @@ class Plan(NamedTuple):
         )
 
     def rows(self, x: Tensor) -> Tensor:
-        """The kept tokens of x.  [B, N, C] -> [B, K, C]"""
+        """The kept tokens of x.  [B, N, C] -> [B, K, C]."""
         return gather_rows(x, self.kept)
 
     def broadcast(self, y: Tensor) -> Tensor:
-        """To every token, the row of its group.  [B, K, C] -> [B, N, C]"""
+        """To every token, the row of its group.  [B, K, C] -> [B, N, C]."""
         return gather_rows(y, self.assign)
 
     def check(self) -> None:
@@ -106,27 +106,27 @@ def make_plan(keep: Tensor, match: Tensor | None, count: int) -> Plan:
 
 
 def complement(positions: Tensor, tokens: int) -> Tensor:
-    """The positions not listed, ascending.  [B, M] int64, distinct -> [B, tokens - M] int64"""
+    """The positions not listed, ascending.  [B, M] int64, distinct -> [B, tokens - M] int64."""
     others = torch.ones(positions.shape[0], tokens, dtype=torch.bool, device=positions.device)
     others = others.scatter(1, positions, torch.zeros_like(positions, dtype=torch.bool))
     return positions_of(others, tokens - positions.shape[1])
 
 
 def positions_of(flags: Tensor, count: int) -> Tensor:
-    """Where the flags are set, ascending.  [B, N] bool, `count` set in every row -> [B, count] int64"""
+    """Where the flags are set, ascending.  [B, N] bool, `count` set in every row -> [B, count] int64."""
     # A running count gives each its slot: nonzero() would have a dynamic shape, and to sort costs more.
     place = torch.arange(flags.shape[1], device=flags.device)
     return _at_slots(place, torch.where(flags, flags.cumsum(1) - 1, count), count)
 
 
 def _at_slots(place: Tensor, slot: Tensor, count: int) -> Tensor:
-    """Each place [N] at its slot [B, N]; what has slot `count` is left out.  -> [B, count]"""
+    """Each place [N] at its slot [B, N]; what has slot `count` is left out.  -> [B, count]."""
     found = slot.new_zeros(slot.shape[0], count + 1)
     return found.scatter(1, slot, place.expand_as(slot))[:, :count]
 
 
 def highest(score: Tensor, count: int) -> Tensor:
-    """Flags the `count` highest of a row, of equals the first.  [B, N] -> [B, N] bool
+    """Flags the `count` highest of a row, of equals the first.  [B, N] -> [B, N] bool.
 
     NaN counts as the highest. There is no full sort in it, which costs more the more tokens there are.
     """

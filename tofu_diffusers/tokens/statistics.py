@@ -14,14 +14,14 @@ from .grid import TokenGrid
 class TokenStatistics:
     """Ages and importance of the tokens of one batch of images, changed in place.
 
-    Predictions are compared at the resolution of the latents and pooled to each level's grid.
+    Predictions are compared at the resolution of the latents and pooled to each resolution's grid.
 
     Args:
         sources: Of "change" (norm of the difference of a token's last two computed predictions, per step of
             age) and "cfg" (norm of the difference of conditional and unconditional prediction of the last
             step, as IBTM, ICCV 2025) those to track; for others there are ages only.
         images: Rows that stand for one image each.
-        grids: The token grid of every level, as predictions have it.
+        grids: The token grid of every resolution, as predictions have it.
         device: Of the latents.
     """
 
@@ -33,7 +33,7 @@ class TokenStatistics:
         device: torch.device,
     ) -> None:
         self.grids = dict(grids)
-        # Levels are numbered from the finest.
+        # Resolutions are numbered from the finest.
         self.finest = min(grids)
         self.last = {
             resolution: torch.zeros(images, grid.tokens, device=device)
@@ -51,7 +51,7 @@ class TokenStatistics:
         }
 
     def halve(self, conditional_first: bool) -> None:
-        """What were taken for 2 I images are the two conditions of I, after steps that ran whole."""
+        """Take what seemed 2 I images for the two guidance branches of I, after unreduced steps."""
 
         def conditional(x: Tensor) -> Tensor:
             first, second = x.chunk(2)
@@ -66,11 +66,11 @@ class TokenStatistics:
             self.first = conditional(self.first)
 
     def age(self, resolution: int, step: Tensor) -> Tensor:
-        """Steps since each token of the level was computed.  -> [I, N] float32"""
+        """Steps since each token of the resolution was computed.  -> [I, N] float32."""
         return step - self.last[resolution]
 
     def importance(self, resolution: int) -> dict[str, Tensor]:
-        """The scores pooled to the level's grid.  -> source -> [I, N] float32"""
+        """The scores pooled to the resolution's grid.  -> source -> [I, N] float32."""
         sides, grid = self.grids[self.finest].sides, self.grids[resolution]
         return {
             source: _pool(score.view(-1, 1, *sides), grid) for source, score in self.scores.items()
@@ -88,7 +88,7 @@ class TokenStatistics:
         Args:
             prediction: [I, C, F, H, W], the denoiser's, conditional rows only.
             other: The unconditional ones, if they were in the same call.
-            kept: By level, the kept positions [I, K] of every plan used; none: the level ran whole.
+            kept: By resolution, the kept positions [I, K] of every plan used; none: all tokens ran.
             step: 0-d float32.
         """
         if "change" in self.scores:
@@ -105,7 +105,7 @@ class TokenStatistics:
                 last.scatter_(1, rows, step.expand(rows.shape))
 
     def note_second(self, prediction: Tensor) -> None:
-        """The step's second call is done: with guidance in two calls, the other condition."""
+        """The step's second call is done: with guidance in two calls, the other branch."""
         if (
             "cfg" in self.scores
             and self.first is not None
@@ -133,7 +133,7 @@ class TokenStatistics:
 
 
 def flags_of(kept: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The tokens that any of these plans [I, K] keeps; none: all of them.  -> [I, N] bool, as `like`"""
+    """The tokens that any of these plans [I, K] keeps; none: all of them.  -> [I, N] bool, as `like`."""
     flags = torch.full_like(like, not kept, dtype=torch.bool)
     for rows in kept:
         flags = flags.scatter(1, rows, True)
@@ -141,12 +141,12 @@ def flags_of(kept: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def on_maps(flags: Tensor, grid: TokenGrid, maps: Tensor) -> Tensor:
-    """Where flagged tokens stand on maps [B, C, F, H, W].  [I, N] bool -> [I, 1, F, H, W] bool"""
+    """Where flagged tokens stand on maps [B, C, F, H, W].  [I, N] bool -> [I, 1, F, H, W] bool."""
     volume = flags.float().view(-1, 1, *grid.sides)
     return F.interpolate(volume, size=maps.shape[2:], mode="nearest").bool()
 
 
 def _pool(volume: Tensor, grid: TokenGrid) -> Tensor:
-    """Average onto a grid.  [B, 1, F, H, W] -> [B, N]"""
+    """Average onto a grid.  [B, 1, F, H, W] -> [B, N]."""
     pooled: Tensor = F.adaptive_avg_pool3d(volume, (grid.frames, grid.height, grid.width))
     return pooled.flatten(1)

@@ -59,7 +59,7 @@ def unmerge_onto(
     step: Tensor | None = None,
     max_age: int | None = None,
 ) -> Tensor:
-    """x plus what `unmerge_tokens` gives, and at the kept tokens exactly what was computed.
+    """Add to x what `unmerge_tokens` gives; kept tokens are exactly what was computed.
 
     Args:
         computed: [B, K, C] of x's dtype, what the kept tokens become instead of x plus their update (which

@@ -34,7 +34,7 @@ class UpdateCache:
         value: [B, N, C], each token's last computed update (blend: its last used one).
         slope: [B, N, C], its change per step between the last two computed; None but for kind SLOPE.
         last: [B, N] float32, the step at which it was last computed; -1: never.
-        complete: whether every token has a past, known without a look at `last`: a step ran whole.
+        complete: whether every token has a past, known without a look at `last`: a step computed all.
     """
 
     value: Tensor
@@ -80,11 +80,11 @@ class UpdateCache:
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def age(self, step: Tensor) -> Tensor:
-        """Steps since each token was computed; of one that never was, more.  [B, N] float32"""
+        """Steps since each token was computed; of one that never was, more.  [B, N] float32."""
         return step.to(torch.float32) - self.last
 
     def extrapolated(self, step: Tensor, dtype: torch.dtype) -> Tensor:
-        """Each token's last update, extrapolated where slopes are kept, else repeated.  [B, N, C], a copy"""
+        """Each token's last update, extrapolated where slopes are kept, else repeated.  [B, N, C], a copy."""
         if self.slope is None:
             return self.value.to(dtype, copy=True)
         age = self.age(step)[..., None]
@@ -94,16 +94,16 @@ class UpdateCache:
         """Store computed updates, in place.
 
         Args:
-            update: [B, K, C], or [B, N, C] where the step ran whole.
+            update: [B, K, C], or [B, N, C] where the step computed all tokens.
             step: 0-d float32 tensor.
             kept: [B, K] int64, whose updates these are; None: every token's.
         """
         if kept is None and update.shape != self.value.shape:
             raise ValueError(
-                f"a whole update is {tuple(self.value.shape)}, this one is "
+                f"an update of all tokens is {tuple(self.value.shape)}, this one is "
                 f"{tuple(update.shape)}; give kept for a reduced one"
             )
-        # A whole step is the same as keeping every token, without taking rows out and putting them back.
+        # An unreduced step is the same as keeping every token, without taking rows out and putting them back.
         since = self.last if kept is None else self.last.gather(1, kept)
         now = step.to(torch.float32).expand_as(since)
         update = update.to(self.value.dtype)

@@ -122,12 +122,12 @@ def gradients(
     model: nn.Module, family: Family, named: Kwargs, seed: int
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, image tokens and their gradient [B, N, C] of every block, for one call of the denoiser."""
-    runs = family.block_stacks(model)
+    stacks = family.block_stacks(model)
     inputs: dict[str, Tensor] = {}
     hooks = [
         block.register_forward_pre_hook(partial(_note_input, inputs, name), with_kwargs=True)
-        for run in runs
-        for name, block in run.blocks
+        for stack in stacks
+        for name, block in stack.blocks
     ]
     try:
         with torch.enable_grad():
@@ -142,7 +142,7 @@ def gradients(
             hook.remove()
     grids = family.grids(model, named)
     by_name = dict(zip(inputs, found, strict=True))
-    resolutions = {name: run.resolution for run in runs for name, _ in run.blocks}
+    resolutions = {name: stack.resolution for stack in stacks for name, _ in stack.blocks}
     for name, gradient in by_name.items():
         grid = grids[resolutions[name]]
         tokens = slice(grid.text_before, grid.text_before + grid.tokens)

@@ -41,7 +41,7 @@ class Fit:
         self.product += known.T @ wanted
 
     def probe(self, ridge: float = 1e-3) -> Tensor:
-        """The probe, with this share of the features' mean square as penalty.  -> [C + 1] float32"""
+        """The probe, with this share of the features' mean square as penalty.  -> [C + 1] float32."""
         penalty = ridge * self.square.diagonal().mean().clamp(min=1e-12)
         regular = self.square + penalty * torch.eye(len(self.product), dtype=torch.float64)
         probe: Tensor = torch.linalg.solve(regular, self.product)

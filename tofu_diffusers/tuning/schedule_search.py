@@ -52,7 +52,11 @@ class ReductionBudget:
         Raises:
             ValueError: if it had no others.
         """
-        setup, call, noise = generation.runtime.setup, generation.runtime.call, generation.noise
+        setup, call, noise = (
+            generation.runtime.setup,
+            generation.runtime.call,
+            generation.sampling.noise,
+        )
         assert setup.reduction is not None
         first, last = setup.warmup_steps, len(noise) - setup.reduction.cooldown_steps
         if first >= last:
@@ -152,7 +156,7 @@ def learn_schedule(
 def follow_rewards(
     reward: Callable[[Tensor], float], size: int, rounds: int, candidates: int, seed: int
 ) -> Tensor:
-    """Policy gradient on the mean of a Gaussian policy, from 0 on.  -> [size], where it ended"""
+    """Policy gradient on the mean of a Gaussian policy, from 0 on.  -> [size], where it ended."""
     draw = torch.Generator().manual_seed(seed)
     mean = torch.zeros(size)
     for _ in range(rounds):

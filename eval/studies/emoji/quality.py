@@ -62,7 +62,7 @@ def retrieval(
 
 
 def distances(samples: Tensor, real: Tensor) -> dict[str, dict[str, Any]]:
-    """Frechet distances of features, with the sizes of the sets; the last two at one size.  [N, D], [M, D]"""
+    """Frechet distances of features and the sizes of the sets; the last two at one size.  [N, D], [M, D]."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     size = len(real) // 2
     half, other = real[order[:size]], real[order[size : 2 * size]]
@@ -81,11 +81,13 @@ def distances(samples: Tensor, real: Tensor) -> dict[str, dict[str, Any]]:
 
 
 def cached(extractor: Extractor, pictures: np.ndarray, folder: Path) -> Tensor:
+    """Features of pictures that lie in no files, kept in a folder.  uint8 [N, H, W, 3] -> [N, D]."""
     folder.mkdir(parents=True, exist_ok=True)
     return features(extractor, Pictures(pictures, folder))
 
 
 def grid(pictures: np.ndarray, prompts: list[str]) -> Image.Image:
+    """A sheet of pictures, `COLUMNS` a row, each under the start of its prompt."""
     cells = [Image.fromarray(picture) for picture in pictures]
     labels = [textwrap.shorten(prompt, 18, placeholder="…") for prompt in prompts]
     cuts = [slice(i, i + COLUMNS) for i in range(0, len(cells), COLUMNS)]
@@ -93,6 +95,7 @@ def grid(pictures: np.ndarray, prompts: list[str]) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Score every model's pictures that the folder holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=Path, required=True, help="folder with <model>.npz")
     parser.add_argument("--data", type=Path, default=data.WORK / "emoji.npz", help="(%(default)s)")

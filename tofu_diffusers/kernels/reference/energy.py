@@ -28,7 +28,7 @@ def energy(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
 
 
 def energy_tiles(metric: Tensor, tiles: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
-    """The same mean, over the members of a tile only.  [B, N, C], [T, S] -> [B, T, S]"""
+    """The same mean, over the members of a tile only.  [B, N, C], [T, S] -> [B, T, S]."""
     x = normalise(metric)
     parts = [
         _pull(cosine, margin, alpha).mean(dim=-1).flatten()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def group_sum(x: Tensor, assign: Tensor, groups: int) -> Tensor:
-    """Sum of each group's rows.  [B, N, C], [B, N] -> [B, groups, C], dtype of x"""
+    """Sum of each group's rows.  [B, N, C], [B, N] -> [B, groups, C], dtype of x."""
     batch, _, channels = x.shape
     row = torch.arange(batch, device=assign.device)[:, None] * groups
     out = x.new_zeros(batch * groups, channels)
@@ -18,6 +18,6 @@ def group_sum(x: Tensor, assign: Tensor, groups: int) -> Tensor:
 
 
 def group_max(x: Tensor, assign: Tensor, groups: int) -> Tensor:
-    """Maximum of each group's non-negative numbers.  [B, N], [B, N] -> [B, groups]"""
+    """Maximum of each group's non-negative numbers.  [B, N], [B, N] -> [B, groups]."""
     # A maximum does not depend on the order, so amax needs no deterministic form.
     return x.new_zeros(x.shape[0], groups).scatter_reduce(1, assign, x, "amax")

@@ -11,12 +11,12 @@ CHUNK = 1 << 24
 
 
 def upcast(x: Tensor) -> Tensor:
-    """x in the dtype in which sums are taken: float32, or float64 if it is float64."""
+    """Cast to the dtype in which sums are taken: float32, or float64 if x is float64."""
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
 def max_abs(x: Tensor) -> Tensor:
-    """max |x| over the last axis, at least the smallest normal number.  [..., C] -> [..., 1]
+    """The largest |x| over the last axis, at least the smallest normal number.  [..., C] -> [..., 1].
 
     Dividing by it before squaring keeps norms finite for huge tokens and positive for tiny ones.
     """
@@ -24,13 +24,13 @@ def max_abs(x: Tensor) -> Tensor:
 
 
 def length(x: Tensor) -> Tensor:
-    """Euclidean norm over the last axis.  [..., C] -> [..., 1]"""
+    """Euclidean norm over the last axis.  [..., C] -> [..., 1]."""
     norm: Tensor = x.norm(dim=-1, keepdim=True)
     return norm
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Unit vectors in the wide dtype; a zero vector stays zero.  [..., C] -> [..., C]"""
+    """Unit vectors in the wide dtype; a zero vector stays zero.  [..., C] -> [..., C]."""
     x = upcast(x.detach())  # choosing tokens is not differentiated: keep no activations
     x = x / max_abs(x)
     return x / length(x).clamp(min=torch.finfo(x.dtype).tiny)
@@ -43,8 +43,10 @@ def chunks(total: int, each: int) -> Iterator[tuple[int, int]]:
 
 
 def tile_products(x: Tensor, tiles: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Similarities inside every tile of one row.  [N, C] unit vectors, [T, S] ->
-    in chunks, members [t, S] and their products [t, s, S], in the order of `tiles`."""
+    """Similarities inside every tile of one row.  [N, C] unit vectors, [T, S].
+
+    Yields chunks in the order of `tiles`: members [t, S] and their products [t, s, S].
+    """
     count, side = tiles.shape
     for first, last in chunks(count, side * side):
         members = tiles[first:last]

@@ -26,8 +26,11 @@ PROGRAMS = 1024
 
 
 class UnitRows(NamedTuple):
-    """Rows [B, N, P] near unit length in the input's dtype, P the channels padded with zeros, and the
-    inverses of their norms [B, N] float32, 0 for a zero row."""
+    """Rows [B, N, P] near unit length, and the inverses of their norms [B, N].
+
+    The rows are of the input's dtype, P the channels padded with zeros; the inverses are float32, 0 for a
+    zero row.
+    """
 
     rows: Tensor
     inverse: Tensor
@@ -92,7 +95,7 @@ def cosines(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Cosines of the rows [BLOCK_M] of q with the rows `columns` [BLOCK_N] of c.  -> float32"""
+    """Cosines of the rows [BLOCK_M] of q with the rows `columns` [BLOCK_N] of c.  -> float32."""
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, PADDED, BLOCK_K):
@@ -106,7 +109,7 @@ def cosines(
 
 
 def unit_rows(x: Tensor) -> UnitRows:
-    """What `cosines` reads.  [B, N, C], any strides"""
+    """What `cosines` reads.  [B, N, C], any strides."""
     batch, tokens, channels = x.shape
     step = block_k(x.dtype)
     # Padded, so that the product needs no mask over channels and its loads are aligned.

@@ -69,7 +69,7 @@ def _energy(
 
 
 def _mean(metric: Tensor, tiles: Tensor | None, margin: float, alpha: float) -> Tensor:
-    """[B, N, C] -> [B, T, S], the whole sequence being one tile where there are none"""
+    """The kernel; without tiles the sequence is one tile.  [B, N, C] -> [B, T, S]."""
     batch, tokens, _ = metric.shape
     count, side = (1, tokens) if tiles is None else tiles.shape
     unit = unit_rows(metric)
@@ -95,7 +95,7 @@ def _mean(metric: Tensor, tiles: Tensor | None, margin: float, alpha: float) -> 
     "tofu::energy", mutates_args=(), schema="(Tensor metric, float margin, float alpha) -> Tensor"
 )
 def energy(metric: Tensor, margin: float, alpha: float) -> Tensor:
-    """`reference.energy`.  [B, N, C] -> float32 [B, N]"""
+    """`reference.energy`.  [B, N, C] -> float32 [B, N]."""
     return _mean(metric, None, margin, alpha)[:, 0].contiguous()
 
 
@@ -110,7 +110,7 @@ def _(metric: Tensor, margin: float, alpha: float) -> Tensor:
     schema="(Tensor metric, Tensor tiles, float margin, float alpha) -> Tensor",
 )
 def energy_tiles(metric: Tensor, tiles: Tensor, margin: float, alpha: float) -> Tensor:
-    """`reference.energy_tiles`.  [B, N, C], int64 [T, S] -> float32 [B, T, S]"""
+    """`reference.energy_tiles`.  [B, N, C], int64 [T, S] -> float32 [B, T, S]."""
     return _mean(metric, tiles, margin, alpha)
 
 

@@ -1,7 +1,7 @@
 """Rows taken out of a batch and written into it in place, in Triton.
 
-`rows.take` and `rows.put_` are the definition. One launch each, where they need four: the positions in the
-flattened batch, and a cast or a copy of strided rows, are part of the copy.
+`gather_rows` and `scatter_rows_` are the definition. One launch each, where they need four: the
+positions in the flattened batch, and a cast or a copy of strided rows, are part of the copy.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -59,7 +59,7 @@ def _put(
     "tofu::take_rows", mutates_args=(), schema="(Tensor x, Tensor positions) -> Tensor"
 )
 def take_rows(x: Tensor, positions: Tensor) -> Tensor:
-    """`rows.take`.  [B, N, C] of any strides, int64 [B, M] -> [B, M, C]"""
+    """`gather_rows`.  [B, N, C] of any strides, int64 [B, M] -> [B, M, C]."""
     (batch, count), channels = positions.shape, x.shape[2]
     out = x.new_empty(batch, count, channels)
     cut = row_blocks(channels)
@@ -86,7 +86,7 @@ def _(x: Tensor, positions: Tensor) -> Tensor:
     schema="(Tensor(a!) x, Tensor positions, Tensor rows) -> ()",
 )
 def put_rows_(x: Tensor, positions: Tensor, rows: Tensor) -> None:
-    """`rows.put_` with a cast to x's dtype.  [B, N, C], distinct int64 [B, M], [B, M, C], any strides"""
+    """`scatter_rows_` with a cast to x's dtype.  [B, N, C], distinct int64 [B, M], [B, M, C], any strides."""
     (batch, count), channels = positions.shape, x.shape[2]
     cut = row_blocks(channels)
     _put[(triton.cdiv(count, cut["ROWS"]), batch)](

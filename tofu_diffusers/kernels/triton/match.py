@@ -94,7 +94,7 @@ def _best(
     tiles: Tensor | None,
     allowed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel, and the best of its splits.  sides: groups a batch row, queries and candidates of each"""
+    """The kernel, and the best of its splits.  sides: groups a batch row, queries and candidates of each."""
     count, queries, candidates = sides
     groups = q.rows.shape[0] * count
     cut = launch(q, groups, queries, candidates)
@@ -132,7 +132,7 @@ def _best(
     schema="(Tensor queries, Tensor candidates) -> (Tensor, Tensor)",
 )
 def best_match(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.best_match`.  [B, M, C], [B, D, C] -> float32 [B, M], int64 [B, M]"""
+    """`reference.best_match`.  [B, M, C], [B, D, C] -> float32 [B, M], int64 [B, M]."""
     sides = (1, queries.shape[1], candidates.shape[1])
     value, index = _best(unit_rows(queries), unit_rows(candidates), sides, None, None)
     return value.contiguous(), index.contiguous()
@@ -152,7 +152,7 @@ def _(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     schema="(Tensor metric, Tensor candidate, Tensor tiles) -> (Tensor, Tensor)",
 )
 def best_match_tiles(metric: Tensor, candidate: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.best_match_tiles`.  [B, N, C], bool [B, N], int64 [T, S] -> [B, T, S] twice"""
+    """`reference.best_match_tiles`.  [B, N, C], bool [B, N], int64 [T, S] -> [B, T, S] twice."""
     unit, (count, side) = unit_rows(metric), tiles.shape
     allowed = candidate.contiguous().view(torch.uint8)
     value, position = _best(unit, unit, (count, side, side), tiles.contiguous(), allowed)

@@ -45,7 +45,7 @@ def _cut(channels: int) -> dict[str, int]:
 
 @triton.jit
 def _members(x, order, first, stop, channels, sn, sc, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The next members' tokens, zero rows behind the last.  -> [ROWS, BLOCK] float32"""
+    """The next members' tokens, zero rows behind the last.  -> [ROWS, BLOCK] float32."""
     member = first + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK)
     token = tl.load(order + member, mask=member < stop, other=0)
@@ -138,7 +138,7 @@ def _mlerp(
     "tofu::merge_mean", mutates_args=(), schema="(Tensor x, Tensor order, Tensor offsets) -> Tensor"
 )
 def merge_mean(x: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """`merge.mean` of the groups that `members` lists.  [B, N, C], any strides -> [B, K, C]"""
+    """`merge.mean` of the groups that `members` lists.  [B, N, C], any strides -> [B, K, C]."""
     (batch, tokens, channels), groups = x.shape, offsets.shape[1] - 1
     out = x.new_empty(batch, groups, channels)
     _mean[(groups, batch)](

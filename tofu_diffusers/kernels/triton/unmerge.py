@@ -35,7 +35,7 @@ def clamp_cast(x, limit):
 
 
 @triton.jit
-def _restore(
+def _unmerge(
     x,
     update,
     computed,
@@ -143,7 +143,7 @@ def _launch(
     if how == "blend":
         before, before_last = take_rows(value, kept), last.gather(1, kept)
     cut = row_blocks(channels)
-    _restore[(triton.cdiv(tokens, cut["ROWS"]), batch)](
+    _unmerge[(triton.cdiv(tokens, cut["ROWS"]), batch)](
         unused if x is None else x,
         update,
         unused if computed is None else computed.contiguous(),
@@ -184,7 +184,7 @@ def _launch(
 def unmerge_copy(
     x: Tensor, update: Tensor, kept: Tensor, assign: Tensor, computed: Tensor | None
 ) -> Tensor:
-    """x plus every token's copy of its kept token's update.
+    """Add to x every token's copy of its kept token's update.
 
     Args:
         x: [B, N, C], any strides.

@@ -3,9 +3,16 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .base import SKIP_RULES, SkipRule, register_rule, skipped_steps
+from .base import SKIP_RULES, SkipRule, Steps, computed_steps, register_rule, skipped_steps
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["SKIP_RULES", "SkipRule", "register_rule", "skipped_steps"]
+__all__ = [
+    "SKIP_RULES",
+    "SkipRule",
+    "Steps",
+    "computed_steps",
+    "register_rule",
+    "skipped_steps",
+]

@@ -6,15 +6,16 @@ one, because all later steps build on it.
 
 from __future__ import annotations
 
-from .base import register_rule
+from .base import Steps, register_rule
 
 
 @register_rule("late")
-def late(steps: range, computed: int) -> set[int]:
+def late(steps: Steps) -> set[int]:
     """Skip steps in intervals as even as they can be, the longer ones last."""
-    interval, longer = divmod(len(steps) - computed, computed)
+    computed = steps.computed_free
+    interval, longer = divmod(len(steps.free) - computed, computed)
     skipped: set[int] = set()
-    step = steps.start
+    step = steps.free.start
     for i in range(computed):
         length = interval + (i >= computed - longer)
         skipped.update(range(step, step + length))

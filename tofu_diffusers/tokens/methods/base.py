@@ -85,7 +85,7 @@ class Method(ABC):
 
     @property
     def warmup(self) -> int:
-        """Steps that must run whole before there is evidence."""
+        """Steps that must compute all tokens before there is evidence."""
         return max((SOURCES[source].warmup for source in self.sources), default=0)
 
     @property
@@ -106,7 +106,7 @@ class Method(ABC):
         return "copy"
 
     def plan(self, evidence: Evidence) -> Plan:
-        """The tokens to keep and where the others go.  -> kept [B, N - remove], assign [B, N]
+        """The tokens to keep and where the others go.  -> kept [B, N - remove], assign [B, N].
 
         Raises:
             ValueError: the metric does not fit the grid, or more is asked than the method can do.

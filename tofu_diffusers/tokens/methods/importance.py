@@ -102,7 +102,7 @@ class Importance(Method):
             if source not in evidence.importance:
                 raise ValueError(
                     f"importance needs Evidence.importance of {source!r} and has none; "
-                    f"run {self.warmup} whole steps first, or choose another source"
+                    f"run {self.warmup} unreduced steps first, or choose another source"
                 )
         score = self.score(evidence)
         if age is None and (exponent > 0 or self.max_age is not None):
@@ -123,7 +123,7 @@ class Importance(Method):
         return assign_to_kept(evidence, keep, as_window(self.window))
 
     def score(self, evidence: Evidence) -> Tensor:
-        """The product of the sources' powers.  -> [B, N] float32"""
+        """The product of the sources' powers.  -> [B, N] float32."""
         if isinstance(self.source, str):
             return evidence.importance[self.source]
         product = torch.ones_like(evidence.metric[..., 0], dtype=torch.float32)

@@ -138,7 +138,7 @@ def merging(evidence: Evidence, sources: Tensor, merges: Tensor, position: Tenso
 
 
 def energies(evidence: Evidence, margin: float, alpha: float, window: Window | None) -> Tensor:
-    """PiToMe's energy of every token over the grid, or over its tile.  -> [B, N]"""
+    """PiToMe's energy of every token over the grid, or over its tile.  -> [B, N]."""
     metric = evidence.metric
     if window is None or _is_global(evidence.grid, window):
         return energy(metric, margin, alpha)

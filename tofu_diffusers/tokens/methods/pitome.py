@@ -1,4 +1,4 @@
-"""Fold tokens that have many look-alikes, keep the isolated ones: PiToMe.
+"""Merge tokens that have many look-alikes, keep the isolated ones: PiToMe.
 
 Energy-based merging (arXiv 2405.16148).
 """

@@ -1,4 +1,4 @@
-"""Fold the most similar (source, destination) pairs, one destination a cell: ToMe for SD.
+"""Merge the most similar (source, destination) pairs, one destination a cell: ToMe for SD.
 
 Bipartite soft matching (arXiv 2303.17604) on 2-D and 3-D grids.
 """
@@ -76,7 +76,7 @@ class Tome(Method):
         return "mean"
 
     def destinations(self, evidence: Evidence) -> Tensor:
-        """One position in every whole cell, ascending.  -> [D] int64"""
+        """One position in every whole cell, ascending.  -> [D] int64."""
         grid, cell = evidence.grid, self._cell(evidence.grid)
         device = evidence.metric.device
         position = torch.zeros(1, dtype=torch.int64, device=device)

@@ -10,12 +10,12 @@ from .base import BlockReading, register_source
 
 @register_source("attention")
 def attention(reading: BlockReading) -> Tensor:
-    """Score tokens by the attention they receive, before any rotation.  -> [I, N] float32"""
+    """Score tokens by the attention they receive, before any rotation.  -> [I, N] float32."""
     return received_attention(reading.queries(), reading.keys(), reading.heads())
 
 
 def received_attention(queries: Tensor, keys: Tensor, heads: int, chunk: int = 2**24) -> Tensor:
-    """Mean attention that each token receives, over heads and queries.  [I, N, H*D] x 2 -> [I, N] float32
+    """Mean attention that each token receives, over heads and queries.  [I, N, H*D] x 2 -> [I, N] float32.
 
     In chunks of queries: the N x N map is never whole.
     """

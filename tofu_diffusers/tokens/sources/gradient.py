@@ -13,7 +13,7 @@ from .base import BlockReading, register_source
 
 @register_source("gradient")
 def gradient(reading: BlockReading) -> Tensor:
-    """Score tokens by the block's probe.  -> [I, N] float32"""
+    """Score tokens by the block's probe.  -> [I, N] float32."""
     assert reading.probe is not None
     return sensitivity(reading.x, reading.probe)
 
@@ -43,6 +43,6 @@ def sensitivity(x: Tensor, probe: Tensor) -> Tensor:
 
 
 def log_norm(rows: Tensor) -> Tensor:
-    """Logarithm of the norm of each token, or of its gradient.  [B, N, C] -> [B, N] float32"""
+    """Logarithm of the norm of each token, or of its gradient.  [B, N, C] -> [B, N] float32."""
     norm: Tensor = torch.linalg.vector_norm(rows.float(), dim=-1)
     return norm.clamp(min=torch.finfo(torch.float32).tiny).log()

@@ -12,7 +12,7 @@ from .base import Given, from_past, register_unmerge
 
 @register_unmerge("blend", cache=CacheKind.VALUE, fused=True)
 def blend(update: Tensor, plan: Plan, given: Given) -> Tensor:
-    """Each removed token's last used update, and its match's change since.  [B, K, C] -> [B, N, C]"""
+    """Each removed token's last used update, and its match's change since.  [B, K, C] -> [B, N, C]."""
     cache, step = given.past
     before = plan.broadcast(plan.rows(cache.value))
     change = upcast(plan.broadcast(update)) - upcast(before)

@@ -10,5 +10,5 @@ from .base import Given, register_unmerge
 
 @register_unmerge("copy")
 def copy(update: Tensor, plan: Plan, given: Given) -> Tensor:
-    """The match's update.  [B, K, C] -> [B, N, C]"""
+    """The match's update.  [B, K, C] -> [B, N, C]."""
     return plan.broadcast(update)

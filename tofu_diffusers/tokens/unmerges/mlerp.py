@@ -12,7 +12,7 @@ from .base import Given, register_unmerge
 
 @register_unmerge("mlerp", reads_merge=True)
 def mlerp(update: Tensor, plan: Plan, given: Given) -> Tensor:
-    """The match's update, as long for this token as the token is for the merged one.  [B, K, C] -> [B, N, C]
+    """The match's update, as long for this token as the token is for the merged one.  [B, K, C] -> [B, N, C].
 
     Capped at the group's size: without opposed tokens neither MLERP (rho <= 1) nor a mean asks
     for more, and with them the quotient has no bound.

@@ -11,7 +11,7 @@ from .base import Given, from_past, register_unmerge
 
 @register_unmerge("taylor", cache=CacheKind.SLOPE, own_past=True, fused=True)
 def taylor(update: Tensor, plan: Plan, given: Given) -> Tensor:
-    """Each removed token's last update and its slope.  [B, K, C] -> [B, N, C]"""
+    """Each removed token's last update and its slope.  [B, K, C] -> [B, N, C]."""
     cache, step = given.past
     full = from_past(cache.extrapolated(step, update.dtype), update, plan, given)
     cache.record(update, step, plan.kept)

@@ -11,7 +11,7 @@ from .base import Given, from_past, register_unmerge
 
 @register_unmerge("temporal", cache=CacheKind.VALUE, own_past=True, fused=True)
 def temporal(update: Tensor, plan: Plan, given: Given) -> Tensor:
-    """Each removed token's last update.  [B, K, C] -> [B, N, C]"""
+    """Each removed token's last update.  [B, K, C] -> [B, N, C]."""
     cache, step = given.past
     full = from_past(cache.value.to(update.dtype, copy=True), update, plan, given)
     cache.record(update, step, plan.kept)

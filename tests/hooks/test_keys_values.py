@@ -7,30 +7,12 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 
 from tests import tiny
+from tests.inputs import sd3_inputs, unet_inputs
 from tofu_diffusers import apply_tofu, remove_tofu
 from tofu_diffusers.tokens.methods import matching
 
 UNET_SITE = "down_blocks.0.attentions.0.transformer_blocks.0"
 CACHED_UNMERGES = ("temporal", "taylor", "blend")
-
-
-def unet_inputs(batch=2, height=10, width=14, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return {
-        "sample": torch.randn(batch, 4, height, width, generator=draw),
-        "timestep": torch.tensor(500),
-        "encoder_hidden_states": torch.randn(batch, 7, 32, generator=draw),
-    }
-
-
-def sd3_inputs(batch=2, height=12, width=20, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return {
-        "hidden_states": torch.randn(batch, 4, height, width, generator=draw),
-        "encoder_hidden_states": torch.randn(batch, 5, 64, generator=draw),
-        "pooled_projections": torch.randn(batch, 64, generator=draw),
-        "timestep": torch.full((batch,), 500.0),
-    }
 
 
 def models():

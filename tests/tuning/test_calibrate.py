@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from eval.__main__ import main
 from eval.generate.prompts import load_prompts
 from tests import tiny
-from tests.test_families import BUILDERS, plans_of, run
+from tests.families.test_families import BUILDERS, plans_of, run
 from tofu_diffusers import apply_tofu, calibrate_gradient, remove_tofu
 from tofu_diffusers.families import find_family
 from tofu_diffusers.hooks.patch import bind, parameters_of

@@ -12,9 +12,9 @@ from diffusers.modular_pipelines import QwenImageAutoBlocks, StableDiffusionXLAu
 from peft import LoraConfig
 
 from tests import tiny
+from tests.hooks.test_beside import sd as with_controlnet
+from tests.inputs import unet_inputs
 from tests.test_apply import fingerprint
-from tests.test_beside import sd as with_controlnet
-from tests.test_context import unet_inputs
 from tofu_diffusers import apply_tofu, remove_tofu
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"

@@ -48,7 +48,7 @@ SIZES = [(1, 1, 1, 40), (2, 37, 21, 40), (1, 130, 70, 64), (1, 70, 131, 72), (2,
 
 
 def test_under_the_interpreter() -> None:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     child = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
         cwd=root,

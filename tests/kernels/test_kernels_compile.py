@@ -35,9 +35,9 @@ CASES = {
     "energy_tiles": (energy._energy, "fp16", {**HALF, "TILED": True}),
     "mean": (merge._mean, "bf16", ROWS),
     "mlerp": (merge._mlerp, "fp16", ROWS),
-    "copy": (unmerge._restore, "bf16", {**ROWS, **UNMERGE, "CACHED": False}),
-    "taylor": (unmerge._restore, "fp32", {**ROWS, **UNMERGE, "TAYLOR": True}),
-    "blend": (unmerge._restore, "fp16", {**ROWS, **UNMERGE, "BLEND": True}),
+    "copy": (unmerge._unmerge, "bf16", {**ROWS, **UNMERGE, "CACHED": False}),
+    "taylor": (unmerge._unmerge, "fp32", {**ROWS, **UNMERGE, "TAYLOR": True}),
+    "blend": (unmerge._unmerge, "fp16", {**ROWS, **UNMERGE, "BLEND": True}),
     "take": (gather._take, "bf16", ROWS),
     "put": (gather._put, "fp32", ROWS),
 }

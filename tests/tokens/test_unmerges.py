@@ -248,5 +248,5 @@ def test_mistakes_are_named() -> None:
     small = UpdateCache.empty(CacheKind.VALUE, 1, N, C, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"cache is \(1, 13, 3\)"):
         unmerge_tokens(update, plan, "temporal", cache=small, step=at(0))
-    with pytest.raises(ValueError, match="a whole update is"):
+    with pytest.raises(ValueError, match="an update of all tokens is"):
         cache.record(update, at(0))

@@ -1,0 +1,86 @@
+"""FLOPs of full-size models: those of the real forward, at the case's own size, by one command."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from eval import jsonl
+from eval.bench import full_size
+from eval.bench.full_size import SETTINGS, measure
+from eval.bench.models import SUITES, USUAL
+from eval.report.tables_speed import full_size_table
+
+TINY = SUITES["tiny"]
+META = torch.device("meta")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    path = tmp_path_factory.mktemp("flops") / "full_size.jsonl"
+    measure(path, TINY)
+    return path
+
+
+@torch.no_grad()
+def test_a_step_is_the_real_one_of_that_size(out):
+    larger = replace(TINY[0], size="other", latents=(6, 8))
+    measure(out, [larger], SETTINGS[:1])
+    rows = {(row["model"], row["size"]): row for row in jsonl.read(out)}
+    for case in (*TINY, larger):
+        with META:
+            model = case.cls.from_config(dict(case.config))
+        # On a CPU torch does not count its own kernel of attention.
+        with FlopCounterMode(display=False) as counter:
+            model(**case.inputs(META, torch.float32))
+        row = rows[case.model, case.size]
+        assert row["step_flops"] == counter.get_total_flops() // case.batch
+    assert rows["FLUX-tiny", "other"]["tokens"] == 48
+
+
+def test_more_is_saved_the_more_is_asked_for(out):
+    rows = [row for row in jsonl.read(out) if row["size"] != "other"]
+    for case in TINY:
+        saved = {
+            row["setting"]["name"]: row["flops_ratio"] for row in rows if row["model"] == case.model
+        }
+        assert [*saved] == [setting.name for setting in SETTINGS]
+        assert 1 < saved["ratio-0.25"] < saved["ratio-0.5"] < saved["ratio-0.75"]
+        for amount in (1.5, 2, 3):
+            assert saved[f"speedup-{amount:g}"] == round(25 / (25 // amount), 4)
+
+
+def test_it_goes_on_where_it_was_and_leaves_the_families_as_they_were(out, monkeypatch):
+    before = out.read_bytes()
+    monkeypatch.setattr(full_size, "counted", None)
+    measure(out, TINY)
+    assert out.read_bytes() == before
+    assert all("example" not in vars(case.family) for case in TINY)
+
+
+def test_the_usual_models_take_their_arguments():
+    for case in USUAL:
+        with META:
+            model = case.cls.from_config(dict(case.shallow().config))
+        inputs = case.inputs(META, torch.float32)
+        with torch.no_grad():
+            got = model(**inputs)[0]
+        assert (got.shape[0], got.shape[2:]) == (
+            case.batch,
+            inputs[case.family.sample_name].shape[2:],
+        )
+
+
+def test_qwen_image_has_the_published_number_of_parameters():
+    (case,) = (case for case in USUAL if case.model == "Qwen-Image")
+    with META:
+        model = case.cls.from_config(dict(case.config))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(20.4, rel=0.01)
+
+
+def test_a_line_of_the_table_cites_a_row_a_cell(out):
+    _, _, _, _, *lines = full_size_table(out).splitlines()
+    for line, case in zip(lines, TINY, strict=False):
+        assert line.startswith(f"| {case.model}, {case.size} |")
+        assert line.count("<!-- row: full_size.jsonl#") == len(SETTINGS)

@@ -1,0 +1,191 @@
+"""How a denoiser's predictions change from step to step, and the steps that are worth computing for it.
+
+The error that skipped steps leave in the latents is a sum over them: how far the step moves the latents,
+times how wrong the forecast was. A forecast is a sum of predictions that were computed. So the square of the
+error needs nothing of the predictions but their inner products. One unreduced generation gives those, and
+from them the best steps for any number of steps and any speed-up are found in milliseconds, without the
+denoiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+TRANSIENT = 10.0
+"""Weight of what the latents lack between computed steps, against what is missing in the end. The denoiser
+is called on these latents, so that it costs more than it seems. Fitted on random schedules of the embedded
+pipelines, where 3 to 30 do as well."""
+
+DIMENSIONS, DIGITS = 16, 5
+"""Of the points of a measured trajectory: what they leave out changes no schedule for the worse."""
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The path that a denoiser's predictions take along an unreduced generation.
+
+    Args:
+        levels: Noise levels at which they were made, descending: `Sampling.angles`.
+        points: [L, D], each prediction as a point in few dimensions, whose inner products are those of the
+            predictions (the mean over generations); any scale.
+
+    Raises:
+        ValueError: if the levels do not descend, or there is not one point for each.
+    """
+
+    levels: tuple[float, ...]
+    points: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        levels = tuple(float(each) for each in self.levels)
+        points = tuple(tuple(float(each) for each in row) for row in self.points)
+        object.__setattr__(self, "levels", levels)
+        object.__setattr__(self, "points", points)
+        if len(levels) < 2 or any(a <= b for a, b in pairwise(levels)):
+            raise ValueError(
+                f"{len(levels)} levels of a trajectory, which must be 2 or more and descend"
+            )
+        sizes = {len(row) for row in points}
+        if len(points) != len(levels) or len(sizes) != 1:
+            raise ValueError(
+                f"{len(points)} points of {sorted(sizes)} numbers for {len(levels)} levels of a trajectory; "
+                "each level has one point, all with the same dimensions"
+            )
+
+    @classmethod
+    def of(cls, value: Any) -> Trajectory:
+        """Return a trajectory itself, or make one from its JSON form."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls(**value)
+        raise TypeError(f"a trajectory is a Trajectory or a mapping, not {type(value).__name__}")
+
+    @classmethod
+    def from_products(
+        cls, levels: Sequence[float], products: Matrix, dimensions: int = DIMENSIONS
+    ) -> Trajectory:
+        """The path with these inner products [L, L], in as many dimensions as matter, each 1 wide at most."""
+        sizes, axes = np.linalg.eigh(products)
+        largest = np.argsort(sizes)[::-1][:dimensions]
+        points = axes[:, largest] * np.sqrt(np.maximum(sizes[largest], 0.0))
+        points = np.round(points / np.abs(points).max(), DIGITS)
+        return cls(tuple(np.round(levels, DIGITS).tolist()), tuple(map(tuple, points.tolist())))
+
+    def at(self, levels: Sequence[float]) -> Matrix:
+        """The inner products of the predictions at other levels, on the lines between those known.
+
+        Returns:
+            [N, N].
+        """
+        known = np.array(self.levels)[::-1]
+        points = np.array(self.points)[::-1]
+        there = np.stack([np.interp(levels, known, each) for each in points.T], axis=1)
+        return np.asarray(there @ there.T)
+
+
+def best_steps(
+    products: Matrix, sizes: Matrix, computed: int, free: range, order: int, corrects: bool
+) -> set[int]:
+    """The steps to compute so that the latents lack least in the end, by dynamic programming.
+
+    Args:
+        products: [N, N], inner products of the unreduced predictions.
+        sizes: [N], how far each step moves the latents along its prediction.
+        computed: How many are computed in all.
+        free: Which of them may be skipped; all others are computed.
+        order: Of the forecast: 0 repeats the last prediction, 1 extrapolates the last two.
+        corrects: Whether a computed step makes up for the forecasts before it, see `Forecaster`.
+    """
+    total = len(sizes)
+    # More than three times the mean distance is never worth it.
+    gap = min(total, 3 * len(free) // max(1, computed - (total - len(free))) + 2)
+    cost = _costs(products, sizes, gap, order, corrects)
+    # A step that must be computed is not jumped over.
+    must = np.array([0.0 if step in free else 1.0 for step in range(total)])
+    before = np.concatenate([[0.0], np.cumsum(must)])
+    for length in range(2, gap + 1):
+        ends = np.minimum(np.arange(total) + length, total)
+        jumped = before[ends] - before[np.minimum(np.arange(total) + 1, total)]
+        cost[jumped > 0, :, length] = np.inf
+    # least[i, d]: of the best that computes i, and i - d last before it (0: nothing before).
+    least = np.full((total, gap + 1), np.inf)
+    least[0, 0] = 0.0
+    choices = []
+    for _ in range(computed - 1):
+        ways = least[:, :, None] + cost
+        choice, found = ways.argmin(axis=1), ways.min(axis=1)
+        least = np.full_like(least, np.inf)
+        for length in range(1, gap + 1):
+            least[length:, length] = found[: total - length, length]
+        choices.append(choice)
+    ends = total - np.arange(total)
+    last = np.where(ends <= gap, ends, 0)
+    tail = least + np.where(ends <= gap, 0.0, np.inf)[:, None]
+    tail = tail + cost[np.arange(total), :, last]
+    step, distance = np.unravel_index(int(tail.argmin()), tail.shape)
+    steps = {int(step)}
+    for choice in reversed(choices):
+        length = int(distance)
+        step = step - length
+        distance = choice[step, length]
+        steps.add(int(step))
+    return steps
+
+
+def _costs(products: Matrix, sizes: Matrix, gap: int, order: int, corrects: bool) -> Matrix:
+    """What the latents lack by skipping from one computed step to the next.
+
+    Returns:
+        [N, gap + 1, gap + 1], of the step computed at i, i - d computed last before it (d = 0: nothing) and
+        i + e computed next, or the end reached: entry [i, d, e].
+    """
+    total = len(sizes)
+    # Sums up to a step, not with it: of the sizes, of sizes times places, of predictions times sizes.
+    moved = np.concatenate([[0.0], np.cumsum(sizes)])
+    placed = np.concatenate([[0.0], np.cumsum(sizes * np.arange(total))])
+    half = np.concatenate([np.zeros((1, total)), np.cumsum(sizes[:, None] * products, axis=0)])
+    full = np.concatenate([np.zeros((total + 1, 1)), np.cumsum(half * sizes, axis=1)], axis=1)
+    cost = np.full((total, gap + 1, gap + 1), np.inf)
+    share = sizes / sizes.sum()
+    for i in range(total):
+        ends = np.arange(i + 1, min(total, i + gap) + 1)  # the next one computed
+        amount = moved[ends] - moved[i + 1]
+        turned = placed[ends] - placed[i + 1] - i * amount
+        own = products[i, i]
+        lost = half[ends, i] - half[i + 1, i]
+        true = full[ends, ends] - 2 * full[ends, i + 1] + full[i + 1, i + 1]
+        # Interpolated between i and the end, as corrected; there is no end behind the last step.
+        slope = turned / (ends - i)
+        inside = np.minimum(ends, total - 1)
+        there = half[ends, inside] - half[i + 1, inside]
+        first = amount - slope
+        rest = (
+            first**2 * own + slope**2 * products[inside, inside] + 2 * first * slope * products[i, inside]
+            - 2 * first * lost - 2 * slope * there + true
+        )  # fmt: skip
+        for d in range(min(gap, i) + 1 if i else 1):
+            if (i and not d) or d > i:
+                continue
+            slope = turned / d if d and order else np.zeros_like(amount)
+            first = amount + slope
+            ahead = half[ends, i - d] - half[i + 1, i - d]
+            lacking = (
+                first**2 * own + slope**2 * products[i - d, i - d] - 2 * first * slope * products[i, i - d]
+                - 2 * first * lost + 2 * slope * ahead + true
+            )  # fmt: skip
+            # Up to and with each skipped step; of none, at the next one, nothing is lacking.
+            weights = np.concatenate([[0.0], share[i + 1 : ends[-1]]])
+            between = TRANSIENT * np.cumsum(weights * lacking)
+            corrected = ends < total - 1 if corrects and order else np.zeros_like(ends, dtype=bool)
+            cost[i, d, 1 : len(ends) + 1] = between + np.where(corrected, rest, lacking)
+    # Rounding may leave a little below nothing.
+    return np.asarray(np.maximum(cost, 0.0))

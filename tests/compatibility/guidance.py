@@ -108,12 +108,42 @@ def guider(name: str, make: Callable[[Any], Any], **options: Any) -> Combination
     )
 
 
+def end_guidance(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A callback that ends guidance on the way, as is done to save time."""
+    if index == 6:
+        pipe._guidance_scale = 0.0
+        for name in {*kwargs} - {"latents"}:
+            kwargs[name] = kwargs[name].chunk(2)[-1]
+    return kwargs
+
+
+def ended(*names: str) -> dict[str, Any]:
+    return {
+        "callback_on_step_end": end_guidance,
+        "callback_on_step_end_tensor_inputs": ["latents", *names],
+    }
+
+
 GUIDANCE = (
     Combination(
         "no guidance",
         unet=UNET,
         transformer=TRANSFORMER,
         call={"guidance_scale": 1.0},
+    ),
+    Combination(
+        "guidance that a callback ends on the way (SD)",
+        unet=UNET,
+        call=ended("prompt_embeds"),
+        count=12,
+        note="one step more is computed there",
+    ),
+    Combination(
+        "guidance that a callback ends on the way (SD3)",
+        transformer=TRANSFORMER,
+        call=ended("prompt_embeds", "pooled_prompt_embeds"),
+        count=12,
+        note="one step more is computed there",
     ),
     Combination(
         "guidance in two calls (`true_cfg_scale`)",

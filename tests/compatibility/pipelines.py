@@ -168,6 +168,12 @@ PIPELINES = (
         tokens=Refused("no denoiser of a known class"),
         note="no family for `UNetSpatioTemporalConditionModel`",
     ),
+    Combination(
+        "FreeU",
+        unet={"SD": tiny.tiny_sd},
+        put=lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+        take=lambda pipe: pipe.disable_freeu(),
+    ),
     everywhere("`num_images_per_prompt=2`", call={"num_images_per_prompt": 2}),
     everywhere("a batch of three prompts", call={"prompts": ["a cat", "a dog", "two hats"]}),
     everywhere(

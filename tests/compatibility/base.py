@@ -32,17 +32,6 @@ class Works:
 
 
 @dataclass(frozen=True)
-class Warned:
-    """Runs, and says that there is little or nothing to gain."""
-
-    words: str
-    cell = "warned"
-
-    def __call__(self) -> AbstractContextManager[Any]:
-        return pytest.warns(UserWarning, match=self.words)
-
-
-@dataclass(frozen=True)
 class Refused:
     """Is refused in these words, by `apply_tofu` or by the generation."""
 
@@ -61,7 +50,7 @@ def generate(pipe: Any, **options: Any) -> Tensor:
     return tiny.generate(pipe, **{**small, **options})
 
 
-Outcome = Works | Warned | Refused
+Outcome = Works | Refused
 
 
 @dataclass(frozen=True)
@@ -139,8 +128,7 @@ class Combination(Row):
                     assert self.generate(used).isfinite().all() and is_active(handle)
         else:
             assert first.shape == both.shape and first.isfinite().all()
-            if isinstance(outcome, Works):
-                assert is_active(handle) and not torch.equal(first, both)
+            assert is_active(handle) and not torch.equal(first, both)
             if self.take is not None:
                 self.take(used)
                 handle.remove()

@@ -183,10 +183,10 @@ def test_every_folder_of_the_tests_is_a_room():
     tests = ROOT / "tests"
     folders = {path.name for path in tests.iterdir() if path.is_dir() and path.name[0] not in "._"}
     rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
-    assert folders <= rooms | {"eval", "pipelines", "denoisers"}
+    assert folders <= rooms | {"eval", "pipelines", "denoisers", "compatibility"}
     # As packages they would shadow those that they test.
     packages = {path.parent.name for path in tests.rglob("__init__.py")}
-    assert packages <= {"denoisers"}
+    assert packages <= {"denoisers", "compatibility"}
     names = [path.name for path in tests.rglob("test_*.py")]
     assert len(names) == len({*names})
 

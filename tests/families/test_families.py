@@ -65,7 +65,7 @@ def generation_of(handle):
 
 
 def plans_of(handle):
-    """Plans over the whole batch, by grid level."""
+    """Plans over the whole batch, by resolution."""
     generation = generation_of(handle)
     return {
         plan_cache.resolution: plan
@@ -253,10 +253,10 @@ def test_a_site_of_an_unconditional_unet_by_hand():
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
-# ---- contexts ------------------------------------------------------------------------------------
+# ---- keys and values ------------------------------------------------------------------------------
 
 
-def test_fresh_context_computes_kept_tokens_as_the_whole_block_would(case):
+def test_fresh_keys_and_values_compute_kept_tokens_as_the_unreduced_block_would(case):
     """With the keys and values of all tokens a kept token cannot tell that others are gone."""
     _, model, inputs = case
     family = generation_of(apply_tofu(model, ratio=0.5, method="tome")).runtime.setup.family

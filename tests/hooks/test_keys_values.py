@@ -79,7 +79,7 @@ def test_fresh_is_kept_queries_against_all_keys_and_values():
 
 @pytest.mark.parametrize("scope", ["attention", "block"])
 @torch.no_grad()
-def test_cached_equals_fresh_on_unchanged_inputs_after_a_whole_step(scope):
+def test_cached_equals_fresh_on_unchanged_inputs_after_an_unreduced_step(scope):
     for model, inputs in models():
         outputs = {}
         for keys_values in ("fresh", "cached"):
@@ -202,8 +202,8 @@ def test_cache_memory_is_counted_and_limited():
             ]
             tensors += [
                 t
-                for debt in generation.runtime.caches.corrector.states.values()
-                for t in vars(debt).values()
+                for state in generation.runtime.caches.corrector.states.values()
+                for t in vars(state).values()
             ]
             seen.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 

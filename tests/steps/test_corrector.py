@@ -101,7 +101,7 @@ def test_a_token_is_corrected_where_it_stands(family, monkeypatch):
     pipe, seen = BUILDS[family](), []
     inner = Corrector.apply
 
-    def settled(self, condition, prediction, computed, step):
+    def noted(self, condition, prediction, computed, step):
         (generation,) = {id(each): each for _, each in handle._generations}.values()
         level = generation.runtime._finest
         assert level == (1 if family == "sdxl" else 0)
@@ -128,7 +128,7 @@ def test_a_token_is_corrected_where_it_stands(family, monkeypatch):
         seen.append((condition, computed is None))
         return inner(self, condition, prediction, computed, step)
 
-    monkeypatch.setattr(Corrector, "apply", settled)
+    monkeypatch.setattr(Corrector, "apply", noted)
     size = {} if family == "wan" else {"height": 96, "width": 160}
     with apply_tofu(pipe, **TOKENS, method="random", unmerge="taylor", corrector=True) as handle:
         tiny.generate(pipe, ["a cat", "a dog"], steps=5, **size)
@@ -138,7 +138,7 @@ def test_a_token_is_corrected_where_it_stands(family, monkeypatch):
     assert whole <= 3
 
 
-def test_without_known_moves_it_is_taylor():
+def test_without_known_step_sizes_it_is_taylor():
     pipe = tiny.tiny_ddpm()
     made = []
     options = {**TOKENS, "keys_values": "dropped", "method": "random", "unmerge": "taylor"}

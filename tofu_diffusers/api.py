@@ -1,4 +1,4 @@
-"""apply_tofu and remove_tofu: one call puts token reduction on a pipeline or model, one takes it off."""
+"""apply_tofu and remove_tofu: one call puts tofu on a pipeline or model, one takes it off."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ class Handle:
     def stats(self) -> list[dict[str, Any]]:
         """For every site of the last generation: `name, scope, calls, tokens_in, tokens_kept`.
 
-        Tokens are those of one image in one condition, summed over the calls.
+        Tokens are those of one image in one branch of guidance, summed over the calls.
 
         Raises:
             RuntimeError: if the handle was removed.

@@ -404,7 +404,9 @@ def test_warmup_follows_the_source() -> None:
 
 def test_importance_without_its_evidence_is_refused() -> None:
     e = evidence(TokenGrid(4, 4), 4)
-    with pytest.raises(ValueError, match=r"needs Evidence.importance of 'change'.*2 unreduced steps"):
+    with pytest.raises(
+        ValueError, match=r"needs Evidence.importance of 'change'.*2 unreduced steps"
+    ):
         make_method("importance").plan(Evidence(e.metric, e.grid, 4, age=e.age))
     with pytest.raises(ValueError, match=r"needs Evidence.age"):
         make_method("importance").plan(Evidence(e.metric, e.grid, 4, importance=e.importance))

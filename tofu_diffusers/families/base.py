@@ -23,7 +23,7 @@ class BlockStack:
 
     Args:
         name: Dotted name of the module that holds the blocks.
-        level: Which of the family's grids the tokens lie on (0 = finest).
+        resolution: Which of the family's grids the tokens lie on (0 = finest).
         blocks: (dotted name, module) in the order of execution.
     """
 
@@ -33,7 +33,7 @@ class BlockStack:
 
     @classmethod
     def of(cls, model: nn.Module, name: str, resolution: int = 0) -> BlockStack:
-        """The run of all blocks in one module list of a model."""
+        """The stack of all blocks in one module list of a model."""
         blocks = model.get_submodule(name).named_children()
         return cls(name, resolution, tuple((f"{name}.{child}", block) for child, block in blocks))
 
@@ -57,7 +57,7 @@ class Family(ABC):
     output_index: ClassVar[int | None] = None
     """Where the image tokens stand in what a block returns; None: they are all it returns."""
     guidance_in_batch: ClassVar[bool] = True
-    """Whether pipelines put the conditions of guidance into one batch; else each has its own call."""
+    """Whether pipelines put the branches of guidance into one batch; else each has its own call."""
     conditional_first: ClassVar[bool] = False
     """Whether the conditional rows stand before the unconditional ones."""
     timestep_scale: ClassVar[float | None] = 1.0
@@ -85,7 +85,7 @@ class Family(ABC):
 
     @abstractmethod
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
-        """The token grid of every level for these arguments of the root.
+        """The token grid of every resolution for these arguments of the root.
 
         With `ids_name` it is read from that argument alone, and the model may be None.
         """

@@ -172,7 +172,9 @@ def run(
         module, named, acts_between(hook, module, named), any(map(compiled_alone, blocks))
     )
     if runtime.call.skip:
-        return runtime.forecast()
+        # Some classes know no such argument, and have one form.
+        asked = named.get("return_dict", True) if "return_dict" in hook.names else None
+        return runtime.forecast(asked)
     if runtime.call.beside_rested:
         raise RuntimeError(
             f"this step of {type(module).__name__} was to be skipped, so that the ControlNet did not run, "

@@ -91,9 +91,7 @@ class Runtime:
             self._check_ratios()
         # 3  Make room, where this branch is new or its latents have another shape.
         call.open_span = None
-        # A skipped step gives back the form of the last output, which is the one that was asked for then.
-        form = named.get("return_dict", True)
-        shape = (*[each.shape for each in latents], str(sample.device), form)
+        shape = (*[each.shape for each in latents], str(sample.device))
         if call.shapes.get(call.cfg_branch) != shape:
             self.caches.allocate(call, sample)
             # Caches made now (guidance began or ended on the way) are empty, where others hold a past.
@@ -110,11 +108,11 @@ class Runtime:
         if forecaster is not None and call.cfg_branch not in forecaster.past:
             call.skip = False
 
-    def forecast(self) -> Any:
+    def forecast(self, return_dict: bool | None) -> Any:
         """What the denoiser would return at a step that skips it."""
         call, caches = self.call, self.caches
         assert caches.forecaster is not None and call.step is not None
-        out = caches.forecaster.forecast(call.cfg_branch, call.step)
+        out = caches.forecaster.forecast(call.cfg_branch, call.step, return_dict)
         if caches.corrects_tokens and caches.corrector is not None:
             # No token is computed; what the latents get is noted for when it is.
             maps = self._maps(out[0])

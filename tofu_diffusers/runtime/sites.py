@@ -42,15 +42,15 @@ class Site:
 
     Args:
         name: Of the module, or of the span's first block and last index.
-        level: Of the token grid.
-        plan cache: Where its plans are, shared with other sites.
+        resolution: Of the token grid.
+        plan_cache: Where its plans are, shared with other sites.
         depth: Position in the denoiser, in [0, 1].
         merge, unmerge: Names, resolved for this depth.
         width: Channels of its tokens.
-        split: True: used only where runs are run block by block; False: only where not; None: always.
+        split: True: used only where stacks are run block by block; False: only where not; None: always.
         ratio: This step's ratio. A string because Dynamo makes a changing number symbolic, but guards on
             a string: one graph per distinct ratio, with static shapes.
-        updates: Cached updates, by condition.
+        updates: Cached updates, by branch of guidance.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Site:
 
 @dataclass(eq=False)
 class Projection:
-    """A key or value projection whose rows the session remembers (keys_values "cached")."""
+    """A key or value projection whose rows the caches keep (keys_values "cached")."""
 
     name: str
     resolution: int

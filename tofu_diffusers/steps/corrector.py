@@ -12,15 +12,15 @@ from ..kernels.reference import upcast
 
 @dataclass
 class CorrectorState:
-    """What the latents got under one condition while tokens were not computed; changed in place only.
+    """What the latents got in one branch of guidance while tokens were not computed; changed in place only.
 
     By tokens, as maps over the latents: what a token stands for is corrected where it stands.
 
     Attributes:
         computed: [B, C, F, H, W], the prediction of the step at which a token was last computed.
-        used: [B, C, F, H, W], sum over the steps since of how far they moved times their prediction.
-        moved: [B, 1, F, H, W], sum of how far they moved.
-        turned: [B, 1, F, H, W], sum of how far they moved times their number of steps since.
+        integrated: [B, C, F, H, W], sum over the steps since of their step sizes times their prediction.
+        step_size_sum: [B, 1, F, H, W], sum of their step sizes.
+        step_size_moment: [B, 1, F, H, W], sum of their step sizes times their number of steps since.
         last: [B, 1, F, H, W], when it was last computed.
     """
 
@@ -55,16 +55,16 @@ class Corrector:
     """Brings back the latents of tokens that were not computed, at the step that computes them again.
 
     At the steps between, the prediction of such a token was made from extrapolated updates. Once it is
-    computed again, it can be interpolated, as `Predictions` does with that of all tokens: with p_i, p_k of
+    computed again, it can be interpolated, as `Forecaster` does with that of all tokens: with p_i, p_k of
     the steps i and k that computed the token and u_j used between, its latents lack the sum over j of
 
         move_j (p_i + (j - i) / (k - i) (p_k - p_i) - u_j)
 
     Step k adds it with a prediction that is larger by that over move_k; the last step adds nothing, for the
-    reasons given at `predictions.rest_weights`. What tofu itself remembers stays as it was computed.
+    reasons given at `forecast.corrector_weights`. What tofu itself remembers stays as it was computed.
 
     Args:
-        moves: Of the steps of this generation; None: nothing is corrected.
+        step_sizes: Of this generation; None: nothing is corrected.
     """
 
     step_sizes: list[float] | None = None
@@ -77,7 +77,7 @@ class Corrector:
         return sum(state.nbytes for state in self.states.values())
 
     def begin(self, step_sizes: list[float] | None) -> None:
-        """Take note of how far the steps of a generation go, as `clock.moves` has it."""
+        """Take note of how far the steps of a generation go, as `sampler.step_sizes` has it."""
         self.step_sizes = step_sizes
         self.factors = None
         if step_sizes is not None:
@@ -90,7 +90,7 @@ class Corrector:
             self.factors = self.factors.to(device)
 
     def apply(
-        self, condition: str, prediction: Tensor, computed: Tensor | None, step: Tensor
+        self, cfg_branch: str, prediction: Tensor, computed: Tensor | None, step: Tensor
     ) -> Tensor:
         """The prediction with what tokens lack that this step computed.
 
@@ -104,9 +104,9 @@ class Corrector:
         """
         assert self.factors is not None
         p = upcast(prediction.detach())
-        state = self.states.get(condition)
+        state = self.states.get(cfg_branch)
         if state is None:
-            state = self.states[condition] = CorrectorState.of(p, step)
+            state = self.states[cfg_branch] = CorrectorState.of(p, step)
         move, back = self.factors.index_select(1, step.long().view(1)).to(p.dtype)
         age = step - state.last
         turn = state.step_size_moment / age.clamp(min=1.0)

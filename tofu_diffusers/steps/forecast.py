@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
 from ..kernels.reference import upcast
@@ -117,18 +118,30 @@ class Forecaster:
             given.append((upcast(row) + missing).to(row.dtype).view(tensor.shape))
         return with_tensors(out, given)
 
-    def forecast(self, branch: str, step: Tensor) -> Any:
-        """What the denoiser would return at this step."""
+    def forecast(self, branch: str, step: Tensor, return_dict: bool | None = None) -> Any:
+        """What the denoiser would return at this step.
+
+        Args:
+            return_dict: Whether it is asked for an output of fields, or for a tuple of them; None: it has one
+                form, or the last one will do.
+        """
         past = self.past[branch]
         tensors = [
             cache.extrapolated(step, cache.value.dtype).view(each.shape)
             for cache, each in zip(past.caches, tensors_in(past.form), strict=True)
         ]
-        return with_tensors(past.form, tensors)
+        out = with_tensors(past.form, tensors)
+        if is_dataclass(out) and return_dict is False:
+            parts = (getattr(out, each.name) for each in fields(out))
+            return tuple(part for part in parts if part is not None)
+        if type(out) is tuple and len(out) == 1 and return_dict:
+            # Asked for fields here, and for a tuple when it last ran.
+            return Transformer2DModelOutput(*out)
+        return out
 
 
 def corrector_weights(step_sizes: list[float]) -> Tensor:
-    """By what a change of slope is multiplied to correct a rest: from step i to step k that both ran.
+    """By what a change of slope is multiplied to correct a skip interval: from step i to step k that both ran.
 
     At step j between them p_i + (j - i) s was taken for the prediction. Interpolated it is p_i + (j - i) s'
     with the new slope s', so the latents lack the sum over j of move_j (j - i) (s' - s). Step k adds it
@@ -142,7 +155,7 @@ def corrector_weights(step_sizes: list[float]) -> Tensor:
     """
     move = torch.tensor(step_sizes, dtype=torch.float64)
     place = torch.arange(len(step_sizes), dtype=torch.float64)
-    # Sums up to, not with, each step: of the moves, and of the moves times their place.
+    # Sums up to, not with, each step: of the step sizes, and of these times their place.
     zero = move.new_zeros(1)
     plain = torch.cat([zero, move.cumsum(0)])
     placed = torch.cat([zero, (move * place).cumsum(0)])

@@ -141,7 +141,7 @@ class Forecaster:
 
 
 def corrector_weights(step_sizes: list[float]) -> Tensor:
-    """By what a change of slope is multiplied to correct a skip interval: from step i to step k that both ran.
+    """Weights of a change of slope, to correct a skip interval from step i to step k that both ran.
 
     At step j between them p_i + (j - i) s was taken for the prediction. Interpolated it is p_i + (j - i) s'
     with the new slope s', so the latents lack the sum over j of move_j (j - i) (s' - s). Step k adds it

@@ -326,7 +326,10 @@ class Generation:
         """Tell what corrects outputs how far the steps go."""
         corrects = self.runtime.caches.with_step_sizes
         if corrects is not None:
-            sizes = self.sampling.sizes if self.sampling.first_order else None
+            sizes = self.sampling.sizes
+            # Forecasts of whole outputs; single tokens were always corrected under solvers of higher order.
+            if not self.sampling.first_order and self.runtime.caches.corrector is None:
+                sizes = None
             corrects.begin(None if sizes is None else list(sizes))
 
     def _warn_of_few(self) -> None:

@@ -414,7 +414,7 @@ def test_a_copy_of_the_model_carries_its_own_tofu(case):
 @pytest.mark.parametrize(
     "options",
     [
-        {"speedup": 1.5, "warmup_steps": 2},
+        {"speedup": 1.5, "warmup_steps": 2, "rule": "late"},
         EARLY,
         EARLY | {"keys_values": "cached"},
         {"ratio": 0.5, "method": "tofu"},
@@ -470,7 +470,7 @@ def test_guidance_that_the_pipeline_does_not_announce(name, guided):
         EARLY | {"keys_values": "cached"},
         EARLY,
         EARLY | {"method_options": {"source": "cfg"}, "unmerge": "temporal"},
-        {"speedup": 1.5, "warmup_steps": 2},
+        {"speedup": 1.5, "warmup_steps": 2, "rule": "late"},
     ],
     ids=str,
 )

@@ -82,14 +82,14 @@ def test_image_to_image_starts_at_its_own_noise_level():
 def test_image_to_image_skips_steps_of_its_own_and_comes_to_an_end(compiled):
     pipe = image_to_image(compiled)
     image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    with apply_tofu(pipe, speedup=1.8) as handle:
+    with apply_tofu(pipe, speedup=1.8, warmup_steps=2, rule="late") as handle:
         tiny.generate(pipe, steps=20, image=image, strength=0.45)
         generation = handle._generations[0][1]
         skipped = [step.skipped for step in generation.steps()]
         assert len(skipped) == len(generation.sampling) == 9 and not skipped[-1] and any(skipped)
         # Those of nine steps that are all there are.
         plain = tiny.tiny_sd()
-        with apply_tofu(plain, speedup=1.8) as other:
+        with apply_tofu(plain, speedup=1.8, warmup_steps=2, rule="late") as other:
             tiny.generate(plain, steps=9)
             assert skipped == [step.skipped for step in other.inspect()[0].steps]
         assert skipped.count(False) == 5

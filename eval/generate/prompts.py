@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 # `emoji`: 336 prompts in words that the embedded pipelines were trained on, of all kinds from the start, and
@@ -61,6 +62,11 @@ def load_prompts(source: str | Path) -> list[str]:
     if not first_lines:
         raise ValueError(f"{path} holds no prompts; write one a line")
     return list(first_lines)
+
+
+def as_prompts(given: str | Sequence[str]) -> list[str]:
+    """One string is one prompt; as a sequence it would be its letters."""
+    return [given] if isinstance(given, str) else list(given)
 
 
 def first(prompts: list[str], n: int | None, least: int = 1) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.multimodal import clip_score
 from transformers import AutoModel, AutoProcessor, CLIPModel
 
+from eval.generate.prompts import as_prompts
 from eval.metrics.extractors import weights_of
 from pipelines.emoji import MODELS, weights_hash
 from pipelines.emoji.scorer import EmojiScorer
@@ -22,7 +23,7 @@ class Alignment(Protocol):
 
     identity: dict[str, Any]
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: str | Sequence[str]) -> Tensor:
         """uint8 [B, 3, H, W] -> [B], more is better"""
         ...
 
@@ -39,8 +40,8 @@ class EmojiAlignment:
             "retrieval": self.scorer.retrieval,
         }
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.scorer.score(images, prompts)
+    def __call__(self, images: Tensor, prompts: str | Sequence[str]) -> Tensor:
+        return self.scorer.score(images, as_prompts(prompts))
 
 
 class ClipAlignment:
@@ -69,8 +70,8 @@ class ClipAlignment:
             "weights": weights_of(clip),
         }
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        pairs = zip(images, prompts, strict=True)
+    def __call__(self, images: Tensor, prompts: str | Sequence[str]) -> Tensor:
+        pairs = zip(images, as_prompts(prompts), strict=True)
         return torch.stack(
             [clip_score(image, prompt, lambda: self.parts) for image, prompt in pairs]
         )

@@ -233,7 +233,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--rounds {args.rounds} is below 1")
     settings = [run.setting_of(text) for text in args.setting]
     loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
-    prompts = first(load_prompts(args.prompts), args.n or args.batch_size)
+    prompts = first(load_prompts(args.prompts, args.prompt_column), args.n or args.batch_size)
     bench = Bench(loaded.pipe, prompts, args.seed, run.call_of(args), args.compiled)
     about = {"pipeline": loaded.identity(), "n": len(prompts), "call": bench.call}
     about |= provenance(loaded.device)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from eval.baselines.fewer_steps import scheduler_like
 from eval.files import write_whole
 from eval.generate.manifest import NAME, Manifest, differences, image_name, image_path
-from eval.generate.prompts import BUILT_IN, as_prompts, first, load_prompts
+from eval.generate.prompts import BUILT_IN, COLUMN, as_prompts, first, load_prompts
 from eval.generate.settings import Setting
 from eval.provenance import provenance
 from pipelines.emoji import MODELS, load_pipeline, weights_hash
@@ -237,6 +237,7 @@ def add_run_arguments(
     parser.add_argument(
         "--prompts", default="emoji", help=f"file, one a line, or a set: {sets} (%(default)s)"
     )
+    parser.add_argument("--prompt-column", help=f"of a CSV or JSON-lines file ({COLUMN})")
     # torchrun takes --n for its own, shortened; -n goes through.
     parser.add_argument("-n", "--n", type=int, help=f"only the {prompts} n prompts")
     parser.add_argument("--out", type=Path, required=True, help=out)
@@ -267,7 +268,7 @@ def main(args: argparse.Namespace) -> int:
     manifest = generate(
         load(args.pipeline, args.dtype, scheduler=args.scheduler),
         setting_of(args.setting),
-        first(load_prompts(args.prompts), args.n),
+        first(load_prompts(args.prompts, args.prompt_column), args.n),
         args.out,
         seed=args.seed,
         batch_size=args.batch_size,

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """`python -m eval calibrate`. A mistake in the arguments is a ValueError."""
-    prompts = first(load_prompts(args.prompts)[::-1], args.n)[::-1]
+    prompts = first(load_prompts(args.prompts, args.prompt_column)[::-1], args.n)[::-1]
     loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     call = run.call_of(args)
     agreement = calibrate_gradient(

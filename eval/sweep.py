@@ -29,6 +29,7 @@ from eval.generate.prompts import first, load_prompts
 from eval.generate.run import Loaded
 from eval.generate.settings import Setting
 from eval.metrics import score
+from eval.metrics.extractors import read_pictures
 from eval.provenance import provenance
 from eval.report import page
 from eval.report.plots import overlay_kept
@@ -324,7 +325,10 @@ def main(args: argparse.Namespace) -> None:
     )
     if args.rounds < 0:
         raise ValueError(f"--rounds {args.rounds} is below 0, which times nothing")
-    prompts = first(load_prompts(args.prompts), args.n, least=2)
+    prompts = first(load_prompts(args.prompts, args.prompt_column), args.n, least=2)
+    if args.real is not None:
+        for _ in read_pictures(args.real, args.out).batches():
+            pass  # each can be read, now and not only once everything is generated
     loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     sweep = Sweep(
         args.out,

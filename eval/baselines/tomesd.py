@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from eval.baselines.host_state import attributes_kept
+from eval.baselines.options import check_types
 
 
 @contextmanager
@@ -23,6 +24,7 @@ def merged_by_tomesd(pipe: Any, **options: Any) -> Iterator[None]:
 
     try:
         inspect.signature(tomesd.apply_patch).bind(pipe, **options)
+        check_types(tomesd.apply_patch, options)
     except TypeError as error:
         raise ValueError(f"tomesd cannot be given {options}: {error}") from error
     if getattr(pipe, "unet", None) is None:

@@ -29,7 +29,7 @@ from eval.bench import denoisers
 from eval.bench.parity import check_kernels, kernels_run
 from eval.files import write_whole
 from eval.generate import run
-from eval.generate.prompts import first, load_prompts
+from eval.generate.prompts import as_prompts, first, load_prompts
 from eval.generate.settings import Applied, Setting, denoiser_name, denoiser_of
 from eval.provenance import provenance
 from eval.statistics import spread
@@ -70,10 +70,11 @@ def counted_flops(pipe: Any, generate: Callable[[], object]) -> int:
     return total
 
 
-def one_batch(pipe: Any, prompts: Sequence[str], seed: int, call: dict[str, Any]) -> Any:
+def one_batch(pipe: Any, prompts: str | Sequence[str], seed: int, call: dict[str, Any]) -> Any:
     """One batch of pictures, a seed each; what the pipeline returns."""
+    prompts = as_prompts(prompts)
     seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    return pipe(list(prompts), generator=seeds, **call)
+    return pipe(prompts, generator=seeds, **call)
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Bench:
     """
 
     pipe: Any
-    prompts: Sequence[str]
+    prompts: str | Sequence[str]
     seed: int
     call: dict[str, Any]
     compiled: bool = False
@@ -232,7 +233,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--rounds {args.rounds} is below 1")
     settings = [run.setting_of(text) for text in args.setting]
     loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
-    prompts = first(load_prompts(args.prompts), args.n or args.batch_size)
+    prompts = first(load_prompts(args.prompts, args.prompt_column), args.n or args.batch_size)
     bench = Bench(loaded.pipe, prompts, args.seed, run.call_of(args), args.compiled)
     about = {"pipeline": loaded.identity(), "n": len(prompts), "call": bench.call}
     about |= provenance(loaded.device)

@@ -58,6 +58,8 @@ class Manifest:
         for name in ("pipeline", "setting", "call", "versions"):
             object.__setattr__(self, name, _plain(name, getattr(self, name)))
         for name in ("prompts", "seeds", "continued_with"):
+            if isinstance(getattr(self, name), str):  # a sequence, too: of its letters
+                raise ValueError(f"{name} is the text {getattr(self, name)!r}; give a list")
             object.__setattr__(self, name, tuple(_plain(name, list(getattr(self, name)))))
         for name, keys in _KEYS.items():
             value = getattr(self, name)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from eval.baselines.fewer_steps import scheduler_like
 from eval.files import write_whole
 from eval.generate.manifest import NAME, Manifest, differences, image_name, image_path
-from eval.generate.prompts import BUILT_IN, first, load_prompts
+from eval.generate.prompts import BUILT_IN, COLUMN, as_prompts, first, load_prompts
 from eval.generate.settings import Setting
 from eval.provenance import provenance
 from pipelines.emoji import MODELS, load_pipeline, weights_hash
@@ -128,7 +128,7 @@ def processes(device: str | torch.device | None = None) -> PartialState:
 def generate(
     source: str | Loaded,
     setting: Setting,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     out: str | Path,
     *,
     seed: int = 0,
@@ -142,7 +142,7 @@ def generate(
     Args:
         source: As of `load`, or what it gave; then dtype and device are its own.
         setting: How to generate.
-        prompts: One an image.
+        prompts: One an image; one string is one prompt.
         out: The run folder: a new one, an empty one, or one of this very run.
         seed: Of image 0; image i has seed + i.
         batch_size: Images generated together.
@@ -154,6 +154,7 @@ def generate(
         OSError: if an image cannot be written; those before it are kept.
     """
     state = processes(device)
+    prompts = as_prompts(prompts)
     loaded = source if isinstance(source, Loaded) else load(source, dtype, device)
     manifest = Manifest(
         pipeline=loaded.identity(),
@@ -236,6 +237,7 @@ def add_run_arguments(
     parser.add_argument(
         "--prompts", default="emoji", help=f"file, one a line, or a set: {sets} (%(default)s)"
     )
+    parser.add_argument("--prompt-column", help=f"of a CSV or JSON-lines file ({COLUMN})")
     # torchrun takes --n for its own, shortened; -n goes through.
     parser.add_argument("-n", "--n", type=int, help=f"only the {prompts} n prompts")
     parser.add_argument("--out", type=Path, required=True, help=out)
@@ -266,7 +268,7 @@ def main(args: argparse.Namespace) -> int:
     manifest = generate(
         load(args.pipeline, args.dtype, scheduler=args.scheduler),
         setting_of(args.setting),
-        first(load_prompts(args.prompts), args.n),
+        first(load_prompts(args.prompts, args.prompt_column), args.n),
         args.out,
         seed=args.seed,
         batch_size=args.batch_size,

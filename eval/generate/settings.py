@@ -12,6 +12,7 @@ from typing import Any
 from eval.baselines.deepcache import deep_cached
 from eval.baselines.diffusers_caches import broadcast_attention, extrapolated, first_block_cached
 from eval.baselines.fewer_steps import rescheduled, scheduler_like
+from eval.baselines.options import check_types
 from eval.baselines.step_cache import step_cached
 from eval.baselines.tomesd import merged_by_tomesd
 from tofu_diffusers import Config, Handle, StepSkipping, TokenReduction, apply_tofu
@@ -82,7 +83,8 @@ class Setting:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind {self.kind!r}; choose one of {', '.join(KINDS)}")
-        rest = self.name.translate(str.maketrans("", "", "-_.+="))
+        plain = isinstance(self.name, str)  # JSON may have anything
+        rest = self.name.translate(str.maketrans("", "", "-_.+=")) if plain else ""
         if not (rest.isascii() and rest.isalnum()):
             raise ValueError(f"name {self.name!r} may hold letters, digits and -_.+= only")
         object.__setattr__(self, "options", dict(self.options))
@@ -94,12 +96,15 @@ class Setting:
     def _check_options(self) -> None:
         """Bind them as they will be; of tofu, `apply_tofu` says more than could be said here."""
         options = self.options
+        functions: dict[str, Callable[..., Any]] = {"fewer_steps": _fewer_steps, "stack": _stack}
+        own = functions.get(self.kind)
         if self.kind in AROUND:
             inspect.signature(AROUND[self.kind]).bind(None, **options)
-        elif self.kind == "fewer_steps":
-            inspect.signature(_fewer_steps).bind(**options)
-        elif self.kind == "stack":
-            inspect.signature(_stack).bind(**options)
+            check_types(AROUND[self.kind], options)
+        elif own is not None:
+            inspect.signature(own).bind(**options)
+            check_types(own, options)
+            own(**options)
         elif self.kind == "unreduced" and options:
             raise TypeError(f"it has none, not {', '.join(options)}")
 
@@ -146,6 +151,8 @@ def config_of(options: Mapping[str, Any]) -> Config:
 
 
 def _fewer_steps(*, steps: int, scheduler: str | None = None) -> int:
+    if scheduler not in (None, "multistep"):
+        raise ValueError(f"unknown scheduler {scheduler!r}; choose multistep, or leave it out")
     return steps
 
 
@@ -183,7 +190,11 @@ def _applied(setting: Setting, pipe: Any) -> Iterator[Applied]:
     done = Applied()
     with ExitStack() as stack:
         if setting.kind == "tofu":
-            done.handles.append(stack.enter_context(apply_tofu(pipe, **options)))
+            try:
+                handle = apply_tofu(pipe, **options)
+            except TypeError as error:
+                raise ValueError(f"options of {setting.name!r}: {error}") from error
+            done.handles.append(stack.enter_context(handle))
         elif setting.kind == "fewer_steps":
             done.call["num_inference_steps"] = options["steps"]
             if options.get("scheduler") == "multistep":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.multimodal import clip_score
 from transformers import AutoModel, AutoProcessor, CLIPModel
 
+from eval.generate.prompts import as_prompts
 from eval.metrics.extractors import weights_of
 from pipelines.emoji import MODELS, weights_hash
 from pipelines.emoji.scorer import EmojiScorer
@@ -22,7 +23,7 @@ class Alignment(Protocol):
 
     identity: dict[str, Any]
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: str | Sequence[str]) -> Tensor:
         """Score each picture with its own prompt; more is better.  uint8 [B, 3, H, W] -> [B]."""
         ...
 
@@ -39,9 +40,9 @@ class EmojiAlignment:
             "retrieval": self.scorer.retrieval,
         }
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: str | Sequence[str]) -> Tensor:
         """Cosine x 100 of each picture with its prompt.  uint8 [B, 3, H, W] -> [B]."""
-        return self.scorer.score(images, prompts)
+        return self.scorer.score(images, as_prompts(prompts))
 
 
 class ClipAlignment:
@@ -70,9 +71,9 @@ class ClipAlignment:
             "weights": weights_of(clip),
         }
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: str | Sequence[str]) -> Tensor:
         """CLIP score of each picture with its prompt.  uint8 [B, 3, H, W] -> [B]."""
-        pairs = zip(images, prompts, strict=True)
+        pairs = zip(images, as_prompts(prompts), strict=True)
         return torch.stack(
             [clip_score(image, prompt, lambda: self.parts) for image, prompt in pairs]
         )

@@ -10,8 +10,14 @@ the published Inception weights are called fid and kid.
 from __future__ import annotations
 
 import hashlib
+import mimetypes
+import struct
+import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from urllib.error import URLError
 
 import numpy as np
@@ -34,6 +40,12 @@ RESIZES = ("bilinear", "bicubic", "tf1")
 # The file that pytorch-fid and torch-fidelity publish; its name ends in -6726825d.pth.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SHOWN = 5  # files named in one message
+# What readers of pictures and arrays raise on files that are cut off, damaged or of another form.
+UNREADABLE = (
+    OSError, EOFError, ValueError, LookupError, SyntaxError, NotImplementedError, struct.error, zlib.error,
+    zipfile.BadZipFile, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 class Pictures:
@@ -68,12 +80,19 @@ class Pictures:
         """Read one picture.  uint8 [3, H, W]."""
         one = self.source[index]
         if isinstance(one, Path):
-            with Image.open(one) as image:
-                if image.mode not in ("RGB", "L"):
-                    raise ValueError(
-                        f"{one} is {image.mode}, not RGB; convert it, and put transparency on a background"
-                    )
-                one = np.array(image.convert("RGB"))
+            try:
+                with Image.open(one) as image:
+                    mode, pixels = image.mode, np.array(image.convert("RGB"))
+            except UNREADABLE as error:
+                raise ValueError(
+                    f"{one} cannot be read ({error}); replace it, or remove it (what a run lacks, the "
+                    "command that made it makes again)"
+                ) from error
+            if mode not in ("RGB", "L"):
+                raise ValueError(
+                    f"{one} is {mode}, not RGB; convert it, and put transparency on a background"
+                )
+            one = pixels
         return torch.from_numpy(one).permute(2, 0, 1)
 
     def batches(self, size: int = 32) -> Iterator[Tensor]:
@@ -96,7 +115,8 @@ def read_pictures(path: str | Path, cache: str | Path) -> Pictures:
         cache: Folder where their features are kept.
 
     Raises:
-        ValueError: if it holds less than two, of which no distance can be taken.
+        ValueError: if it cannot be read, holds pictures in other forms than `SUFFIXES`, or less than two, of
+            which no distance can be taken.
     """
     found = _read_pictures(Path(path), Path(cache))
     if len(found) < 2:
@@ -106,19 +126,55 @@ def read_pictures(path: str | Path, cache: str | Path) -> Pictures:
 
 def _read_pictures(path: Path, cache: Path) -> Pictures:
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        held = sorted(entry for entry in path.iterdir() if entry.name[0] != ".")
+        files = [entry for entry in held if entry.suffix.lower() in SUFFIXES and entry.is_file()]
+        others = sorted({*held} - {*files})
+        if pictures := [entry for entry in others if _is_picture(entry)]:
+            raise ValueError(
+                f"{path} holds {_named(pictures)}, and only {', '.join(SUFFIXES)} are read; convert or "
+                "remove them"
+            )
+        if files and others:
+            warnings.warn(
+                f"{path} holds {_named(others)}, which are passed over: only its pictures count, not those "
+                "of folders inside of it",
+                stacklevel=3,
+            )
         if not files:
             raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
         return Pictures(files, cache)
     if path.suffix not in (".npy", ".npz") or not path.is_file():
         raise ValueError(f"{path} is neither a folder of pictures nor a .npy or .npz file")
-    array = np.load(path, allow_pickle=False)
+    try:
+        array = np.load(path, allow_pickle=False)
+        names = [] if isinstance(array, np.ndarray) else array.files
+        if len(names) == 1 or "images" in names:
+            array = array["images" if "images" in names else names[0]]
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); write it again with numpy.save or numpy.savez"
+        ) from error
     if not isinstance(array, np.ndarray):
-        names = array.files
-        if len(names) > 1 and "images" not in names:
-            raise ValueError(f"{path} has {', '.join(names)}; call the pictures `images`")
-        array = array["images" if "images" in names else names[0]]
-    return Pictures(array, cache, path.name.encode())
+        raise ValueError(
+            f"{path} has {', '.join(names) or 'no arrays'}; call the pictures `images`"
+        )
+    try:
+        return Pictures(array, cache, path.name.encode())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _is_picture(path: Path) -> bool:
+    """By its name."""
+    form = Image.registered_extensions().get(path.suffix.lower(), "")
+    kind = Image.MIME.get(form) or mimetypes.guess_type(path.name)[0] or ""
+    return kind.startswith("image/")
+
+
+def _named(paths: Sequence[Path]) -> str:
+    """Name the first few of these files, such as: a.gif, b.tiff and 3 more."""
+    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return ", ".join(path.name for path in paths[:SHOWN]) + more
 
 
 class Extractor(nn.Module):
@@ -182,7 +238,16 @@ def load_extractor(
     if name == "effnetlite0":
         if resize == "tf1":
             raise ValueError("effnetlite0 resizes bilinear or bicubic; tf1 is for inception")
-        return Extractor(name, _Lite0(EmojiScorer.load(lite0_path=path)), 224, 1280, resize)
+        try:
+            scorer = EmojiScorer.load(lite0_path=path)
+        except (*UNREADABLE, RuntimeError, UnpicklingError) as error:
+            if path is None:
+                raise
+            raise ValueError(
+                f"{path} holds no weights of EfficientNet-Lite0 ({error}); leave --features-path out for "
+                "those of the package, or give their file"
+            ) from error
+        return Extractor(name, _Lite0(scorer), 224, 1280, resize)
     if name != "inception":
         raise ValueError(f"unknown features {name!r}; choose one of {', '.join(EXTRACTORS)}")
     if path is not None:

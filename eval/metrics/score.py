@@ -153,6 +153,8 @@ def score(
         if found.get("format") == FORMAT and found["inputs"] == json.loads(json.dumps(inputs)):
             return found
 
+    # The user's own first: what of them cannot be read is said before the rest is computed.
+    wild_rows = None if wild is None else features(extractor, wild)
     rows, base_rows = features(extractor, mine.pictures), features(extractor, base.pictures)
     per_image = drift(mine.pictures, base.pictures, perceptual)
     per_image["feature_distance"] = 1 - F.cosine_similarity(rows.double(), base_rows.double())
@@ -163,9 +165,9 @@ def score(
     }
     frechet, kernel = extractor.names
     draws, remarks = _distances(frechet, kernel, rows, base_rows, paired=True)
-    if wild is not None:
+    if wild_rows is not None:
         names = (f"{frechet}-real", f"{kernel}-real")
-        real_draws, real_remarks = _distances(*names, rows, features(extractor, wild), paired=False)
+        real_draws, real_remarks = _distances(*names, rows, wild_rows, paired=False)
         draws |= real_draws
         remarks |= real_remarks
     metrics |= {name: drawn.entry() for name, drawn in draws.items()}

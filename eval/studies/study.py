@@ -321,7 +321,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """`python -m eval study`. A mistake in the arguments is a ValueError."""
     loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
-    prompts = first(load_prompts(args.prompts), args.n, least=2)
+    prompts = first(load_prompts(args.prompts, args.prompt_column), args.n, least=2)
     call = run.call_of(args)
     del call["num_inference_steps"]
     study = Study(loaded, prompts, args.seed, args.batch_size, call)

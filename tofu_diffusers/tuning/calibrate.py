@@ -23,7 +23,7 @@ from .probes import Fit, rank_correlation, save_probes
 
 def calibrate_gradient(
     pipe: Any,
-    prompts: Sequence[Any],
+    prompts: str | Sequence[Any],
     path: str | Path,
     *,
     calls: int = 6,
@@ -59,6 +59,7 @@ def calibrate_gradient(
         ValueError: if there are fewer than two prompts, the pipeline has tofu or several denoisers, or its
             denoiser is compiled or was not called.
     """
+    prompts = as_prompts(prompts)
     if len(prompts) < 2:
         raise ValueError(
             f"{len(prompts)} prompts are too few: one at least is left out to judge the probes by; give two "
@@ -94,6 +95,11 @@ def calibrate_gradient(
                     fits.setdefault(name, Fit(x.shape[2])).add(x, gradient)
     save_probes(path, probes)
     return {name: sum(values) / len(values) for name, values in agreement.items()}
+
+
+def as_prompts(given: str | Sequence[Any]) -> Sequence[Any]:
+    """One string is one prompt; as a sequence it would be its letters."""
+    return [given] if isinstance(given, str) else given
 
 
 def latents(pipe: Any, prompt: Any, seed: int, options: Kwargs) -> Any:

@@ -14,7 +14,7 @@ from ..config import TokenReduction
 from ..hooks.patch import state_of
 from ..runtime.generation import Generation
 from ..steps.schedule import Schedule
-from .calibrate import latents
+from .calibrate import as_prompts, latents
 
 # Of the policy: factors at these many noise levels and depths, evenly spread.
 NOISE_POINTS, DEPTHS = 4, 3
@@ -83,7 +83,7 @@ class ReductionBudget:
 
 def learn_schedule(
     pipe: Any,
-    prompts: Sequence[Any],
+    prompts: str | Sequence[Any],
     config: TokenReduction,
     *,
     most: float | None = None,
@@ -106,7 +106,7 @@ def learn_schedule(
 
     Args:
         pipe: A pipeline with one denoiser, without tofu.
-        prompts: Each what the pipeline takes as its first argument.
+        prompts: Each what the pipeline takes as its first argument; one string is one prompt.
         config: What to spread; with a method and constant schedules.
         most: The largest ratio anywhere; None: halfway between the ratio and what the method can reach.
         rounds: Updates of the policy.
@@ -119,6 +119,7 @@ def learn_schedule(
         ValueError: if there is no prompt, the configuration or so few steps leave nothing to spread, a number
             is too small, or the pipeline has tofu or several denoisers.
     """
+    prompts = as_prompts(prompts)
     highest = config.make_method().max_ratio if config.is_resolved else 1.0
     most = (config.ratio + min(highest, 1.0)) / 2 if most is None else most
     _check(prompts, config, most, highest, rounds, candidates)

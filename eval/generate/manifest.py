@@ -153,22 +153,27 @@ def image_name(index: int) -> str:
     return f"{index:05d}.png"
 
 
-def differences(mine: Any, other: Any, name: str = "") -> list[str]:
-    """The innermost fields in which two JSON values differ; of a list the first entry that does."""
+def differences(mine: Any, other: Any) -> list[str]:
+    """The fields in which two JSON values differ, a line each, what is there first."""
+    return [f"{name}: {a} here, {b} asked for" for name, a, b in differing(mine, other)]
+
+
+def differing(mine: Any, other: Any, name: str = "") -> list[tuple[str, str, str]]:
+    """The innermost fields in which two JSON values differ, and both; of a list the first entry that does."""
     if isinstance(mine, dict) and isinstance(other, dict):
         keys = [*mine, *(key for key in other if key not in mine)]
         inner = {key: f"{name}.{key}" if name else key for key in keys}
         pairs = [(mine.get(key, _NOTHING), other.get(key, _NOTHING), inner[key]) for key in keys]
-        return [line for pair in pairs for line in differences(*pair)]
+        return [found for pair in pairs for found in differing(*pair)]
     if mine == other:
         return []
     if not (isinstance(mine, list) and isinstance(other, list)):
-        return [f"{name}: {mine!r} here, {other!r} asked for"]
+        return [(name, repr(mine), repr(other))]
     if len(mine) != len(other):
-        return [f"{name}: {len(mine)} here, {len(other)} asked for"]
+        return [(name, str(len(mine)), str(len(other)))]
     wrong = [i for i, pair in enumerate(zip(mine, other, strict=True)) if pair[0] != pair[1]]
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    return differences(mine[wrong[0]], other[wrong[0]], f"{name}[{wrong[0]}]{more}")
+    return differing(mine[wrong[0]], other[wrong[0]], f"{name}[{wrong[0]}]{more}")
 
 
 class _Nothing:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.files import write_whole
-from eval.generate.manifest import NAME, Manifest, image_path
+from eval.generate.manifest import NAME, Manifest, differing, image_path
 from eval.metrics.alignment import Alignment, ClipAlignment, default_alignment
 from eval.metrics.extractors import (
     EXTRACTORS,
@@ -44,6 +44,24 @@ from eval.statistics import MANY, SEED, Change, Resampled, difference, of_mean, 
 
 FORMAT = 1
 PACKAGES = ("torch", "torchmetrics", "scipy", "transformers")
+REFERENCE = "reference"
+# How the fields of a manifest begin that must be those of the reference, and the word by which another one is
+# asked for. The pictures themselves tell their size; what else a manifest says changes rounding at most.
+MAY_DIFFER = {
+    "pipeline.class": "pipeline",
+    "pipeline.weights": "weights",
+    "pipeline.name": None,
+    "pipeline.": "scheduler",
+    "call.num_inference_steps": "steps",
+    "call.guidance_scale": "guidance",
+    "call.height": None,
+    "call.width": None,
+    "call.": "call",
+    "dtype": "dtype",
+    "prompts": "prompts",
+    "seeds": "seeds",
+}
+WORDS = (*dict.fromkeys(word for word in MAY_DIFFER.values() if word), REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -73,37 +91,55 @@ class Run:
         return {"manifest": digest, "images": self.pictures.digest}
 
 
-def check_match(run: Run, reference: Run) -> None:
-    """Whether image i of both was made by one model from one prompt and seed, in one size.
+def check_match(run: Run, reference: Run, allowed: Collection[str] = ()) -> list[str]:
+    """Whether image i of both was made from one prompt and seed in one way, but for the setting of the run.
+
+    A setting that takes fewer steps or another sampler says so itself: the call that it replaces, and the
+    pipeline, are those of the reference.
+
+    Args:
+        allowed: Of `MAY_DIFFER`, what may differ nevertheless.
+
+    Returns:
+        What does, a line each.
 
     Raises:
-        ValueError: naming the first thing that differs.
+        ValueError: naming what else differs, with both values.
     """
-    here, there = run.manifest, reference.manifest
-
-    def differ(what: str, mine: Any, other: Any) -> ValueError:
-        return ValueError(
-            f"{what}: {mine} in {run.folder}, {other} in {reference.folder}; a run is scored against the "
-            "unreduced run of the same model, prompts, seeds and size"
+    if unknown := sorted({*allowed} - {*WORDS}):
+        raise ValueError(
+            f"{unknown[0]!r} cannot be allowed to differ; choose of {', '.join(WORDS)}"
         )
-
-    if here.pipeline["weights"] != there.pipeline["weights"]:
-        raise differ("weights", here.pipeline["weights"], there.pipeline["weights"])
+    here, there = run.manifest, reference.manifest
     if len(here) != len(there):
-        raise differ("images", len(here), len(there))
+        raise ValueError(
+            f"images: {len(here)} in {run.folder}, {len(there)} in {reference.folder}; generate as many"
+        )
+    found = {}
+    for name, mine, other in differing(here.to_dict(), there.to_dict()):
+        word = next((word for start, word in MAY_DIFFER.items() if name.startswith(start)), None)
+        if word is not None:
+            found[f"{name}: {mine} of the run, {other} of the reference"] = word
+    if (kind := there.setting["kind"]) != "unreduced":
+        found[f"setting.kind: {kind!r} of the reference, which should be 'unreduced'"] = REFERENCE
+    if refused := {line: word for line, word in found.items() if word not in allowed}:
+        raise ValueError(
+            "\n  ".join([f"{run.folder} is not to be scored against {reference.folder}:", *refused])
+            + "\nscore it against the unreduced run of the same pipeline, call, prompts and seeds, or ask "
+            f"for it: --allow-different {' '.join(dict.fromkeys(refused.values()))}"
+        )
     for index in range(len(here)):
-        for what, mine, other in (
-            ("prompt", here.prompts, there.prompts),
-            ("seed", here.seeds, there.seeds),
+        with (
+            Image.open(image_path(run.folder, index)) as image,
+            Image.open(image_path(reference.folder, index)) as other_image,
         ):
-            if mine[index] != other[index]:
-                raise differ(f"{what} of image {index}", repr(mine[index]), repr(other[index]))
-        sizes = []
-        for one in (run, reference):
-            with Image.open(image_path(one.folder, index)) as image:
-                sizes.append(f"{image.height} x {image.width}")
-        if sizes[0] != sizes[1]:
-            raise differ(f"height x width of image {index}", *sizes)
+            mine, other = (f"{each.height} x {each.width}" for each in (image, other_image))
+        if mine != other:
+            raise ValueError(
+                f"height x width of image {index}: {mine} in {run.folder}, {other} in "
+                f"{reference.folder}; generate both in one size"
+            )
+    return list(found)
 
 
 def score(
@@ -115,6 +151,7 @@ def score(
     real: str | Path | None = None,
     perceptual: Lpips | None = None,
     out: str | Path | None = None,
+    allow_different: Collection[str] = (),
 ) -> dict[str, Any]:
     """All scores of a run, also written to `out`; what lies there of the same inputs is reused.
 
@@ -125,16 +162,18 @@ def score(
         real: A folder or file, as of `read_pictures`.
         perceptual: LPIPS, left out if None.
         out: scores/<setting>.json beside the run folder unless given.
+        allow_different: As of `check_match`.
 
     Returns:
         "metrics": each with "value", "low", "high" (95 %), "n" and where needed "warning"; "per_image" and
-        "draws", which `compare` reads; "inputs": what all depends on.
+        "draws", which `compare` reads; "inputs": what all depends on; "different": what differs but for the
+        setting, as was asked for.
 
     Raises:
         ValueError: if the runs do not match image by image.
     """
     mine, base = Run.read(run), Run.read(reference)
-    check_match(mine, base)
+    different = check_match(mine, base, allow_different)
     out = Path(out or _place(mine.folder, mine.manifest))
     # Beside the scores: the pictures may lie where nothing may be written.
     wild = None if real is None else read_pictures(real, out.parent / "real")
@@ -150,7 +189,8 @@ def score(
     }
     if out.exists():
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-        if found.get("format") == FORMAT and found["inputs"] == json.loads(json.dumps(inputs)):
+        same = found.get("format") == FORMAT and found["inputs"] == json.loads(json.dumps(inputs))
+        if same and found.get("different") == different:
             return found
 
     # The user's own first: what of them cannot be read is said before the rest is computed.
@@ -179,6 +219,7 @@ def score(
         "setting": dict(mine.manifest.setting),
         "n": len(rows),
         "inputs": inputs,
+        "different": different,
         "versions": {name: version(name) for name in PACKAGES},
         "metrics": metrics,
         "per_image": {name: values.tolist() for name, values in per_image.items()},
@@ -229,6 +270,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference", type=Path, help="unreduced run folder; default: `unreduced` beside the run"
     )
     add_scoring_arguments(parser)
+    parser.add_argument(
+        "--allow-different",
+        nargs="+",
+        choices=WORDS,
+        default=(),
+        metavar="WHAT",
+        help=f"what may differ from the reference but for the setting: {', '.join(WORDS)}",
+    )
     parser.add_argument("--out", type=Path, help="default: scores/<setting>.json beside the run")
 
 
@@ -267,9 +316,12 @@ def main(args: argparse.Namespace) -> int:
         args.run,
         args.reference or args.run.parent / "unreduced",
         out=out,
+        allow_different=args.allow_different,
         **scoring(args, manifest.pipeline["weights"]),
     )
     print(f"{out}: {result['n']} images, 95 % intervals")
+    for line in result["different"]:
+        print(f"differs: {line}")
     for name, entry in result["metrics"].items():
         print(f"{name:24} {entry['value']:10.4f} ({entry['low']:.4f} to {entry['high']:.4f})")
         if "warning" in entry:

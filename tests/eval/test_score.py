@@ -1,6 +1,7 @@
 """eval.metrics: against direct formulas, other code and known values."""
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 from pathlib import Path
@@ -87,7 +88,11 @@ def pixels(count: int = 9, size: tuple[int, int] = (15, 22), seed: int = 0) -> n
 def manifest(setting: str, count: int, weights: str = "0123456789abcdef", **changes) -> Manifest:
     values = {
         "pipeline": {"name": "tiny", "class": "Tiny", "weights": weights},
-        "setting": {"name": setting, "kind": "tofu", "options": {}},
+        "setting": {
+            "name": setting,
+            "kind": "unreduced" if setting == "unreduced" else "tofu",
+            "options": {},
+        },
         "call": {},
         "prompts": [f"thing {i}" for i in range(count)],
         "seeds": range(count),
@@ -600,9 +605,13 @@ def test_lpips_with_a_local_backbone(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompts": [*(f"thing {i}" for i in range(8)), "x"]}, "prompt of image 8: 'x' in"),
-        ({"seeds": [0, 1, 3, 2, *range(4, 9)]}, "seed of image 2: 3 in .*half, 2 in .*unreduced"),
-        ({"weights": "f" * 16}, "weights: f+ in .*half, 0123456789abcdef in"),
+        (
+            {"prompts": [*(f"thing {i}" for i in range(8)), "x"]},
+            r"half is not .*unreduced:.*prompts\[8\]: 'x' of the run, 'thing 8' of",
+        ),
+        ({"seeds": [0, 1, 3, 2, *range(4, 9)]}, r"seeds\[2\] \(and 1 more\): 3 of the run, 2 of"),
+        ({"weights": "f" * 16}, "weights: 'f+' of the run, '0123456789abcdef' of"),
+        ({"dtype": "float16"}, "dtype: 'float16' of the run, .*--allow-different dtype$"),
         ({"pictures": pixels(8)}, "images: 8 in .*half, 9 in .*unreduced"),
         ({"pictures": pixels(9, (15, 23))}, "height x width of image 0: 15 x 23 in .*, 15 x 22 in"),
     ],
@@ -610,8 +619,72 @@ def test_lpips_with_a_local_backbone(tmp_path, monkeypatch):
 def test_runs_that_do_not_match_are_refused(reference, tmp_path, changes, message):
     pictures = changes.pop("pictures", pixels())
     half = write_run(tmp_path / "half", pictures, **changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         score(half, reference, extractor=tiny(), alignment=None)
+    assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "changes", "told"),
+    [
+        ("guidance", {"call": {"guidance_scale": 4.0}}, "call.guidance_scale: 4.0 of the run, noth"),
+        ("steps", {"call": {"num_inference_steps": 8}}, "call.num_inference_steps: 8 of the run"),
+        ("call", {"call": {"eta": 1}}, "call.eta: 1 of the run, nothing of the reference"),
+        (
+            "scheduler",
+            {"pipeline": {"name": "tiny", "class": "Tiny", "weights": "0123456789abcdef"}
+                | {"scheduler": {"class": "Euler"}}},
+            "pipeline.scheduler: {'class': 'Euler'} of the run",
+        ),
+        (
+            "pipeline",
+            {"pipeline": {"name": "tiny", "class": "Other", "weights": "0123456789abcdef"}},
+            "pipeline.class: 'Other' of the run, 'Tiny' of the reference",
+        ),
+        ("seeds", {"seeds": range(1, 10)}, r"seeds\[0\] \(and 8 more\): 1 of the run, 0 of"),
+    ],
+)  # fmt: skip
+def test_what_differs_from_the_reference_is_asked_for(reference, tmp_path, word, changes, told):
+    half = write_run(tmp_path / "half", pixels(seed=1), **changes)
+    tools = {"extractor": tiny(), "alignment": None}
+    for allowed in ((), {*scores.WORDS} - {word}):
+        with pytest.raises(ValueError, match=f"(?s){told}.*--allow-different {word}$"):
+            score(half, reference, **tools, allow_different=allowed)
+    found = score(half, reference, **tools, allow_different=[word])
+    assert len(found["different"]) == 1 and word in scores.WORDS
+    assert score(half, reference, **tools, allow_different=scores.WORDS) == found
+    with pytest.raises(
+        ValueError, match="'colour' cannot be allowed to differ; choose of pipeline,"
+    ):
+        score(half, reference, **tools, allow_different=["colour"])
+
+
+def test_a_reduced_reference_is_asked_for(reference, tmp_path):
+    half = write_run(tmp_path / "half", pixels(seed=1))
+    tools = {"extractor": tiny(), "alignment": None}
+    told = r"kind: 'tofu' of the reference, which should be .*--allow-different reference$"
+    with pytest.raises(ValueError, match=f"(?s){told}"):
+        score(reference, half, **tools)
+    found = score(reference, half, **tools, allow_different=["reference"])
+    assert found["different"] == [
+        "setting.kind: 'tofu' of the reference, which should be 'unreduced'"
+    ]
+
+
+def test_settings_may_change_steps_and_sampler_and_what_changes_rounding_may_differ(
+    reference, tmp_path
+):
+    fewer = {
+        "name": "fewer",
+        "kind": "fewer_steps",
+        "options": {"steps": 2, "scheduler": "multistep"},
+    }
+    other = {"batch_size": 1, "device": "GPU", "threads": 8, "versions": {"torch": "9"}}
+    copied = {"name": "copy", "class": "Tiny", "weights": "0123456789abcdef"}
+    sized = {"height": 15, "width": 22}  # as the pictures of the reference, which does not say so
+    made = write_run(tmp_path / "fewer", pixels(seed=1), **other, pipeline=copied, call=sized)
+    dataclasses.replace(Manifest.load(made), setting=fewer).save(made)
+    assert score(made, reference, extractor=tiny(), alignment=None)["different"] == []
 
 
 def test_a_run_that_is_not_finished_is_refused(reference, tmp_path):

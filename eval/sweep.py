@@ -24,6 +24,7 @@ from PIL import Image
 from eval.bench.pipeline import UNREDUCED, Bench, measure, one_batch
 from eval.files import write_whole
 from eval.generate import run
+from eval.generate.failed import by_prompt, refuse
 from eval.generate.manifest import Manifest, image_name, image_path
 from eval.generate.prompts import first, load_prompts
 from eval.generate.run import Loaded
@@ -224,6 +225,7 @@ def rows(
                 **manifest.provenance,
                 "flops_ratio": flops[setting.name],
                 "speed": timed and timed["speed"],
+                "failed": {which: len(found) for which, found in mine["failed"].items()},
                 "metrics": mine["metrics"]
                 | (score.changes(mine, base) if mine is not base else {}),
             }
@@ -249,7 +251,10 @@ def sweep_all(
     """
     flops = sweep.flops(settings)
     for setting in settings:
-        sweep.run(setting)
+        made = sweep.run(setting)
+        # Now and not only when all settings are generated.
+        failures = by_prompt(made, made.failed)
+        refuse(sweep.folder / setting.name, failures, len(made), scoring["allow_failed"])
     if not run.processes().is_main_process:
         return []
     whole = sweep.folder / UNREDUCED.name

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Manifest:
         dtype: Of the weights, such as "float32".
         device, threads, versions, commit: As `provenance` gives them.
         continued_with: Each other provenance that a part of the images was made with.
+        failed: The names of images that are none, and why, as of `eval.generate.failed`.
 
     Raises:
         ValueError: on values that no run can have.
@@ -53,9 +54,10 @@ class Manifest:
     versions: Mapping[str, str]
     commit: str
     continued_with: tuple[Mapping[str, Any], ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("pipeline", "setting", "call", "versions"):
+        for name in ("pipeline", "setting", "call", "versions", "failed"):
             object.__setattr__(self, name, _plain(name, getattr(self, name)))
         for name in ("prompts", "seeds", "continued_with"):
             if isinstance(getattr(self, name), str):  # a sequence, too: of its letters
@@ -91,7 +93,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return {"format": FORMAT, **plain}
 
@@ -105,9 +107,9 @@ class Manifest:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else data
             raise ValueError(f"format {found!r} is not {FORMAT}, which this checkout reads")
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
         given = data.keys() - {"format"}
-        if lacking := sorted(known - {"continued_with"} - given):
+        if lacking := sorted(known - {"continued_with", "failed"} - given):
             raise ValueError(f"it lacks {', '.join(lacking)}")
         if unknown := sorted(given - known):
             raise ValueError(f"it has {', '.join(unknown)}, which format {FORMAT} has not")
@@ -138,7 +140,7 @@ class Manifest:
     def differences(self, other: Manifest) -> list[str]:
         """What would make other images: a line a field, this one's value first."""
         mine, others = self.to_dict(), other.to_dict()
-        for name in (*PROVENANCE, "continued_with"):
+        for name in (*PROVENANCE, "continued_with", "failed"):
             del mine[name], others[name]
         return differences(mine, others)
 

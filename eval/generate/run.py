@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
-import io
 import json
 import os
 import warnings
@@ -25,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from eval.baselines.fewer_steps import scheduler_like
 from eval.files import write_whole
+from eval.generate.failed import by_prompt, failed, failure, png, told
 from eval.generate.manifest import NAME, Manifest, differences, image_name, image_path
 from eval.generate.prompts import BUILT_IN, COLUMN, as_prompts, first, load_prompts
 from eval.generate.settings import Setting
@@ -139,6 +140,8 @@ def generate(
 ) -> Manifest:
     """Make what is missing of a run; when it returns, in whichever process, every image is there.
 
+    Images of NaN or of one colour are warned of, and named in the manifest.
+
     Args:
         source: As of `load`, or what it gave; then dtype and device are its own.
         setting: How to generate.
@@ -185,15 +188,26 @@ def generate(
         disable=not state.is_main_process,
     ) as bar:
         for batch in todo[state.process_index :: state.num_processes]:
-            for index, image in zip(batch, _images(loaded, setting, stored, batch), strict=True):
-                buffer = io.BytesIO()
-                image.save(buffer, "PNG")
-                write_whole(image_path(out, index), buffer.getvalue())
+            for index, data in zip(batch, _images(loaded, setting, stored, batch), strict=True):
+                write_whole(image_path(out, index), data)
             if state.is_main_process:  # those of the other processes are counted along
                 left = sum(map(len, unfinished(out, stored)))
                 bar.update(len(stored) - left - bar.n)
         state.wait_for_everyone()
         bar.update(len(stored) - bar.n)
+    judged: list[Any] = [_judged(out, stored)] if state.is_main_process else [None]
+    (stored,) = broadcast_object_list(judged)
+    return stored
+
+
+def _judged(out: Path, stored: Manifest) -> Manifest:
+    """The manifest with the images that are none, whoever made them."""
+    found = failed(out, len(stored))
+    if found != stored.failed:
+        stored = replace(stored, failed=found)
+        stored.save(out)
+    if found:
+        warnings.warn(told(out, by_prompt(stored, found), len(stored)), stacklevel=3)
     return stored
 
 
@@ -277,7 +291,8 @@ def main(args: argparse.Namespace) -> int:
     state = processes()
     if state.is_main_process:
         name, way = manifest.pipeline["name"], manifest.setting["name"]
-        print(f"{args.out}: {len(manifest)} images of {name}, {way}")
+        lost = f", {len(manifest.failed)} of them failed" if manifest.failed else ""
+        print(f"{args.out}: {len(manifest)} images of {name}, {way}{lost}")
     state.destroy_process_group()
     return 0
 
@@ -390,10 +405,8 @@ def _remove_unreadable(out: Path, manifest: Manifest) -> None:
             path.unlink()
 
 
-def _images(
-    loaded: Loaded, setting: Setting, manifest: Manifest, batch: range
-) -> list[Image.Image]:
-    """Of one batch, each from a generator of its own; on the CPU, as devices draw differently.
+def _images(loaded: Loaded, setting: Setting, manifest: Manifest, batch: range) -> list[bytes]:
+    """Files of one batch, each from a generator of its own; on the CPU, as devices draw differently.
 
     The setting starts anew, and so does what it draws from the global generator, as tomesd does: nothing
     is left of the batches before. The caller's global generator stays as it was.
@@ -404,7 +417,7 @@ def _images(
             output = loaded.pipe(
                 prompt=[manifest.prompts[index] for index in batch],
                 generator=[torch.Generator().manual_seed(manifest.seeds[index]) for index in batch],
-                output_type="pil",
+                output_type="np",  # of which diffusers makes the others; NaN still shows
                 **{**manifest.call, **applied.call},
             )
     if not hasattr(output, "images"):
@@ -412,5 +425,6 @@ def _images(
         raise ValueError(
             f"{name} gives {', '.join(output)}, no images; choose one that gives images"
         )
-    images: list[Image.Image] = output.images
-    return images
+    pixels = np.asarray(output.images)
+    images = loaded.pipe.numpy_to_pil(np.nan_to_num(pixels, nan=0.0))
+    return [png(image, failure(each)) for image, each in zip(images, pixels, strict=True)]

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from eval.files import write_whole
+from eval.generate.failed import by_prompt, failed, refuse
 from eval.generate.manifest import NAME, Manifest, differing, image_path
 from eval.metrics.alignment import Alignment, ClipAlignment, default_alignment
 from eval.metrics.extractors import (
@@ -84,6 +85,12 @@ class Run:
                 f"{missing[0].name}; finish the run by the command that began it"
             )
         return cls(folder, manifest, Pictures(files, folder, (folder / NAME).read_bytes()))
+
+    def failed(self, allowed: int) -> dict[str, str]:
+        """The pictures that are none, and why; raises ValueError if more than allowed."""
+        found = failed(self.folder, len(self.manifest))
+        refuse(self.folder, by_prompt(self.manifest, found), len(self.manifest), allowed)
+        return found
 
     def inputs(self) -> dict[str, str]:
         """What a score depends on."""
@@ -152,6 +159,7 @@ def score(
     perceptual: Lpips | None = None,
     out: str | Path | None = None,
     allow_different: Collection[str] = (),
+    allow_failed: int = 0,
 ) -> dict[str, Any]:
     """All scores of a run, also written to `out`; what lies there of the same inputs is reused.
 
@@ -163,17 +171,22 @@ def score(
         perceptual: LPIPS, left out if None.
         out: scores/<setting>.json beside the run folder unless given.
         allow_different: As of `check_match`.
+        allow_failed: How many pictures of each run may be of NaN or one colour. They are scored like others,
+            and two that are black count as identical.
 
     Returns:
         "metrics": each with "value", "low", "high" (95 %), "n" and where needed "warning"; "per_image" and
         "draws", which `compare` reads; "inputs": what all depends on; "different": what differs but for the
-        setting, as was asked for.
+        setting, as was asked for; "failed": the pictures of "run" and "reference" that are none.
 
     Raises:
-        ValueError: if the runs do not match image by image.
+        ValueError: if the runs do not match image by image, or more pictures failed than are allowed.
     """
     mine, base = Run.read(run), Run.read(reference)
-    different = check_match(mine, base, allow_different)
+    about = {
+        "different": check_match(mine, base, allow_different),
+        "failed": {"run": mine.failed(allow_failed), "reference": base.failed(allow_failed)},
+    }
     out = Path(out or _place(mine.folder, mine.manifest))
     # Beside the scores: the pictures may lie where nothing may be written.
     wild = None if real is None else read_pictures(real, out.parent / "real")
@@ -190,7 +203,7 @@ def score(
     if out.exists():
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         same = found.get("format") == FORMAT and found["inputs"] == json.loads(json.dumps(inputs))
-        if same and found.get("different") == different:
+        if same and about.items() <= found.items():
             return found
 
     # The user's own first: what of them cannot be read is said before the rest is computed.
@@ -219,7 +232,7 @@ def score(
         "setting": dict(mine.manifest.setting),
         "n": len(rows),
         "inputs": inputs,
-        "different": different,
+        **about,
         "versions": {name: version(name) for name in PACKAGES},
         "metrics": metrics,
         "per_image": {name: values.tolist() for name, values in per_image.items()},
@@ -294,6 +307,13 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         help="CLIP model on the hub or in a folder; default: the emoji scorer for embedded pipelines",
     )
     parser.add_argument(
+        "--allow-failed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how many pictures of a run may be of NaN or one colour (%(default)s)",
+    )
+    parser.add_argument(
         "--lpips-path", type=Path, help="file of torchvision's AlexNet or VGG-16; default: no LPIPS"
     )
 
@@ -304,6 +324,7 @@ def scoring(args: argparse.Namespace, weights: str) -> dict[str, Any]:
         "extractor": load_extractor(args.features, resize=args.resize, path=args.features_path),
         "alignment": ClipAlignment(args.clip) if args.clip else default_alignment(weights),
         "real": args.real,
+        "allow_failed": args.allow_failed,
         "perceptual": Lpips(args.lpips_path) if args.lpips_path else None,
     }
 
@@ -322,6 +343,9 @@ def main(args: argparse.Namespace) -> int:
     print(f"{out}: {result['n']} images, 95 % intervals")
     for line in result["different"]:
         print(f"differs: {line}")
+    for which, found in result["failed"].items():
+        if found:
+            print(f"failed: {len(found)} pictures of the {which}")
     for name, entry in result["metrics"].items():
         print(f"{name:24} {entry['value']:10.4f} ({entry['low']:.4f} to {entry['high']:.4f})")
         if "warning" in entry:

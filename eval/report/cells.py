@@ -36,8 +36,15 @@ def _settings(setting: Mapping[str, Any]) -> str:
 
 
 def _warnings(row: Row) -> str:
+    # Rows of before failures were looked for do not say.
+    failed = [
+        f"{count} pictures of the {which} failed (NaN or one colour) and are scored like others"
+        for which, count in row.get("failed", {}).items()
+        if count
+    ]
     entries = row["metrics"].items()
-    return "; ".join(f"{name}: {entry['warning']}" for name, entry in entries if "warning" in entry)
+    said = [f"{name}: {entry['warning']}" for name, entry in entries if "warning" in entry]
+    return "; ".join(failed + said)
 
 
 CELLS: dict[str, Callable[[Row], str]] = {

@@ -9,8 +9,8 @@ import argparse
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,16 @@ def load(sweep: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Run:
-    """A setting's pictures by prompt and seed, and the PSNR of each, or the problem with all of them."""
+    """A setting's pictures by prompt and seed, and the PSNR of each, or the problem with all of them.
+
+    failed: The names of those that are none, and why.
+    """
 
     folder: Path
     pairs: tuple[tuple[str, int], ...] = ()
     psnr_db: tuple[float, ...] = ()
     problem: str | None = None
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, sweep: Path, row: Row) -> Run:
@@ -110,7 +114,8 @@ class Run:
             return cls(folder, problem=f"made with weights {made}, the row is of {row['weights']}")
         scored = json.loads(scores.read_text(encoding="utf-8")) if scores.is_file() else {}
         pairs = zip(manifest.prompts, manifest.seeds, strict=True)
-        return cls(folder, tuple(pairs), tuple(scored.get("per_image", {}).get("psnr_db", ())))
+        psnr_db = tuple(scored.get("per_image", {}).get("psnr_db", ()))
+        return cls(folder, tuple(pairs), psnr_db, failed=manifest.failed)
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,8 @@ def shown(run: Run, pair: tuple[str, int], is_reference: bool) -> Shown:
         caption = f"{run.psnr_db[index]:.1f} dB"
     else:
         caption = "not scored"
+    if path.name in run.failed:
+        caption += f", failed: {run.failed[path.name]}"
     return Shown(caption, picture, overlay)
 
 

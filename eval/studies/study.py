@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from eval.bench.pipeline import UNREDUCED, Bench, one_batch
 from eval.files import mend
 from eval.generate import run
+from eval.generate.failed import FailedPictures, failure, told
 from eval.generate.manifest import differences
 from eval.generate.prompts import first, load_prompts
 from eval.generate.run import Loaded
@@ -259,16 +261,27 @@ class Study:
         self.references: dict[int, Tensor] = {}
 
     def pictures(self, trial: Trial) -> tuple[Tensor, float]:
-        """Of all prompts, uint8 [n, 3, H, W], and the unreduced FLOPs over those of the trial."""
+        """Of all prompts, uint8 [n, 3, H, W], and the unreduced FLOPs over those of the trial.
+
+        Raises:
+            FailedPictures: if any is of NaN or of one colour: no drift can be taken of it.
+        """
         call = {**self.call, "num_inference_steps": trial.steps}
         parts, saving = [], None
+        failures: dict[str, str] = {}
         for start in range(0, len(self.prompts), self.batch_size):
             batch = self.prompts[start : start + self.batch_size]
             with trial.setting.applied(self.loaded.pipe) as applied:
                 own = {**call, **applied.call, "output_type": "pt"}
                 images = one_batch(self.loaded.pipe, batch, self.seed + start, own).images
                 saving = known_saving(trial.setting, applied, self.loaded.pipe, trial.steps)
-            parts.append(images.mul(255).round().to(torch.uint8).cpu())
+            images = images.cpu().float()
+            for prompt, picture in zip(batch, images, strict=True):
+                if (reason := failure(picture.permute(1, 2, 0).numpy())) is not None:
+                    failures[repr(prompt)] = reason
+            parts.append(images.mul(255).round().to(torch.uint8))
+        if failures:
+            raise FailedPictures(told(trial.setting.name, failures, len(self.prompts)))
         if saving is None:
             bench = Bench(self.loaded.pipe, self.prompts[:1], self.seed, call)
             saving = bench.flops(UNREDUCED) / bench.flops(trial.setting)
@@ -277,7 +290,10 @@ class Study:
     def row(self, trial: Trial) -> dict[str, Any]:
         """One row, in the form that the report reads."""
         if trial.steps not in self.references:
-            self.references[trial.steps], _ = self.pictures(Trial(UNREDUCED, trial.steps))
+            try:
+                self.references[trial.steps], _ = self.pictures(Trial(UNREDUCED, trial.steps))
+            except FailedPictures as error:  # with them, every row of these steps
+                raise ValueError(str(error)) from error
         reference = self.references[trial.steps]
         made, saving = self.pictures(trial)
         drift = psnr_db(made, reference)
@@ -346,5 +362,15 @@ def main(args: argparse.Namespace) -> None:
                 "another --out"
             )
     mine = todo[state.process_index :: state.num_processes]
+    without: list[str] = []
     for trial in tqdm(mine, desc=args.stage, unit=" rows", disable=not state.is_main_process):
-        append(args.out, study.row(trial))
+        try:
+            append(args.out, study.row(trial))
+        except FailedPictures as error:
+            warnings.warn(f"{error}\nit gets no row", stacklevel=2)
+            without.append(trial.setting.name)
+    if without:
+        raise ValueError(
+            f"{len(without)} of {len(mine)} settings got no row, as pictures of theirs failed: "
+            f"{', '.join(without)}"
+        )

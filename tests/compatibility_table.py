@@ -5,6 +5,7 @@
 
 from pathlib import Path
 
+from tests import markdown
 from tests.compatibility import AMOUNTS, KINDS, Combination, Refused, Row
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "compatibility.md"
@@ -26,18 +27,10 @@ def line(row: Row) -> tuple[str, ...]:
     return (row.name, *cells, "; ".join([*notes, *filter(None, [row.note])]))
 
 
-def table(rows: tuple[Row, ...]) -> str:
-    """The rows of one kind, as Markdown."""
-    lines = [HEADER, ("---",) * len(HEADER), *map(line, rows)]
-    return "\n".join("| " + " | ".join(each) + " |" for each in lines)
-
-
 def page(text: str) -> str:
-    """The document with its tables made anew."""
-    before, rest = text.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    tables = "\n\n".join(f"## {kind}\n\n{table(rows)}" for kind, rows in KINDS.items())
-    return f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}"
+    """The document with its tables made anew, one a kind."""
+    made = (f"## {kind}\n\n{markdown.table(HEADER, map(line, KINDS[kind]))}" for kind in KINDS)
+    return markdown.between(MARKS, "\n\n" + "\n\n".join(made) + "\n\n", text)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests import tiny
+from tests import markdown, tiny
 from tests.denoisers import DENOISERS, NO_DENOISERS
 from tofu_diffusers import FAMILIES, apply_tofu
 from tofu_diffusers.config import KEYS_VALUES, SCOPES
@@ -84,8 +84,7 @@ def row(name: str) -> tuple[str, ...]:
 
 def table() -> str:
     """All families, as Markdown."""
-    lines = [HEADER, ("---",) * len(HEADER), *map(row, BUILDERS)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown.table(HEADER, map(row, BUILDERS))
 
 
 def denoisers() -> str:
@@ -96,11 +95,8 @@ def denoisers() -> str:
 
 def document() -> str:
     """The page with both made anew."""
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for (begin, end), made in ((MARKS, table()), (LIST_MARKS, denoisers())):
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"
-    return text
+    text = markdown.between(MARKS, f"\n{table()}\n", DOCUMENT.read_text(encoding="utf-8"))
+    return markdown.between(LIST_MARKS, f"\n{denoisers()}\n", text)
 
 
 def main() -> None:

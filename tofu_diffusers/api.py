@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import CONFIGS, Config, StepSkipping, TokenReduction, one_of
-from .families import ANY, Family, find_family, is_known, known_classes, takes_timestep
+from .families import ANY, Family, find_family, known_classes, known_family, takes_timestep
 from .hooks.beside import attach_beside
 from .hooks.denoiser import DenoiserHook
 from .hooks.layout import Layout, attach_root
@@ -383,7 +383,7 @@ def _denoisers(
     for name, model in models.items():
         named = family is not None and name in DENOISER_NAMES
         any_class = skips and takes_timestep(model) and not name.startswith(BESIDE)
-        if named or is_known(model) or any_class:
+        if named or known_family(model) is not None or any_class:
             found.append((model, find_family(model, family if named else None, skips)))
     if found:
         return target, found

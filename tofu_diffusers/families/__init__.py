@@ -4,7 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from .any import ANY, find_family, takes_timestep
-from .base import FAMILIES, BlockStack, Family, is_known, known_classes, register_family
+from .base import FAMILIES, BlockStack, Family, known_classes, known_family, register_family
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -15,8 +15,8 @@ __all__ = [
     "BlockStack",
     "Family",
     "find_family",
-    "is_known",
     "known_classes",
+    "known_family",
     "register_family",
     "takes_timestep",
 ]

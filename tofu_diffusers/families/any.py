@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..steps.outputs import tensors_in
 from ..tokens.grid import TokenGrid
-from .base import FAMILIES, BlockStack, Family, Kwargs, is_known, known_classes
+from .base import FAMILIES, BlockStack, Family, Kwargs, known_classes, known_family
 
 
 class AnyFamily(Family):
@@ -22,7 +22,6 @@ class AnyFamily(Family):
     classes = ()
     sample_name = ""
     timestep_scale = None
-    guidance_in_batch: ClassVar[bool] = False
 
     def latents(self, named: Kwargs) -> list[Tensor]:
         # Which argument holds them is not known. Whatever changes its shape may change the output's.
@@ -67,9 +66,9 @@ def find_family(model: nn.Module, name: str | None = None, skips: bool = False) 
                 f"unknown family {name!r}; choose one of {', '.join(sorted(FAMILIES))}"
             )
         return FAMILIES[name]
-    if is_known(model):
-        parents = [parent.__name__ for parent in type(model).__mro__]
-        return FAMILIES[next(known_classes()[each] for each in parents if each in known_classes())]
+    known = known_family(model)
+    if known is not None:
+        return known
     if not takes_timestep(model):
         raise ValueError(
             f"{cls} is no denoiser: its forward takes no timestep; give the pipeline, or its denoiser"

@@ -220,9 +220,11 @@ def register_family(cls: type[Family]) -> type[Family]:
     return cls
 
 
-def is_known(model: nn.Module) -> bool:
-    """Whether a family lists the model's class, or a parent class."""
-    return any(parent.__name__ in known_classes() for parent in type(model).__mro__)
+def known_family(model: nn.Module) -> Family | None:
+    """The family that lists the model's class, or else a parent class; None if none does."""
+    known = known_classes()
+    names = (parent.__name__ for parent in type(model).__mro__)
+    return next((FAMILIES[known[name]] for name in names if name in known), None)
 
 
 def known_classes() -> Mapping[str, str]:

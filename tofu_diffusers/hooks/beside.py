@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..runtime.generation import Generation
-from ..steps.outputs import tensors_in, with_tensors
+from ..steps.outputs import form_of, tensors_in, with_tensors
 from ..steps.pipelines import generating
 from ..steps.reference import Reference
 from .patch import attach, with_signature_of
@@ -83,10 +83,7 @@ def remember(
     module: nn.Module, number: int, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Note the form of an output."""
-    # Tensors without memory: as large as one number each.
-    forms = [each.detach().new_empty(()).expand(each.shape) for each in tensors_in(out)]
-    returned = module.__dict__["_tofu"].returned
-    returned[number] = with_tensors(out, forms), shapes_in(args, kwargs)
+    module.__dict__["_tofu"].returned[number] = form_of(out), shapes_in(args, kwargs)
 
 
 def shapes_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

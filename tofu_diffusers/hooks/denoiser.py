@@ -15,7 +15,7 @@ from ..families.base import Kwargs
 from ..runtime.call import CHECKPOINTING
 from ..runtime.generation import Generation
 from ..runtime.runtime import Runtime
-from ..steps.pipelines import generating
+from ..steps.pipelines import generating, schedulers
 from .keys_values import check_unfused
 from .patch import (
     attach,
@@ -93,8 +93,9 @@ def take_turn(hook: DenoiserHook, module: nn.Module, named: Kwargs) -> None:
     hook.generation.turn.take(type(module).__name__)
     try:
         caller = generating(module, hook.generation.caller())
+        told_by = [] if caller is None else schedulers(caller)
         for generation, _ in hook.layouts:
-            generation.called_by(caller, named)
+            generation.called_by(caller, told_by, named)
         choose_layout(hook, module)
         follow_projections(hook)
         if hook.generation.index == 0:

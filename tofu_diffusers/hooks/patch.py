@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 STATE = "_tofu"
 ATTENTION_CACHES = ("faster_cache_block", "pyramid_attention_broadcast", "taylorseer_cache")
+WRAPPERS = (STATE, "_hf_hook", "_diffusers_hook", "_old_forward")
+"""Attributes of a module that change what its call does: ours, accelerate's and diffusers'."""
 Forward = Callable[..., Any]
 
 
@@ -148,13 +150,13 @@ def weightless(model: nn.Module) -> nn.Module:
             shape = torch.empty(tensor.shape, dtype=dtype, device="meta")
             of_weights = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(shape, requires_grad=False) if of_weights else shape
-        for name in (STATE, "_hf_hook", "_diffusers_hook", "_old_forward"):
+        for name in WRAPPERS:
             memo[id(module.__dict__.get(name))] = None
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             memo[id(hooks)] = OrderedDict()
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
-        for name in (STATE, "_hf_hook", "_diffusers_hook", "_old_forward", "forward"):
+        for name in (*WRAPPERS, "forward"):
             module.__dict__.pop(name, None)
     return twin
 

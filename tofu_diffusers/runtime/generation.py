@@ -195,18 +195,18 @@ class Generation:
             self._finish_step()
         self._set_index(index)
 
-    def called_by(self, caller: Any, named: dict[str, Any]) -> None:
+    def called_by(self, caller: Any, told_by: list[Any], named: dict[str, Any]) -> None:
         """Follow the one who calls the denoiser, and see which of his scheduler's steps are executed.
 
         Args:
             caller: The pipeline; None: a loop of the user's, or one call alone.
+            told_by: Its schedulers.
             named: The denoiser's arguments.
 
         Raises:
             RuntimeError: if another generation began while his was not over.
         """
         call = self.runtime.call
-        told_by = [] if caller is None else schedulers(caller)
         if any(each() is scheduler for each in self.broken_off for scheduler in told_by):
             raise broken_into(self._denoiser)
         if caller is None:
@@ -326,10 +326,9 @@ class Generation:
         """Tell what corrects outputs how far the steps go."""
         corrects = self.runtime.caches.with_step_sizes
         if corrects is not None:
-            sizes = self.sampling.sizes
-            # Forecasts of whole outputs; single tokens were always corrected under solvers of higher order.
-            if not self.sampling.first_order and self.runtime.caches.corrector is None:
-                sizes = None
+            # Single tokens are corrected under solvers of higher order, too.
+            by_token = self.runtime.caches.corrector is not None
+            sizes = self.sampling.sizes if by_token else self.sampling.additive_sizes
             corrects.begin(None if sizes is None else list(sizes))
 
     def _warn_of_few(self) -> None:

@@ -222,15 +222,8 @@ class Runtime:
         call.cfg_branches = "1"
 
     def _split_stacks(self, between: str | None, alone: bool) -> None:
-        sites = self.setup.sites
-        cached = [site.unmerge for site in sites if UNMERGES[site.unmerge].cached]
-        if between == CHECKPOINTING and (cached or self.setup.projections):
-            what = f"unmerge {cached[0]!r}" if cached else "keys_values 'cached'"
-            raise ValueError(
-                f"{what} cannot be trained through with gradient checkpointing: blocks run again in the "
-                "backward pass, when its caches already hold this step; use method='tofu', whose unmerge "
-                "remembers nothing, or disable_gradient_checkpointing()"
-            )
+        if between == CHECKPOINTING:
+            self._check_checkpointing()
         if between is not None and self.setup.scope == "span":
             raise ValueError(
                 f"scope 'span' cannot run with {between}, which acts between the blocks of a "
@@ -238,6 +231,18 @@ class Runtime:
             )
         # Compiled one by one, blocks share a graph only if none of them is the first or last of something.
         self.call.per_block = between is not None or (alone and self.setup.scope == "block")
+
+    def _check_checkpointing(self) -> None:
+        """Refuse what remembers, where blocks run twice."""
+        sites = self.setup.sites
+        cached = [site.unmerge for site in sites if UNMERGES[site.unmerge].cached]
+        if cached or self.setup.projections:
+            what = f"unmerge {cached[0]!r}" if cached else "keys_values 'cached'"
+            raise ValueError(
+                f"{what} cannot be trained through with gradient checkpointing: blocks run again in the "
+                "backward pass, when its caches already hold this step; use method='tofu', whose unmerge "
+                "remembers nothing, or disable_gradient_checkpointing()"
+            )
 
     def _read_batch(self, sample: Tensor) -> None:
         """Find how many images the batch holds, and how often each."""

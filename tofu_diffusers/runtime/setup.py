@@ -147,7 +147,7 @@ class Setup:
             sampling.sizes,
             config.trajectory,
             config.order,
-            config.corrector and sampling.first_order and sampling.sizes is not None,
+            config.corrector and sampling.additive_sizes is not None,
         )
         return skipped_steps(str(config.rule), steps)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kernels.reference import upcast
 from ..tokens.update_cache import CacheKind, UpdateCache
-from .outputs import tensors_in, with_tensors
+from .outputs import form_of, tensors_in, with_tensors
 
 
 @dataclass
@@ -93,30 +93,26 @@ class Forecaster:
                     f"the denoiser returned {type(out).__name__} without a tensor of floats, and so nothing "
                     "that can be forecast; call remove_tofu"
                 )
-            # Every one a tensor without memory: the form is kept, not the numbers.
-            form = with_tensors(
-                out, [each.detach().new_empty(()).expand(each.shape) for each in tensors]
-            )
             caches = [
                 UpdateCache.empty(self.kept, 1, 1, each.numel(), each.dtype, each.device)
                 for each in tensors
             ]
-            self.past[branch] = PredictionCache(caches, form)
-        given = []
+            self.past[branch] = PredictionCache(caches, form_of(out))
+        weights = self.weights if corrects and self.order else None
+        corrected = []
         for cache, tensor in zip(self.past[branch].caches, tensors, strict=True):
             row = tensor.detach().reshape(1, 1, -1)
-            if not corrects or self.weights is None or cache.slope is None:
+            if weights is None or cache.slope is None:
                 cache.record(row, step)
-                given.append(tensor)
                 continue
             last = cache.last.long().clamp(min=0)
             # Expanded: an index without axes would be read by the host.
-            weight = self.weights[last, step.long().expand_as(last)][..., None]
+            weight = weights[last, step.long().expand_as(last)][..., None]
             before = upcast(cache.slope) * weight
             cache.record(row, step)
             missing = upcast(cache.slope) * weight - before
-            given.append((upcast(row) + missing).to(row.dtype).view(tensor.shape))
-        return with_tensors(out, given)
+            corrected.append((upcast(row) + missing).to(row.dtype).view(tensor.shape))
+        return out if weights is None else with_tensors(out, corrected)
 
     def forecast(self, branch: str, step: Tensor, return_dict: bool | None = None) -> Any:
         """What the denoiser would return at this step.

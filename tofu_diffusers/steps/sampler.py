@@ -51,6 +51,11 @@ class Sampling:
     def __len__(self) -> int:
         return len(self.noise)
 
+    @property
+    def additive_sizes(self) -> tuple[float, ...] | None:
+        """The sizes, where a later step can make up for what forecasts lacked; else None."""
+        return self.sizes if self.first_order else None
+
     def part(self, begin: int, count: int) -> Sampling:
         """These steps alone."""
         at = slice(begin, begin + count)
@@ -86,7 +91,7 @@ def noise_levels(scheduler: Any) -> list[float]:
 
     One host read a generation.
     """
-    values = _values(scheduler)
+    values = timesteps_of(scheduler)
     return [_level(value, scheduler, values) for value in values]
 
 
@@ -129,10 +134,11 @@ def step_sizes(scheduler: Any) -> list[float] | None:
 def noise_level(scheduler: Any, timestep: Any) -> float:
     """A timestep as a fraction of the training range; of several, the noisiest token's. Two host reads."""
     value = timestep.max().item() if hasattr(timestep, "max") else timestep
-    return _level(float(value), scheduler, _values(scheduler))
+    return _level(float(value), scheduler, timesteps_of(scheduler))
 
 
-def _values(scheduler: Any) -> list[float]:
+def timesteps_of(scheduler: Any) -> list[float]:
+    """The timesteps that a scheduler has set, in one host read."""
     timesteps = scheduler.timesteps
     return [float(each) for each in getattr(timesteps, "tolist", lambda: timesteps)()]
 

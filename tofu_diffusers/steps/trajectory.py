@@ -172,9 +172,7 @@ def _costs(products: Matrix, sizes: Matrix, gap: int, order: int, corrects: bool
             first**2 * own + slope**2 * products[inside, inside] + 2 * first * slope * products[i, inside]
             - 2 * first * lost - 2 * slope * there + true
         )  # fmt: skip
-        for d in range(min(gap, i) + 1 if i else 1):
-            if (i and not d) or d > i:
-                continue
+        for d in range(1, min(gap, i) + 1) if i else (0,):
             slope = turned / d if d and order else np.zeros_like(amount)
             first = amount + slope
             ahead = half[ends, i - d] - half[i + 1, i - d]

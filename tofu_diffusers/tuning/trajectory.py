@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..hooks.patch import state_of
 from ..steps.pipelines import components, schedulers, unwrap
-from ..steps.sampler import Sampling
+from ..steps.sampler import Sampling, timesteps_of
 from ..steps.trajectory import Trajectory
-from .calibrate import latents
+from .calibrate import as_prompts, latents
 
 
 def measure_trajectory(
@@ -39,7 +39,7 @@ def measure_trajectory(
         TypeError: if `pipe` is no pipeline with a scheduler.
         ValueError: if there is no prompt, the pipeline has tofu, or fewer than three steps were seen.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = as_prompts(prompts)
     if not prompts:
         raise ValueError("no prompts to measure a trajectory from; give at least one")
     found = schedulers(pipe)
@@ -95,7 +95,7 @@ def descending(
     A sampler of two calls a step is at most levels twice.
     """
     sampling = Sampling.of(scheduler)
-    places = [float(each) for each in scheduler.timesteps]
+    places = timesteps_of(scheduler)
     levels: list[float] = []
     kept: list[Tensor] = []
     for timestep, prediction in seen:

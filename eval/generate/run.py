@@ -57,7 +57,7 @@ class Loaded:
         weights: 16 hex digits.
         dtype: Of its weights, such as "float32".
         device: Where it is.
-        scheduler: The class that was asked for instead of the pipeline's own; None: its own.
+        scheduler: What was asked for instead of the pipeline's own, see `scheduler_like`; None: its own.
     """
 
     pipe: Any
@@ -91,7 +91,7 @@ def load(
         source: The name or folder; a folder that is called like an embedded pipeline is "./name".
         dtype: One of DTYPES; float32 on a CPU and float16 elsewhere unless given.
         device: This process's own unless given.
-        scheduler: A class of diffusers, instead of the pipeline's own.
+        scheduler: A class of diffusers, instead of the pipeline's own, see `scheduler_like`.
 
     Raises:
         ValueError: if there is none, or the scheduler does not fit it.
@@ -257,7 +257,11 @@ def add_run_arguments(
     parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--steps", type=int, default=25, help="(%(default)s)")
     parser.add_argument("--guidance", type=float, default=4.0, help="(%(default)s)")
-    parser.add_argument("--scheduler", help="a class of diffusers; default: the pipeline's own")
+    parser.add_argument(
+        "--scheduler",
+        metavar="CLASS[,OPTION=VALUE ...]",
+        help="of diffusers, such as FlowMatchEulerDiscreteScheduler,shift=5; default: the pipeline's own",
+    )
     for name in ("height", "width"):
         parser.add_argument(f"--{name}", type=int, help="in pixels; default: the model's own")
     if batches:

@@ -14,6 +14,7 @@ from eval.jsonl import read
 from eval.provenance import ROOT
 from eval.report.cells import interval, versions
 from eval.statistics import difference, of_mean
+from pipelines.emoji import weights_hash
 
 FAMILY = {"unet": "unet", "mmdit": "sd3"}
 RESULTS = {name: ROOT / "eval" / "results" / f"study_{name}.jsonl" for name in FAMILY}
@@ -22,6 +23,7 @@ DISTANCES = {name: ROOT / "eval" / "results" / f"sweep_{name}_64px.json" for nam
 
 CHOSEN_WARMUP = {"unet": 2, "mmdit": 4}
 """Of rule "late", which the study was made with."""
+RULES = {name: ROOT / "eval" / "results" / f"rules_{name}.jsonl" for name in FAMILY}
 TYPED = {name: ROOT / "eval" / "results" / f"typed_{name}.jsonl" for name in FAMILY}
 
 Row = Mapping[str, Any]
@@ -93,7 +95,10 @@ def circumstances(rows: Sequence[Row]) -> str:
     """Of rows that share them, whatever their pipelines."""
     row = rows[0]
     weights = {each["pipeline"]: each["weights"] for each in rows}
-    pipelines = ", ".join(f"`{name}` (weights {those})" for name, those in weights.items())
+    pipelines = ", ".join(
+        f"`{name}` (weights {those}{'' if those == weights_hash(name) else ', replaced since'})"
+        for name, those in weights.items()
+    )
     call = row.get("call", {})
     size = f"{call['width']} x {call['height']} px, " if "width" in call else ""
     guidance = f"guidance {call['guidance_scale']:g}, " if call else ""
@@ -153,6 +158,37 @@ def typed_table() -> str:
             label = f"{amount} steps" if kind == "steps" else f"`{kind}={amount}`"
             shown.setdefault(label, {})[model] = row
     return side_by_side(shown, TYPED)
+
+
+def rules_table() -> str:
+    """The default rule at every speed-up, and how far it is ahead of the best other one."""
+    groups: dict[tuple[str, int, str], dict[float, list[Row]]] = {}
+    every = []
+    for model, path in RULES.items():
+        for row in read(path):
+            every.append(row)
+            group = groups.setdefault((model, row["steps"], row.get("scheduler", "")), {})
+            group.setdefault(float(row["setting"]["name"].split("-")[1]), []).append(row)
+    speedups = sorted({speedup for group in groups.values() for speedup in group})
+    head = ["", *(f"{speedup:g}x" for speedup in speedups)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (model, steps, scheduler), group in groups.items():
+        also = f", {scheduler.replace(',', ' with ')}" if scheduler else ""
+        cells = [default_ahead(model, group[speedup]) for speedup in speedups]
+        lines.append(f"| `{model}`, {steps} steps{also} | {' | '.join(cells)} |")
+    return "\n".join([circumstances(every), "", *lines])
+
+
+def default_ahead(model: str, rows: Iterable[Row]) -> str:
+    """The PSNR of rule "trajectory", and by how much more than the best of the other rules."""
+    drift = {
+        row["setting"]["options"]["rule"]: (row["metrics"]["psnr_db"]["value"], row)
+        for row in sorted(rows, key=lambda row: row["metrics"]["psnr_db"]["value"])
+        if row["setting"]["kind"] == "tofu"
+    }
+    own, row = drift.pop("trajectory")
+    best, other = max(drift.values(), key=lambda each: each[0])
+    return f"{own:.1f} {cite(model, row, RULES)} ({own - best:+.1f} {cite(model, other, RULES)})"
 
 
 def plans_table(stage: str) -> str:

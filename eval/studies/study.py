@@ -3,10 +3,11 @@
     python -m eval study --pipeline unet --stage grid --out eval/results/study_unet.jsonl
     torchrun --nproc-per-node 2 -m eval study --pipeline mmdit --stage front --out rows.jsonl
 
-Stages: `typed`, ratios and speed-ups as people type them, with fewer steps; `grid`, every valid combination
-of method, merge, unmerge, scope, keys_values and ratio; `front`, the better ones with what they must beat;
-`lengths`, the best in 10, 20 and 50 steps with theirs; `plans`, plans shared by more blocks and steps;
-`samplers`, step skipping with what it must beat, for a `--scheduler`.
+Stages: `typed`, ratios and speed-ups as people type them, with fewer steps; `rules`, every skip rule at six
+speed-ups in 10, 25 and 50 steps; `grid`, every valid combination of method, merge, unmerge, scope,
+keys_values and ratio; `front`, the better ones with what they must beat; `lengths`, the best in 10, 20 and 50
+steps with theirs; `plans`, plans shared by more blocks and steps; `samplers`, step skipping with what it must
+beat, for a `--scheduler`.
 
 Drift is the PSNR to the unreduced picture of the same prompt and seed, savings are counted FLOPs. No picture
 is kept and no time taken: `eval sweep` does both, for few settings. Stopped anywhere, the same command goes
@@ -238,8 +239,26 @@ def typed(steps: int) -> Iterator[Trial]:
         yield Trial(Setting(f"steps-{count}", "fewer_steps", {"steps": count}), steps)
 
 
+# Steps at the start that a rule computes: one is enough for those that look at all steps.
+WARMUPS = {"trajectory": (1,), "even": (1,), "late": (2, 4)}
+
+
+def rules(steps: int) -> Iterator[Trial]:
+    """Every skip rule from little to much skipped, in short and long generations, with fewer steps."""
+    for total, speedup in itertools.product((10, 25, 50), (1.3, 1.5, 2, 3, 4, 5)):
+        count = int(total / speedup)
+        for rule, warmups in WARMUPS.items():
+            for warmup in warmups:
+                # Behind the warm-up one step more is computed, so that a longer one would be slower.
+                if warmup < count:
+                    options = {"speedup": speedup, "rule": rule, "warmup_steps": warmup}
+                    yield Trial(tofu(f"{rule}-{speedup:g}-first{warmup}", **options), total)
+        yield Trial(Setting(f"steps-{speedup:g}", "fewer_steps", {"steps": count}), total)
+
+
 STAGES = {
     "typed": typed,
+    "rules": rules,
     "grid": grid,
     "front": front,
     "lengths": lengths,

@@ -191,6 +191,20 @@ def test_a_scheduler_is_changed_for_one_of_the_same_noise():
     assert type(back).__name__ == "FlowMatchHeunDiscreteScheduler" and back.config.shift == 3.0
 
 
+def test_a_scheduler_takes_options_of_its_own():
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert scheduler_like(own, "FlowMatchEulerDiscreteScheduler,shift=5").config.shift == 5
+    other = scheduler_like(own, "UniPCMultistepScheduler,flow_shift=1.5,solver_order=3").config
+    assert (other.flow_shift, other.solver_order, other.use_flow_sigmas) == (1.5, 3, True)
+    for words, why in [
+        ("shift", "'shift' is no option"),
+        ("shift=x", "'shift=x' is no option"),
+        ("speed=2", "has no option 'speed'; choose one of .*shift"),
+    ]:
+        with pytest.raises(ValueError, match=why):
+            scheduler_like(own, f"FlowMatchEulerDiscreteScheduler,{words}")
+
+
 @pytest.mark.parametrize(
     ("builder", "name", "why"),
     [

@@ -29,6 +29,7 @@ from tofu_diffusers import (
     TokenReduction,
     profile,
 )
+from tofu_diffusers.steps.rules import computed_steps
 
 ROOT = Path(__file__).parents[2]
 CALL = {"guidance_scale": 4.0, "height": 64, "width": 64}
@@ -160,9 +161,9 @@ def test_goes_on_where_it_was_killed(command):
 def test_no_setting_hangs_on_a_profile():
     """Profiles change: a row must say all that it was measured with.
 
-    But for stage `typed`, which asks what the profiles of its commit do.
+    But for stages `typed` and `rules`, which ask what the profiles of their commit do.
     """
-    stages = [stage for name, stage in study.STAGES.items() if name != "typed"]
+    stages = [stage for name, stage in study.STAGES.items() if name not in ("typed", "rules")]
     trials = [trial for stage in stages for trial in stage(25)]
     settings = [trial.setting.to_dict() for trial in trials]
     settings += [row["setting"] for path in tables.RESULTS.values() for row in read(path)]
@@ -227,6 +228,21 @@ def test_rows_of_another_scheduler_are_others(command):
         *["tiny-64px-3steps-n2-HeunDiscreteScheduler"] * 2,
     ]
     assert [row.get("scheduler") for row in rows] == [None] * 2 + ["HeunDiscreteScheduler"] * 2
+
+
+def test_every_rule_computes_as_many_steps_as_fewer_steps_do():
+    found: dict[tuple[int, str], set[int]] = {}
+    for trial in study.rules(25):
+        speedup = trial.setting.name.split("-")[1]
+        steps = found.setdefault((trial.steps, speedup), set())
+        if trial.setting.kind == "fewer_steps":
+            steps.add(trial.setting.options["steps"])
+            continue
+        config = config_of(trial.setting.options)
+        free = range(config.steps_needed, trial.steps)
+        steps.add(computed_steps(trial.steps, config.speedup, free))
+    assert len(found) == 18
+    assert {len(steps) for steps in found.values()} == {1}
 
 
 def test_settings_of_the_study_are_told_apart_in_words():

@@ -102,11 +102,18 @@ def generate(pipe: Any, prompts: list[str]) -> list[Image.Image]:
     return pictures
 
 
-def generate_batch(pipe: Any, prompts: list[str], first_seed: int, steps: int) -> list[Image.Image]:
+def generate_batch(
+    pipe: Any, prompts: list[str], first_seed: int, steps: int, side: int | None = None
+) -> list[Image.Image]:
     """In one batch; the noise is drawn on the CPU, the same for every device."""
     seeds = [torch.Generator().manual_seed(first_seed + k) for k in range(len(prompts))]
     pictures: list[Image.Image] = pipe(
-        prompts, num_inference_steps=steps, guidance_scale=GUIDANCE, generator=seeds
+        prompts,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        generator=seeds,
+        height=side,
+        width=side,
     ).images
     return pictures
 
@@ -232,31 +239,37 @@ def block(card: dict[str, Any]) -> str:
 
 
 def quality_lines(quality: dict[str, Any], folder: Path) -> list[str]:
-    """What `eval.studies.emoji.quality` measured."""
-    sampling = quality["sampling"]
+    """What `eval.studies.emoji.quality` measured, by the size of the pictures."""
     lines = [
-        "| scorer | R@1 | of real pictures | chance | alignment | of real pictures | n |",
-        "|---|---|---|---|---|---|---|",
+        "| pixels | scorer | R@1 | of real pictures | chance | alignment | of real pictures | n |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in quality["retrieval"].items():
-        samples, real = row["samples"], row["real"]
-        lines.append(
-            f"| {LABELS[name]} | {samples['R@1']} | {real['R@1']} | {row['chance']} "
-            f"| {samples['alignment']} | {real['alignment']} | {row['n']} |"
-        )
-    lines += ["", f"| {quality['distance']} | distance | pictures |", "|---|---|---|"]
-    for name, row in quality["distances"].items():
-        mine, others = row["n"]
-        remark = f" ({row['warning']})" if "warning" in row else ""
-        lines.append(f"| {name} | {row['value']} | {mine:,} and {others:,}{remark} |")
+    for side, measured in quality.items():
+        for name, row in measured["retrieval"].items():
+            samples, real = row["samples"], row["real"]
+            lines.append(
+                f"| {side} | {LABELS[name]} | {samples['R@1']} | {real['R@1']} | {row['chance']} "
+                f"| {samples['alignment']} | {real['alignment']} | {row['n']} |"
+            )
+    distances = [
+        f"| {side} | {name} | {row['value']} | {row['n'][0]:,} and {row['n'][1]:,}"
+        f"{' (' + row['warning'] + ')' if 'warning' in row else ''} |"
+        for side, measured in quality.items()
+        for name, row in measured.get("distances", {}).items()
+    ]
+    if distances:
+        kind = next(each["distance"] for each in quality.values() if "distance" in each)
+        lines += ["", f"| pixels | {kind} | distance | pictures |", "|---|---|---|---|", *distances]
+    sampling = next(iter(quality.values()))["sampling"]
     lines += [
         "",
-        f"Both tables: {sampling['steps']} steps, guidance {sampling['guidance']:g}, seeds from "
+        f"Sampled with {sampling['steps']} steps, guidance {sampling['guidance']:g}, seeds from "
         f"{sampling['first_seed']} on, no selection.",
     ]
     for name, label in SHEETS.items():
-        path = (folder / f"{name}.webp").relative_to(HERE).as_posix()
-        lines += ["", f"![{label}]({path})"]
+        path = folder / f"{name}.webp"
+        if path.exists():
+            lines += ["", f"![{label}]({path.relative_to(HERE).as_posix()})"]
     return lines
 
 

@@ -140,15 +140,18 @@ def pack(out: Path, blobs: Sequence[bytes], records: object) -> None:
     )
 
 
-def unpack(path: Path) -> tuple[np.ndarray, Any]:
-    """What `pack` wrote: pictures uint8 [I, H, W, 3], records."""
+def read_pack(path: Path) -> tuple[list[bytes], Any]:
+    """What `pack` was given."""
     with np.load(path) as packed:
         raw, ends, records = packed["bytes"].tobytes(), packed["ends"], packed["records"].tobytes()
-    images = [
-        np.asarray(Image.open(io.BytesIO(raw[a:b])).convert("RGB"))
-        for a, b in zip([0, *ends[:-1]], ends, strict=True)
-    ]
-    return np.stack(images), json.loads(records)
+    return [raw[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)], json.loads(records)
+
+
+def unpack(path: Path) -> tuple[np.ndarray, Any]:
+    """What `pack` wrote: pictures uint8 [I, H, W, 3], records."""
+    blobs, records = read_pack(path)
+    images = [np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")) for blob in blobs]
+    return np.stack(images), records
 
 
 def build(packages: Path, out: Path) -> None:

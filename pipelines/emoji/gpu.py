@@ -24,7 +24,6 @@ import sys
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,34 +219,14 @@ def give_out(job: Job) -> None:
 
 
 def generate(job: Job, model: str, sets: Mapping[str, Sequence[str]]) -> bool:
-    """The pictures of one pipeline in one file; whether the time was enough.
+    """The pictures of one pipeline in one file; whether the time was enough."""
+    from pipelines.emoji import data, load_pipeline, samples
 
-    Picture i of all sets has seed i. They are compressed as the training pictures are.
-    """
-    from pipelines.emoji import data, load_pipeline, weights_hash
-    from pipelines.emoji.card import GUIDANCE, SEED, generate_batch
-
-    prompts = [prompt for part in sets.values() for prompt in part]
     pipe: Any = load_pipeline(model, home=job.home).to(job.device)
     pipe.set_progress_bar_config(disable=True)
-    blobs: list[bytes] = []
-    with ThreadPoolExecutor() as pool:
-        for i in range(0, len(prompts), BATCH):
-            if time.monotonic() >= job.until:
-                return False
-            made = generate_batch(pipe, prompts[i : i + BATCH], SEED + i, job.steps)
-            blobs += pool.map(data.webp, made)
-    about = {
-        "model": model,
-        "weights_sha256": weights_hash(model, job.home),
-        "sampling": {"steps": job.steps, "guidance": GUIDANCE, "first_seed": SEED},
-        "sets": sets,
-    }
-    part = job.work / f"{model}.part.npz"
-    data.pack(part, blobs, about)
-    part.replace(job.work / f"{model}.npz")
-    print(f"{len(blobs)} pictures of {model}", flush=True)
-    return True
+    about = samples.described(model, sets, data.SIZE, job.steps, job.home)
+    out = job.work / samples.file_name(model, data.SIZE)
+    return samples.generate(pipe, about, out, batch=BATCH, until=job.until)
 
 
 # ---- the command -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import shutil
 import tarfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from eval.generate.prompts import load_prompts
 from eval.metrics.extractors import read_pictures
 from pipelines.emoji import data, gpu, load_pipeline, reference, train, weights_hash
+from pipelines.emoji import samples as emoji_samples
 from pipelines.emoji.data import pack, unpack, webp
 from pipelines.emoji.loop import Loop
 from pipelines.emoji.prompts import prompt_sets
@@ -235,7 +237,7 @@ def test_captions_of_training_are_never_twice_the_same():
 
 class SomePixels(torch.nn.Module):
     def forward(self, images):
-        return images.float().mean(1).flatten(1)[:, ::1024]
+        return F.adaptive_avg_pool2d(images.float().mean(1), 4).flatten(1)
 
 
 @pytest.fixture
@@ -273,6 +275,7 @@ def samples(place, weights):
     about = {
         "model": "unet",
         "weights_sha256": weights,
+        "side": 128,
         "sampling": {"steps": 25, "guidance": 4.0, "first_seed": 0},
         "sets": sets,
     }
@@ -285,6 +288,8 @@ def test_quality_writes_its_figures_into_the_card(judged, tmp_path):
     after = judged()
     quality = after.pop("quality")
     assert after == before
+    assert [*quality] == ["128"]
+    quality = quality["128"]
     found = quality["retrieval"]
     assert found["compositions"]["n"] == 1 and found["training"]["chance"] == 0.5
     assert found["held_out"]["samples"] == found["held_out"]["real"]
@@ -297,6 +302,64 @@ def test_quality_writes_its_figures_into_the_card(judged, tmp_path):
     for words in ("| fd-made-up |", "| training names |", "](held_out.webp)", "2 images for 16"):
         assert words in text
     assert Image.open(tmp_path / "compositions.webp").width > 128
+
+
+def test_quality_of_two_sizes_stands_side_by_side(judged, tmp_path):
+    weights = json.loads((tmp_path / "card.json").read_text())["weights_sha256"]
+    samples(tmp_path, weights)
+    judged()
+    about = {
+        "model": "unet",
+        "weights_sha256": weights,
+        "side": 64,
+        "sampling": {"steps": 25, "guidance": 4.0, "first_seed": 0},
+        "sets": {"captions": ["apple", "car"]},
+    }
+    pictures = emoji_data().images[:2, ::2, ::2]
+    pack(tmp_path / "unet_64px.npz", [webp(Image.fromarray(each)) for each in pictures], about)
+    (tmp_path / "unet.npz").unlink()
+    quality = judged()["quality"]
+    assert [*quality] == ["128", "64"]
+    assert quality["64"]["retrieval"] == {} and "distances" in quality["64"]
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| 64 | samples to training pictures |" in text
+    assert "| 128 | samples to training pictures |" in text
+
+
+def test_samples_go_on_where_they_were_stopped(packed, tmp_path, monkeypatch):
+    """Whole batches are kept; what was begun with other prompts is made anew."""
+    seeds, most = [], 2
+
+    def batch(pipe, prompts, first_seed, steps, side):
+        if len(seeds) == most:
+            raise KeyboardInterrupt
+        seeds.append(first_seed)
+        return [Image.new("RGB", (side, side), (first_seed, 0, 0))] * len(prompts)
+
+    pipe = SimpleNamespace(set_progress_bar_config=lambda disable: None)
+    monkeypatch.setattr(emoji_samples, "generate_batch", batch)
+    monkeypatch.setattr(emoji_samples, "load_pipeline", lambda model: pipe)
+    words = ["--model", "unet", "--data", str(packed), "--out", str(tmp_path), "--side", "64"]
+    with pytest.raises(KeyboardInterrupt):
+        emoji_samples.main([*words, "--sets", "captions", "--batch", "4"])
+    assert seeds == [0, 4]
+    most = 99
+    emoji_samples.main([*words, "--sets", "captions", "--batch", "4"])
+    pictures, about = unpack(tmp_path / "unet_64px.npz")
+    prompts = about["sets"]["captions"]
+    assert seeds == [*range(0, len(prompts), 4)] and len(prompts) >= 12
+    assert pictures.shape == (len(prompts), 64, 64, 3)
+    assert files(tmp_path) == {"emoji.npz", "unet_64px.npz"}
+
+    seeds.clear()
+    most = 1
+    with pytest.raises(KeyboardInterrupt):
+        emoji_samples.main([*words, "--sets", "captions", "--batch", "4"])
+    seeds.clear()
+    emoji_samples.main([*words, "--sets", "compositions", "--batch", "4"])
+    assert seeds == [0]
+    with pytest.raises(SystemExit):
+        emoji_samples.main([*words, "--sets", "caption"])
 
 
 def test_quality_refuses_pictures_of_other_weights(judged, tmp_path, capsys):

@@ -1,8 +1,9 @@
 """Judge generated pictures on a CPU: `python -m eval.studies.emoji.quality --pictures folder`.
 
-Takes <model>.npz as `pipelines.emoji.gpu` writes it. Into the card of these weights go how often the
-independent scorer finds a prompt's own picture among all of its set (R@1), and the Frechet distance to the
-training pictures beside that of one half of these to the other; beside the card, sheets of two sets.
+Takes what `pipelines.emoji.samples` or `pipelines.emoji.gpu` wrote. Into the card of these weights go, for
+the sets and sizes that there are, how often the independent scorer finds a prompt's own picture among all of
+its set (R@1), and the Frechet distance to the training pictures, made as small, beside that of one half of
+these to the other; beside the card, sheets of two sets.
 """
 
 import argparse
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from eval.metrics.extractors import Extractor, Pictures, features, load_extractor
 from eval.metrics.frechet import few_pictures, frechet_distance
-from pipelines.emoji import HERE, MODELS, data
+from pipelines.emoji import HERE, MODELS, data, reference
 from pipelines.emoji.captions import with_article
 from pipelines.emoji.card import SHEETS, SUBJECTS, block, read, save
 from pipelines.emoji.data import Emoji, unpack
+from pipelines.emoji.samples import file_name
 from pipelines.emoji.scorer import EmojiScorer, ranks
 from pipelines.emoji.sheet import sheet
+from pipelines.emoji.vae import SIDES
 
 COLUMNS = 8
 
@@ -94,24 +97,47 @@ def grid(pictures: np.ndarray, prompts: list[str]) -> Image.Image:
     return sheet([cells[c] for c in cuts], [labels[c] for c in cuts], cell=128)
 
 
+def judged(
+    file: Path, emoji: Emoji, scorer: EmojiScorer, extractor: Extractor, cache: Path
+) -> dict[str, Any]:
+    """What the card says of one file's pictures."""
+    images, about = unpack(file)
+    sets, side = about["sets"], about["side"]
+    made = by_set(images, sets)
+    result: dict[str, Any] = {
+        "sampling": about["sampling"],
+        "retrieval": {
+            name: retrieval(scorer, emoji, made[name], sets[name])
+            for name in ("training", "held_out", "compositions")
+            if name in sets
+        },
+    }
+    if "captions" in sets:
+        real = cached(extractor, reference.pictures(emoji, side), cache / f"training_{side}px")
+        samples = cached(extractor, made["captions"], cache / file.stem)
+        result |= {"distance": extractor.names[0], "distances": distances(samples, real)}
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Score every model's pictures that the folder holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=Path, required=True, help="folder with <model>.npz")
+    parser.add_argument(
+        "--pictures", type=Path, default=data.WORK / "samples", help="(%(default)s)"
+    )
     parser.add_argument("--data", type=Path, default=data.WORK / "emoji.npz", help="(%(default)s)")
     parser.add_argument(
         "--cache", type=Path, default=data.WORK / "features", help="of pictures (%(default)s)"
     )
     args = parser.parse_args(argv)
-    files = [args.pictures / f"{model}.npz" for model in sorted(MODELS)]
-    files = [file for file in files if file.exists()]
+    names = [file_name(model, side) for model in sorted(MODELS) for side in SIDES]
+    files = [args.pictures / name for name in names if (args.pictures / name).exists()]
     if not files:
-        parser.error(f"{args.pictures} holds no {' or '.join(f'{m}.npz' for m in sorted(MODELS))}")
+        parser.error(f"{args.pictures} holds none of {', '.join(names)}")
     emoji, scorer, extractor = data.load(args.data), EmojiScorer.load(), load_extractor()
-    real = cached(extractor, emoji.images[emoji.trained], args.cache / "training")
     for file in files:
         images, about = unpack(file)
-        model, sets, made = about["model"], about["sets"], by_set(images, about["sets"])
+        model, sets = about["model"], about["sets"]
         card = read(model)
         if card["weights_sha256"] != about["weights_sha256"]:
             parser.error(
@@ -119,19 +145,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"unpack {file.with_suffix('.tar')} in {HERE} and run: "
                 f"python -m pipelines.emoji.card --model {model} --log {args.pictures / 'log.jsonl'}"
             )
-        samples = cached(extractor, made["captions"], args.cache / model)
-        card["quality"] = {
-            "sampling": about["sampling"],
-            "retrieval": {
-                name: retrieval(scorer, emoji, made[name], sets[name])
-                for name in ("training", "held_out", "compositions")
-            },
-            "distance": extractor.names[0],
-            "distances": distances(samples, real),
-        }
+        found = judged(file, emoji, scorer, extractor, args.cache)
+        card["quality"] = {**card.get("quality", {}), str(about["side"]): found}
+        made = by_set(images, sets)
         for name in SHEETS:
-            path = SUBJECTS[model].folder / f"{name}.webp"
-            grid(made[name], sets[name]).save(path, quality=88)
+            if name in sets and about["side"] == data.SIZE:
+                path = SUBJECTS[model].folder / f"{name}.webp"
+                grid(made[name], sets[name]).save(path, quality=88)
         save(card)
         print(block(card))
 

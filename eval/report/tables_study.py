@@ -149,11 +149,17 @@ def drawn_rows(model: str, stage: str) -> list[Row]:
     return list(chosen(model, stage, (*SHORT, *FURTHEST)).values())
 
 
+def typed_order(row: Row) -> tuple[bool, float, str]:
+    """Ratios first; then each speed-up before the fewer steps that save as much."""
+    kind = row["setting"]["name"].split("-")[0]
+    return kind != "ratio", round(row["flops_ratio"], 1), kind
+
+
 def typed_table() -> str:
     """The values that people type, both models side by side; of the weights at hand."""
     shown: dict[str, dict[str, Row]] = {}
     for model, path in TYPED.items():
-        for row in read(path):
+        for row in sorted(read(path), key=typed_order):
             kind, amount = row["setting"]["name"].split("-")
             label = f"{amount} steps" if kind == "steps" else f"`{kind}={amount}`"
             shown.setdefault(label, {})[model] = row

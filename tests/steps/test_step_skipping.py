@@ -23,7 +23,7 @@ from tofu_diffusers.steps.forecast import Forecaster
 from tofu_diffusers.steps.rules import Steps, computed_steps
 from tofu_diffusers.steps.rules import skipped_steps as skipped_by_rule
 from tofu_diffusers.steps.sampler import Sampling, step_sizes
-from tofu_diffusers.steps.trajectory import Trajectory
+from tofu_diffusers.steps.trajectory import CORRECTED, Trajectory, planned_reach
 
 STEPS = 8
 # Computes 5 of 8 steps.
@@ -58,8 +58,9 @@ class ByHand:
     the denoisers had.
     """
 
-    def __init__(self, pipe, skipped, extrapolates):
+    def __init__(self, pipe, skipped, extrapolates, reach=None):
         self.step, self.skipped, self.extrapolates = 0, skipped, extrapolates
+        self.reach = reach
         self.ran = 0
         self.call = 0
         self.past = {}
@@ -89,7 +90,8 @@ class ByHand:
                 return out
             (before, older), (last, newer) = past[-2:]
             slope = (newer - older) / (last - before) if self.extrapolates else 0
-            prediction = newer + (self.step - last) * slope
+            ahead = self.step - last if self.reach is None else float(self.reach[last, self.step])
+            prediction = newer + ahead * slope
             if kwargs.get("return_dict", True):
                 return type("Output", (), {"sample": prediction})
             return (prediction,)
@@ -132,6 +134,25 @@ def test_is_the_loop_written_out_by_hand(build, order, rule, computed, skipped):
     torch.testing.assert_close(first, expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(first, again) and not torch.equal(first, whole)
     assert torch.equal(tiny.generate(pipe, steps=STEPS), whole)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_forecasts_are_fitted_to_a_trajectory_that_is_given(build):
+    pipe = build()
+    # Two steps on, the path has turned back half the way.
+    levels = [1 - i / 10 for i in range(11)]
+    trajectory = Trajectory(levels, [(1.0, i % 4 / 4, (i + 1) % 4 / 8) for i in range(11)])
+    options = {"warmup_steps": 2, "rule": "late", "corrector": False, "trajectory": trajectory}
+    with apply_tofu(pipe, speedup=STEPS / 5, **options):
+        made = tiny.generate(pipe, steps=STEPS)
+        products = trajectory.at(Sampling.of(pipe.scheduler).angles)
+    reach = planned_reach(products, [0, 1, 3, 5, 7])
+    line = planned_reach(products, [])
+    assert (reach <= line).all() and not (reach == line).all()
+    oracle = ByHand(pipe, {2, 4, 6}, True, reach)
+    expected = tiny.generate(pipe, steps=STEPS)
+    oracle.remove()
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("build", BUILDERS)
@@ -409,7 +430,9 @@ STEP_LISTS = st.lists(st.floats(0.1, 3.0), min_size=6, max_size=16)
 def test_a_rest_is_made_up_for_by_what_lies_between_the_steps_around_it(
     rule, sizes, seed, speedup, calls
 ):
-    """The sum of moves times predictions ends as if rests had been interpolated, but for a last rest."""
+    """Half of it: the sum of moves times predictions ends halfway between what was forecast at a rest and
+    what lies between the steps around it; but for a last rest.
+    """
     count = len(sizes)
     torch.manual_seed(seed)
     computed = torch.randn(calls, count, 2, 3, dtype=torch.float64)
@@ -428,7 +451,8 @@ def test_a_rest_is_made_up_for_by_what_lies_between_the_steps_around_it(
                 wanted = given
                 if after < count - 1:
                     share = (step - before) / (after - before)
-                    wanted = torch.lerp(computed[call, before], computed[call, after], share)
+                    between = torch.lerp(computed[call, before], computed[call, after], share)
+                    wanted = torch.lerp(given, between, CORRECTED)
             else:
                 wanted = computed[call, step]
                 given = past.record(str(call), (wanted,), at)[0]
@@ -493,7 +517,7 @@ def test_of_some_of_the_steps_the_moves_are_theirs():
         tiny.generate(pipe, steps=16, image=image, strength=0.5)
         ((_, generation),) = handle._generations
         assert generation.runtime.caches.forecaster.step_sizes == step_sizes(pipe.scheduler)[8:]
-        assert len(generation.runtime.caches.forecaster.weights) == 8
+        assert generation.runtime.caches.forecaster.weights.shape == (2, 8, 8)
 
 
 # ---- with fewer tokens in the steps that are computed --------------------------------------------------

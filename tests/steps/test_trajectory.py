@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tofu_diffusers.steps.trajectory import TRANSIENT, Trajectory, best_steps
+from tofu_diffusers.steps.trajectory import (
+    CORRECTED,
+    TRANSIENT,
+    Trajectory,
+    best_steps,
+    planned_reach,
+    reach_of,
+)
 
 
 def drawn(total, seed):
@@ -22,23 +29,21 @@ def lacking(predictions, sizes, chosen, order, corrects):
     share, error = sizes / sizes.sum(), 0.0
     for n, i in enumerate(steps):
         end = steps[n + 1] if n + 1 < len(steps) else total
-        slope = np.zeros(predictions.shape[1])
-        if n and order:
-            slope = (predictions[i] - predictions[steps[n - 1]]) / (i - steps[n - 1])
-        gone = np.zeros(predictions.shape[1])
+        change = predictions[i] - predictions[steps[n - 1]] if n and order else 0 * predictions[i]
+        gone, off = np.zeros(predictions.shape[1]), np.zeros(predictions.shape[1])
         for j in range(i + 1, end):
-            gone = gone + sizes[j] * (predictions[i] + (j - i) * slope - predictions[j])
+            # By least squares, between standing still and a straight line.
+            there = predictions[j] - predictions[i]
+            amount = there @ change / max(change @ change, 1e-300)
+            if n:
+                amount = min(max(amount, 0.0), (j - i) / (i - steps[n - 1]))
+            gone = gone + sizes[j] * (amount * change - there)
             error += TRANSIENT * share[j] * gone @ gone
+            if end < total:
+                line = (j - i) / (end - i) * (predictions[end] - predictions[i])
+                off = off + sizes[j] * (line - there)
         if corrects and order and end < total - 1:
-            slope = (predictions[end] - predictions[i]) / (end - i)
-            made = [predictions[i] + (j - i) * slope for j in range(i + 1, end)]
-            gone = sum(
-                (
-                    sizes[j] * (p - predictions[j])
-                    for j, p in zip(range(i + 1, end), made, strict=True)
-                ),
-                np.zeros(predictions.shape[1]),
-            )
+            gone = (1 - CORRECTED) * gone + CORRECTED * off
         error += gone @ gone
     return error
 
@@ -67,6 +72,40 @@ def test_no_other_choice_leaves_less(total, seed, order, corrects, data):
             continue
         other = lacking(predictions, sizes, schedule, order, corrects)
         assert found <= other * (1 + 1e-6) + 1e-9
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**31), st.integers(0, 3), st.integers(1, 3))
+def test_no_other_reach_forecasts_better(seed, before, distance):
+    """Of all between standing still and a straight line."""
+    predictions, _ = drawn(10, seed)
+    last = before + distance
+    ahead = np.arange(last + 1, 10)
+    reach = reach_of(predictions @ predictions.T, before, last, ahead)
+    slope = (predictions[last] - predictions[before]) / distance
+
+    def off(amount, step):
+        return np.square(predictions[last] + amount * slope - predictions[step]).sum()
+
+    for amount, step in zip(reach, ahead, strict=True):
+        assert 0 <= amount <= step - last
+        for other in np.linspace(0, step - last, 9):
+            assert off(amount, step) <= off(other, step) + 1e-9
+
+
+def test_a_plan_reaches_as_each_of_its_pairs_does():
+    predictions, _ = drawn(8, 0)
+    products = predictions @ predictions.T
+    table = planned_reach(products, [0, 1, 4, 7])
+    assert np.array_equal(table[4, 5:], reach_of(products, 1, 4, np.arange(5, 8)))
+    assert np.array_equal(table[1, 2:], reach_of(products, 0, 1, np.arange(2, 8)))
+    # Not planned: a straight line. Not ahead: nothing.
+    assert np.array_equal(table[2], [0, 0, 0, 1, 2, 3, 4, 5])
+    assert not np.tril(table).any()
+
+
+def test_predictions_that_do_not_change_are_repeated():
+    assert not reach_of(np.ones((5, 5)), 0, 1, np.arange(2, 5)).any()
 
 
 def test_a_trajectory_is_itself_at_its_levels_and_on_the_lines_between_them():

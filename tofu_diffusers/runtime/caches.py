@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..steps.corrector import Corrector, CorrectorState
 from ..steps.forecast import Forecaster
+from ..steps.sampler import Sampling
 from ..tokens.statistics import TokenStatistics
 from ..tokens.unmerges import UNMERGES
 from ..tokens.update_cache import UpdateCache
@@ -42,12 +44,21 @@ class Caches:
         self.memo: dict[Any, Any] = {}
         self.peak_bytes = 0
 
-    @property
-    def with_step_sizes(self) -> Forecaster | Corrector | None:
-        """What changes an output by how far earlier steps went, if anything does."""
+    def begin(self, sampling: Sampling) -> None:
+        """Tell what forecasts and corrects outputs of the steps of a generation."""
+        if self.forecaster is not None:
+            corrects = self.setup.corrects_steps and sampling.additive_sizes is not None
+            sizes = list(sampling.additive_sizes or ()) if corrects else None
+            self.forecaster.begin(sizes, self.setup.reach(sampling))
         if self.corrector is not None:
-            return self.corrector
-        return self.forecaster if self.setup.corrects_steps else None
+            # Single tokens are corrected under solvers of higher order, too.
+            self.corrector.begin(None if sampling.sizes is None else list(sampling.sizes))
+
+    def to(self, device: torch.device) -> None:
+        """Move what is read at every step to where the denoiser is."""
+        for each in (self.forecaster, self.corrector):
+            if each is not None:
+                each.to(device)
 
     @property
     def corrects_tokens(self) -> bool:

@@ -162,7 +162,7 @@ class Generation:
         caches.peak_bytes = 0
         self.runtime.reader.start()
         self.forget()
-        self._tell_sizes()
+        self.runtime.caches.begin(self.sampling)
         self._set_index(0)
 
     def advance(self, scheduler: Any, timestep: Any) -> None:
@@ -319,17 +319,8 @@ class Generation:
         distances = [abs(noise - level) for noise in self.sampling.noise]
         begin = min(distances.index(min(distances)), latest)
         self.sampling = self.sampling.part(begin, planned)
-        self._tell_sizes()
+        self.runtime.caches.begin(self.sampling)
         self._apply_settings()
-
-    def _tell_sizes(self) -> None:
-        """Tell what corrects outputs how far the steps go."""
-        corrects = self.runtime.caches.with_step_sizes
-        if corrects is not None:
-            # Single tokens are corrected under solvers of higher order, too.
-            by_token = self.runtime.caches.corrector is not None
-            sizes = self.sampling.sizes if by_token else self.sampling.additive_sizes
-            corrects.begin(None if sizes is None else list(sizes))
 
     def _warn_of_few(self) -> None:
         setup, steps = self.runtime.setup, len(self.sampling)

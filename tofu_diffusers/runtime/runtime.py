@@ -102,8 +102,7 @@ class Runtime:
                 call.inputs = shapes_only(named)
         if call.step is not None and call.step.device != sample.device:
             call.step = call.step.to(sample.device)
-        if self.caches.with_step_sizes is not None:
-            self.caches.with_step_sizes.to(sample.device)
+        self.caches.to(sample.device)
         forecaster = self.caches.forecaster
         if forecaster is not None and call.cfg_branch not in forecaster.past:
             call.skip = False
@@ -134,8 +133,7 @@ class Runtime:
         if caches.forecaster is not None and call.step_known:
             if call.cfg_branch not in caches.forecaster.past:
                 caches.check_limit(caches.nbytes + caches.forecaster.nbytes_for(out))
-            corrects = self.setup.corrects_steps
-            out = caches.forecaster.record(call.cfg_branch, out, call.step, corrects)
+            out = caches.forecaster.record(call.cfg_branch, out, call.step)
             caches.peak_bytes = max(caches.peak_bytes, caches.nbytes)
         # 8  Note which tokens were computed and how their predictions changed.
         if caches.statistics is not None:

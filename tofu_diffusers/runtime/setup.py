@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config import Config, StepSkipping, TokenReduction
 from ..families.base import Family
 from ..steps.reference import Reference
 from ..steps.rules import Steps, computed_steps, skipped_steps
 from ..steps.sampler import Sampling
+from ..steps.trajectory import planned_reach
 from ..tokens.methods import Method
 from ..tokens.unmerges import UNMERGES
 from .sites import PlanCache, Projection, Site
@@ -150,6 +152,15 @@ class Setup:
             config.corrector and sampling.additive_sizes is not None,
         )
         return skipped_steps(str(config.rule), steps)
+
+    def reach(self, sampling: Sampling) -> Tensor | None:
+        """How far forecasts of a generation carry on the last change, see `Forecaster`; None: linearly."""
+        config, total = self.skipping, len(sampling)
+        if config is None or config.trajectory is None or not total:
+            return None
+        computed = [step for step in range(total) if step not in self.skipped_steps(sampling)]
+        products = config.trajectory.at(sampling.angles)
+        return torch.from_numpy(planned_reach(products, computed)).float()
 
     def settings_at(
         self, index: int, computed_steps: int, sampling: Sampling, past: int | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels.reference import upcast
 from ..tokens.update_cache import CacheKind, UpdateCache
 from .outputs import form_of, tensors_in, with_tensors
+from .trajectory import CORRECTED
 
 
 @dataclass
@@ -29,9 +30,11 @@ class PredictionCache:
 
 @dataclass
 class Forecaster:
-    """The past of every branch of guidance of one generation; repeats it or extrapolates it linearly.
+    """The past of every branch of guidance of one generation; repeats it or extrapolates it.
 
-    The first order of TaylorSeer (arXiv 2503.06923), on the prediction instead of on every layer.
+    The first order of TaylorSeer (arXiv 2503.06923), on the prediction instead of on every layer. How far the
+    last change is carried on is fitted to the denoiser's trajectory where one is known: a straight line goes
+    astray on paths that bend.
 
     The corrector looks back. At the first step that is computed after a skip, what was extrapolated can be
     interpolated; how far the latents went wrong in between is known, and that step's prediction is changed
@@ -41,12 +44,15 @@ class Forecaster:
     Args:
         order: 0 repeats the last prediction, 1 extrapolates the last two.
         step_sizes: Of this generation; None: nothing is corrected.
+        reach: [N, N] float32, of how many steps the last change is added at step j when step i was computed
+            last: entry [i, j]. None: of j - i, a straight line.
         weights: Of its skips, see `corrector_weights`.
     """
 
     order: int
     past: dict[str, PredictionCache] = field(default_factory=dict)
     step_sizes: list[float] | None = None
+    reach: Tensor | None = None
     weights: Tensor | None = None
 
     @property
@@ -64,17 +70,19 @@ class Forecaster:
         numbers = [(each.numel(), each.dtype) for each in tensors_in(out)]
         return sum(UpdateCache.nbytes_for(self.kept, 1, 1, *each) for each in numbers)
 
-    def begin(self, step_sizes: list[float] | None) -> None:
-        """Take note of how far the steps of a generation go, as `sampler.step_sizes` has it."""
-        self.step_sizes = step_sizes
-        self.weights = None if step_sizes is None else corrector_weights(step_sizes)
+    def begin(self, step_sizes: list[float] | None, reach: Tensor | None = None) -> None:
+        """Take note of how far the steps of a generation go, see `sampler.step_sizes`, and the forecasts."""
+        self.step_sizes, self.reach = step_sizes, reach
+        self.weights = None if step_sizes is None else corrector_weights(step_sizes, reach)
 
     def to(self, device: torch.device) -> None:
         """Where the denoiser is."""
         if self.weights is not None and self.weights.device != device:
             self.weights = self.weights.to(device)
+        if self.reach is not None and self.reach.device != device:
+            self.reach = self.reach.to(device)
 
-    def record(self, branch: str, out: Any, step: Tensor, corrects: bool = True) -> Any:
+    def record(self, branch: str, out: Any, step: Tensor) -> Any:
         """Remember what the denoiser returned.
 
         Returns:
@@ -98,19 +106,17 @@ class Forecaster:
                 for each in tensors
             ]
             self.past[branch] = PredictionCache(caches, form_of(out))
-        weights = self.weights if corrects and self.order else None
+        weights = self.weights if self.order else None
         corrected = []
         for cache, tensor in zip(self.past[branch].caches, tensors, strict=True):
             row = tensor.detach().reshape(1, 1, -1)
             if weights is None or cache.slope is None:
                 cache.record(row, step)
                 continue
-            last = cache.last.long().clamp(min=0)
-            # Expanded: an index without axes would be read by the host.
-            weight = weights[last, step.long().expand_as(last)][..., None]
-            before = upcast(cache.slope) * weight
+            taken, wanted = at(weights, cache.last, step)
+            before = upcast(cache.slope) * taken
             cache.record(row, step)
-            missing = upcast(cache.slope) * weight - before
+            missing = upcast(cache.slope) * wanted - before
             corrected.append((upcast(row) + missing).to(row.dtype).view(tensor.shape))
         return out if weights is None else with_tensors(out, corrected)
 
@@ -123,7 +129,11 @@ class Forecaster:
         """
         past = self.past[branch]
         tensors = [
-            cache.extrapolated(step, cache.value.dtype).view(each.shape)
+            cache.extrapolated(
+                step,
+                cache.value.dtype,
+                None if self.reach is None else at(self.reach, cache.last, step),
+            ).view(each.shape)
             for cache, each in zip(past.caches, tensors_in(past.form), strict=True)
         ]
         out = with_tensors(past.form, tensors)
@@ -136,26 +146,37 @@ class Forecaster:
         return out
 
 
-def corrector_weights(step_sizes: list[float]) -> Tensor:
-    """Weights of a change of slope, to correct a skip interval from step i to step k that both ran.
+def at(table: Tensor, last: Tensor, step: Tensor) -> Tensor:
+    """Entries of a table [..., N, N] for what was computed last, and a step.  [..., 1, 1, 1]."""
+    last = last.long().clamp(min=0)
+    # Expanded: an index without axes would be read by the host.
+    return table[..., last, step.long().expand_as(last)][..., None]
 
-    At step j between them p_i + (j - i) s was taken for the prediction. Interpolated it is p_i + (j - i) s'
-    with the new slope s', so the latents lack the sum over j of move_j (j - i) (s' - s). Step k adds it
-    with a prediction that is larger by that over move_k.
+
+def corrector_weights(step_sizes: list[float], reach: Tensor | None = None) -> Tensor:
+    """Weights of the slopes, to correct a skip interval from step i to step k that both ran.
+
+    At step j between them p_i + reach_ij s was taken for the prediction. Interpolated it is p_i + (j - i) s'
+    with the new slope s', so the latents lack the sum over j of move_j ((j - i) s' - reach_ij s). Step k adds
+    half of it, with a prediction that is larger by that over move_k.
 
     The last step corrects nothing: it goes to latents without noise, where predictions bend too much to be
     interpolated, and under flow matching hardly anywhere.
 
+    Args:
+        step_sizes: N.
+        reach: See `Forecaster`.
+
     Returns:
-        [N, N] float32, 0 where there is no step between the two.
+        [2, N, N] float32, of s and of s'; 0 where there is no step between the two.
     """
     move = torch.tensor(step_sizes, dtype=torch.float64)
     place = torch.arange(len(step_sizes), dtype=torch.float64)
-    # Sums up to, not with, each step: of the step sizes, and of these times their place.
-    zero = move.new_zeros(1)
-    plain = torch.cat([zero, move.cumsum(0)])
-    placed = torch.cat([zero, (move * place).cumsum(0)])
-    missing = (placed[:-1] - placed[1:, None]) - place[:, None] * (plain[:-1] - plain[1:, None])
-    weights = (missing / move).triu(2)
-    weights[:, -1] = 0.0
+    line = (place - place[:, None]).clamp(min=0)
+    taken = line if reach is None else reach.double()
+    # Sums over the steps behind i and before k.
+    moved = torch.stack([taken, line]) * move
+    before_k = moved.triu(1).cumsum(-1) - moved.triu(1)
+    weights = (CORRECTED * before_k / move).triu(2)
+    weights[..., -1] = 0.0
     return weights.float()

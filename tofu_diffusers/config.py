@@ -373,11 +373,13 @@ class StepSkipping(Config):
             and leave fewer for later.
         cooldown_steps: Steps at the end that are computed.
         rule: Which of the others are skipped: a name of `tofu_diffusers.SKIP_RULES`.
-        trajectory: How the denoiser's outputs change along a generation, which rule "trajectory" plans by.
-        order: Of the forecast: 0 repeats the last computed output, 1 extrapolates the last two linearly, or
-            repeats the only one.
-        corrector: Whether the latents are corrected at the next computed step by what the forecasts before it
-            turn out to have missed. Drifts less and costs next to nothing; does nothing with order 0.
+        trajectory: How the denoiser's outputs change along a generation: rule "trajectory" plans by it, and
+            forecasts are fitted to it.
+        order: Of the forecast: 0 repeats the last computed output, 1 extrapolates the last two (with a
+            trajectory by least squares, else linearly), or repeats the only one.
+        corrector: Whether the latents are corrected at the next computed step by half of what the forecasts
+            before it turn out to have missed. Drifts less and costs next to nothing; does nothing with order
+            0.
         memory_limit: Most GiB that caches may take; None: no limit.
         family: Family of the denoiser by name; None: found from its class.
 

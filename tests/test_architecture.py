@@ -43,6 +43,7 @@ PIPELINES_LAYERS = (
     {"emoji.ceiling", "emoji.denoise", "emoji.mmdit", "emoji.scorer", "emoji.unet"},
     {"emoji.export", "emoji.train"},
     {"emoji.card", "emoji.reference"},
+    {"emoji.samples"},
     {"emoji.__main__", "emoji.gpu"},
 )
 EVAL_LAYERS = (

@@ -349,6 +349,22 @@ class Generation:
                     stacklevel=2,
                 )
 
+    def warn_of_reach(self) -> None:
+        """Say so where what stands in cannot remove as many tokens as were asked for."""
+        short, config = self.runtime.short_of(), self.runtime.setup.reduction
+        if short and config is not None:
+            why = (
+                f"{len(self.sampling)} steps have too little past"
+                if self.sampling
+                else "there is no past"
+            )
+            warnings.warn(
+                f"ratio {config.ratio:g} is not reached: {why} for the default profile, and method "
+                f"{config.method!r}, which needs none, removes {', '.join(short)}; ask for more than "
+                f"{FEW_STEPS} steps, or name a method",
+                stacklevel=2,
+            )
+
     def _warn_of_nothing(self) -> None:
         """Say so where no step of this generation will reduce any token."""
         setup, call, steps = self.runtime.setup, self.runtime.call, len(self.sampling)
@@ -362,7 +378,7 @@ class Generation:
         for index in range(first, steps):
             ratios = setup.settings_at(index, index, self.sampling).ratios
             removed = (
-                setup.tokens_removed(grid.tokens, ratios[i])
+                setup.tokens_asked(grid.tokens, ratios[i])
                 for i, grid in zip(sites, grids, strict=True)
             )
             if any(removed):
@@ -419,6 +435,7 @@ class Generation:
             self.forgotten_steps, call.began_anew = self.computed_steps, False
         if not self.history:
             self._warn_of_nothing()
+            self.warn_of_reach()
         self.history.append(self._record())
         self._count_computed()
         self.computed_steps += not call.skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..steps.clock import exchanged, is_watched, watch
-from ..steps.pipelines import generating, holds, schedulers
+from ..steps.pipelines import cached_by_cache_dit, generating, holds, schedulers
 from ..steps.reference import Reference
 from ..steps.sampler import Sampling, noise_level
 from .runtime import Runtime
@@ -123,13 +123,19 @@ class Generation:
         """Start the generation that a scheduler has set its timesteps for.
 
         Raises:
-            RuntimeError: if the pipeline has another denoiser by now, or a thread is inside this one.
+            RuntimeError: if the pipeline has another denoiser by now, or cache-dit or a thread is in it.
         """
         caller = generating(scheduler)
         if caller is not None and not holds(caller, self.runtime.setup.denoiser):
             if caller is self.pipeline:
                 raise exchanged(caller)
             return  # of another denoiser
+        if cached_by_cache_dit(self.runtime.setup.denoiser) and self.runtime.setup.reduces:
+            raise RuntimeError(
+                f"cache-dit was put on {self._denoiser} after tofu, and runs it past tofu or skips twice; "
+                "call cache_dit.disable_cache(pipe); where remove_tofu is refused then, load the pipeline "
+                "again"
+            )
         self.turn.take(self._denoiser)
         try:
             self._follow(scheduler, caller)

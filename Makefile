@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 MINUTES ?= 120
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check data train gpu train-gpu clean
+.PHONY: demo test check versions versions-oldest versions-newest data train gpu train-gpu clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m pipelines.emoji
@@ -19,6 +19,18 @@ check: $(VENV)/.dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# The oldest diffusers that pyproject.toml allows, and the newest there is; all else is that of $(VENV).
+versions: versions-oldest versions-newest
+
+VERSION_TESTS := tests/hooks tests/test_apply.py tests/test_refusals.py
+versions-oldest: DIFFUSERS = diffusers==$(shell sed -n 's/.*"diffusers>=\(.*\)".*/\1/p' pyproject.toml)
+versions-newest: DIFFUSERS = diffusers
+versions-oldest versions-newest: versions-%: $(VENV)/.dev
+	$(RUN) -m pip install --quiet --upgrade --no-deps --target build/$@ '$(DIFFUSERS)'
+	$(RUN) -m pip install --quiet --upgrade --target build/$@ ftfy httpx
+	PYTHONPATH=build/$@ $(RUN) -c 'import diffusers; print("diffusers", diffusers.__version__)'
+	PYTHONPATH=build/$@ OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal $(VERSION_TESTS)
 
 data: $(VENV)/.train
 	$(RUN) -m pipelines.emoji.data

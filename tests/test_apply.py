@@ -1,6 +1,7 @@
 """apply_tofu and remove_tofu: what they change, that they undo it exactly, what they refuse."""
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -248,6 +249,38 @@ def test_without_a_past_a_ratio_does_without_memory():
             outs.append(unet(**inputs)[0])
     assert torch.equal(*outs)
     assert torch.equal(tiny.generate(pipe, steps=4), whole)
+
+
+def test_without_a_past_a_plain_ratio_takes_what_its_grid_allows():
+    """ToFu, which stands in, matches inside a frame: of one token a frame it can remove none."""
+    pipe, size = tiny.tiny_wan(), {"height": 16, "width": 16, "num_frames": 17}
+    said = "removes 0 of 5 tokens instead of 2 on the 5x1x1 grid"
+    plain = tiny.generate(pipe, steps=4, **size)
+    with apply_tofu(pipe, ratio=0.5) as handle:
+        with pytest.warns(UserWarning, match=said) as caught:
+            assert torch.equal(tiny.generate(pipe, steps=4, **size), plain)
+        assert len(caught) == 1 and said in str(handle.summary())
+        assert handle.summary().flops_saved == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tiny.generate(pipe, steps=10, **size)
+        assert said not in str(handle.summary()) and handle.summary().flops_saved > 0
+    # Whoever names the method is told that it cannot.
+    with (
+        apply_tofu(pipe, ratio=0.5, method="tofu"),
+        pytest.raises(ValueError, match="can remove at most 0 there"),
+    ):
+        tiny.generate(pipe, steps=4, **size)
+
+
+def test_a_single_call_takes_what_its_grid_allows_and_says_so():
+    transformer = tiny.tiny_wan().transformer
+    inputs = tiny.model_inputs(transformer)
+    inputs["hidden_states"] = inputs["hidden_states"][..., :2, :2]
+    with torch.no_grad():
+        plain = transformer(**inputs)[0]
+        with apply_tofu(transformer, ratio=0.5), pytest.warns(UserWarning, match="no past"):
+            assert torch.equal(transformer(**inputs)[0], plain)
 
 
 def test_a_further_option_does_not_change_the_method():

@@ -25,7 +25,7 @@ from .runtime.generation import Generation, Turn
 from .runtime.runtime import Runtime
 from .runtime.setup import Setup, in_force
 from .steps.clock import listeners_of, unwatch, watch
-from .steps.pipelines import components, schedulers, unwrap
+from .steps.pipelines import cached_by_cache_dit, components, schedulers, unwrap
 from .steps.reference import Reference
 
 DENOISER_NAMES = ("unet", "transformer", "transformer_2")
@@ -65,8 +65,8 @@ def apply_tofu(
     Raises:
         TypeError: if the target is no pipeline or model, a config is none, or a number is not a number.
         ValueError: if ratio and speedup are given together, an option is of another type than what is asked
-            for, the target has no denoiser of a known family or no site, was changed by tomesd, or the
-            configuration does not hold. The target is then as it was.
+            for, the target has no denoiser of a known family or no site, was changed by tomesd or cache-dit,
+            or the configuration does not hold. The target is then as it was.
         FileNotFoundError: if there are no probes where `method_options` say.
         RuntimeError: if a forward that must change was replaced by another.
     """
@@ -79,6 +79,11 @@ def apply_tofu(
         if changed_by_tomesd(model):
             raise ValueError(
                 f"{type(model).__name__} was changed by tomesd; call tomesd.remove_patch(pipe) first"
+            )
+        if cached_by_cache_dit(model):
+            raise ValueError(
+                f"{type(model).__name__} has cache-dit, which skips what tofu would count on; call "
+                "cache_dit.disable_cache(pipe) first, or go on without tofu"
             )
         # What a denoiser of an unknown class cannot do, the pipeline's other ones may.
         wanted = tuple(each for each in asked if kind is not ANY or isinstance(each, StepSkipping))

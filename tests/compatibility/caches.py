@@ -1,5 +1,6 @@
 """What reuses parts of a denoiser between steps."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from diffusers.hooks import SeaCacheConfig, TextKVCacheConfig
 from tests import tiny
 from tofu_diffusers import apply_tofu, remove_tofu
 
-from .base import FLUX, STEPS, UNET, Combination, Course, Refused, generate, is_active
+from .base import FLUX, STEPS, TRANSFORMER, UNET, Combination, Course, Refused, generate, is_active
 
 ATTENTION = Refused("gives again what an attention returned")
 WAN = {"Wan": tiny.tiny_wan}
@@ -61,6 +62,34 @@ def deep_cache(pipe: Any, amount: dict[str, float]) -> None:
     helper.disable()
     handle.remove()
     assert torch.equal(generate(pipe, steps=STEPS), plain)
+
+
+def cache_dit(pipe: Any, amount: dict[str, float]) -> None:
+    """It skips blocks or steps itself: refused before tofu, and behind it when a generation begins."""
+    from cache_dit import DBCacheConfig, disable_cache, enable_cache
+
+    config = DBCacheConfig(
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        max_warmup_steps=2,
+        residual_diff_threshold=1.0,
+        num_inference_steps=STEPS,
+    )
+    plain = generate(pipe, steps=STEPS)
+    if "speedup" in amount:  # with tokens reduced, cache-dit does not know the blocks, and says so
+        other = copy.deepcopy(pipe)
+        apply_tofu(other, **amount)
+        enable_cache(other, cache_config=config)
+        with pytest.raises(RuntimeError, match="cache-dit was put on"):
+            generate(other, steps=STEPS)
+        disable_cache(other)
+    enable_cache(pipe, cache_config=config)
+    assert not torch.equal(generate(pipe, steps=STEPS), plain)
+    try:
+        apply_tofu(pipe, **amount)
+    finally:
+        disable_cache(pipe)
+        assert torch.equal(generate(pipe, steps=STEPS), plain)
 
 
 CACHES = (
@@ -108,5 +137,14 @@ CACHES = (
         unet=UNET,
         happens=deep_cache,
         note="on after tofu and off before it; other orders are refused",
+    ),
+    Course(
+        "cache-dit",
+        transformer=TRANSFORMER | FLUX,
+        happens=cache_dit,
+        tokens=Refused("has cache-dit"),
+        steps=Refused("has cache-dit"),
+        note="it skips blocks or steps itself",
+        needs="cache_dit",
     ),
 )

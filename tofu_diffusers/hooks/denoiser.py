@@ -160,6 +160,9 @@ def check_guiders(hook: DenoiserHook) -> None:
 def leave_turn(hook: DenoiserHook) -> None:
     """Let the next one in."""
     hook.generation.turn.leave()
+    if not hook.runtime.call.step_known:
+        # A generation warns behind its first step; this call is alone.
+        hook.generation.warn_of_reach()
 
 
 def run(

@@ -67,6 +67,7 @@ def _counted(
     counts = {}
     copy = attached(twin)
     copy.runtime.reader.fixed = call.grids
+    copy.runtime.takes_what_it_can = runtime.takes_what_it_can
     # Not known yet: then all tokens were computed, however many there are.
     branches = max(1, int(call.cfg_branches))
     with torch.no_grad():

@@ -13,6 +13,7 @@ from torch import nn
 from ..config import StepSkipping, TokenReduction
 from ..profiles import origin
 from ..runtime.generation import Generation, StepRecord
+from ..runtime.runtime import Runtime
 from ..runtime.setup import Setup
 from ..runtime.sites import Site
 from ..steps.sampler import Sampling
@@ -190,8 +191,8 @@ def summarise(
         run += sum(counts[setting] * times for setting, times in weights.items())
     if uncounted:
         whole, run = calls, computed_calls
-    first = generations[0][1].runtime.setup
-    settings = "\n".join([*_settings(first), f"family {first.family.name}"])
+    first = generations[0][1].runtime
+    settings = "\n".join([*_settings(first), f"family {first.setup.family.name}"])
     return Summary(tuple(rows), tuple(skips), whole, run, uncounted, held, nominal, settings)
 
 
@@ -204,9 +205,11 @@ def _counts(
     calls = sum(step.calls for step in steps)
     for i, site in enumerate(setup.sites):
         if call.in_use(site) and site.resolution in call.grids:
-            tokens = call.grids[site.resolution].tokens
+            grid = call.grids[site.resolution]
+            tokens = grid.tokens
             removed = sum(
-                step.calls * setup.tokens_removed(tokens, step.ratios[i]) for step in steps
+                step.calls * generation.runtime.tokens_removed(grid, step.ratios[i])
+                for step in steps
             )
             yield site, calls, tokens, calls * tokens - removed
 
@@ -224,8 +227,9 @@ def _nominal_steps(setup: Setup) -> list[StepRecord]:
     return steps
 
 
-def _settings(setup: Setup) -> list[str]:
+def _settings(runtime: Runtime) -> list[str]:
     """A line on each configuration, and where it is from."""
+    setup = runtime.setup
     lines, family = [], setup.family.name
     for config in setup.configs:
         if isinstance(config, TokenReduction):
@@ -235,6 +239,7 @@ def _settings(setup: Setup) -> list[str]:
                 f"TokenReduction: ratio {config.ratio:g}, method {config.method}, keys_values "
                 f"{config.keys_values}, scope {config.scope}{corrected}{origin(family, config)}{without}"
             )
+            lines += [f"it removes {words}" for words in runtime.short_of()]
         elif isinstance(config, StepSkipping):
             corrected = ", corrector" if config.corrector and config.order else ""
             lines.append(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..steps.clock import exchanged, is_watched, watch
-from ..steps.pipelines import generating, holds, schedulers
+from ..steps.pipelines import cached_by_cache_dit, generating, holds, schedulers
 from ..steps.reference import Reference
 from ..steps.sampler import Sampling, noise_level
 from .runtime import Runtime
@@ -123,13 +123,19 @@ class Generation:
         """Start the generation that a scheduler has set its timesteps for.
 
         Raises:
-            RuntimeError: if the pipeline has another denoiser by now, or a thread is inside this one.
+            RuntimeError: if the pipeline has another denoiser by now, or cache-dit or a thread is in it.
         """
         caller = generating(scheduler)
         if caller is not None and not holds(caller, self.runtime.setup.denoiser):
             if caller is self.pipeline:
                 raise exchanged(caller)
             return  # of another denoiser
+        if cached_by_cache_dit(self.runtime.setup.denoiser) and self.runtime.setup.reduces:
+            raise RuntimeError(
+                f"cache-dit was put on {self._denoiser} after tofu, and runs it past tofu or skips twice; "
+                "call cache_dit.disable_cache(pipe); where remove_tofu is refused then, load the pipeline "
+                "again"
+            )
         self.turn.take(self._denoiser)
         try:
             self._follow(scheduler, caller)
@@ -340,6 +346,22 @@ class Generation:
                     stacklevel=2,
                 )
 
+    def warn_of_reach(self) -> None:
+        """Say so where what stands in cannot remove as many tokens as were asked for."""
+        short, config = self.runtime.short_of(), self.runtime.setup.reduction
+        if short and config is not None:
+            why = (
+                f"{len(self.sampling)} steps have too little past"
+                if self.sampling
+                else "there is no past"
+            )
+            warnings.warn(
+                f"ratio {config.ratio:g} is not reached: {why} for the default profile, and method "
+                f"{config.method!r}, which needs none, removes {', '.join(short)}; ask for more than "
+                f"{FEW_STEPS} steps, or name a method",
+                stacklevel=2,
+            )
+
     def _warn_of_nothing(self) -> None:
         """Say so where no step of this generation will reduce any token."""
         setup, call, steps = self.runtime.setup, self.runtime.call, len(self.sampling)
@@ -353,7 +375,7 @@ class Generation:
         for index in range(first, steps):
             ratios = setup.settings_at(index, index, self.sampling).ratios
             removed = (
-                setup.tokens_removed(grid.tokens, ratios[i])
+                setup.tokens_asked(grid.tokens, ratios[i])
                 for i, grid in zip(sites, grids, strict=True)
             )
             if any(removed):
@@ -410,6 +432,7 @@ class Generation:
             self.forgotten_steps, call.began_anew = self.computed_steps, False
         if not self.history:
             self._warn_of_nothing()
+            self.warn_of_reach()
         self.history.append(self._record())
         self._count_computed()
         self.computed_steps += not call.skip

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from ..kernels.reference import normalise
 from ..steps.corrector import Corrector, CorrectorState
 from ..steps.outputs import tensors_in, with_tensors
+from ..tokens.grid import TokenGrid
 from ..tokens.methods import Evidence
 from ..tokens.plan import Plan
 from ..tokens.statistics import TokenStatistics, flags_of, on_maps
@@ -50,6 +51,8 @@ class Runtime:
         self.call = Call()
         self.caches = Caches(setup)
         self.reader = GridReader(setup.family)
+        # Nobody named what stands in, so that it does what it can where it cannot do what was asked.
+        self.takes_what_it_can = setup.stands_in
 
     # ---- the denoiser --------------------------------------------------------------------------
 
@@ -170,7 +173,7 @@ class Runtime:
                 f"{site.name} got {metric.shape[1]} tokens where its grid {grid} has {grid.total}; "
                 "this denoiser does not belong to its family"
             )
-        remove = setup.tokens_removed(grid.tokens, site.ratio)
+        remove = self.tokens_removed(grid, site.ratio)
         if remove == 0 or call.all_tokens:
             return None
         branches = call.branches_in_batch
@@ -184,10 +187,33 @@ class Runtime:
                 cache.removed[of_batch] = cache.plans[of_batch].removed()
         return cache.plans[of_batch]
 
+    def tokens_removed(self, grid: TokenGrid, ratio: str) -> int:
+        """How many of a grid's tokens go at a ratio."""
+        asked, method = self.setup.tokens_asked(grid.tokens, ratio), self.setup.method
+        if not asked or method is None or not self.takes_what_it_can:
+            return asked
+        return min(asked, method.max_remove(grid))
+
+    def short_of(self) -> list[str]:
+        """On which grids of this call what stands in removes fewer tokens than were asked for, in words."""
+        setup, words = self.setup, list[str]()
+        if setup.reduction is None or not setup.stands_in:
+            return words
+        ratio = str(setup.reduction.ratio)
+        for resolution in sorted({each.resolution for each in setup.plan_caches}):
+            grid = self.call.grids.get(resolution)
+            if grid is None:
+                continue
+            can, asked = self.tokens_removed(grid, ratio), setup.tokens_asked(grid.tokens, ratio)
+            if can < asked:
+                words.append(
+                    f"{can} of {grid.tokens} tokens instead of {asked} on the {grid.size} grid"
+                )
+        return words
+
     def removed_by(self, site: Site) -> Tensor | None:
         """Positions [B, N - K] that the site's plan removes, where the attentions are given those too."""
-        tokens = self.call.grids[site.resolution].tokens
-        remove = self.setup.tokens_removed(tokens, site.ratio)
+        remove = self.tokens_removed(self.call.grids[site.resolution], site.ratio)
         return site.plan_cache.removed.get(f"{remove}/{self.call.branches_in_batch}")
 
     def update_cache(self, site: Site) -> UpdateCache | None:
@@ -263,7 +289,7 @@ class Runtime:
         setup = self.setup
         for resolution, ratio in sorted({(site.resolution, site.ratio) for site in setup.sites}):
             grid = self.call.grids[resolution]
-            remove = setup.tokens_removed(grid.tokens, ratio)
+            remove = self.tokens_removed(grid, ratio)
             most = setup.method.max_remove(grid) if remove and setup.method is not None else 0
             if remove > most:
                 raise ValueError(

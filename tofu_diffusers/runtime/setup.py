@@ -193,8 +193,8 @@ class Setup:
         )
         return StepSettings(ratios, skip, not whole and first > 0)
 
-    def tokens_removed(self, tokens: int, ratio: str) -> int:
-        """How many of a grid's tokens go at a ratio; none of a grid smaller than `min_tokens`."""
+    def tokens_asked(self, tokens: int, ratio: str) -> int:
+        """How many of a grid's tokens are to go at a ratio; none of a grid smaller than `min_tokens`."""
         least = 0 if self.reduction is None else self.reduction.min_tokens
         return 0 if tokens < least else int(tokens * float(ratio))
 

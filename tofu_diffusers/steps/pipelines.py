@@ -15,6 +15,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def cached_by_cache_dit(model: nn.Module) -> bool:
+    """Whether cache-dit is on this model: it replaces the forward, with tofu's inside or without."""
+    return "_context_manager" in vars(model) and bool(vars(model).get("_is_cached"))
+
+
 def components(target: object) -> dict[str, Any]:
     """The named parts of a pipeline (modular ones too); empty if the target is none."""
     parts = getattr(target, "components", None)

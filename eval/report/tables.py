@@ -39,6 +39,7 @@ from eval.report.tables_study import (
     quality_table,
     rules_table,
     samplers_table,
+    searched_table,
     typed_table,
     worth_table,
 )
@@ -65,6 +66,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"{model} speed": (lambda model=model: speed_table(model)) for model in SPEEDS},
     "typed": typed_table,
     "rules": rules_table,
+    "searched": searched_table,
     "full size": lambda: full_size_table(FULL_SIZE),
     "ahead": lambda: ahead_table(FRONT),
     "oldest": lambda: oldest_table(FRONT),

@@ -24,6 +24,7 @@ DISTANCES = {name: ROOT / "eval" / "results" / f"sweep_{name}_64px.json" for nam
 CHOSEN_WARMUP = {"unet": 2, "mmdit": 4}
 """Of rule "late", which the study was made with."""
 RULES = {name: ROOT / "eval" / "results" / f"rules_{name}.jsonl" for name in FAMILY}
+SEARCHED = ROOT / "eval" / "results" / "searched.jsonl"
 TYPED = {name: ROOT / "eval" / "results" / f"typed_{name}.jsonl" for name in FAMILY}
 
 Row = Mapping[str, Any]
@@ -195,6 +196,31 @@ def default_ahead(model: str, rows: Iterable[Row]) -> str:
     own, row = drift.pop("trajectory")
     best, other = max(drift.values(), key=lambda each: each[0])
     return f"{own:.1f} {cite(model, row, RULES)} ({own - best:+.1f} {cite(model, other, RULES)})"
+
+
+def searched_table() -> str:
+    """What a search over whole schedules finds, beside the default rule's own choice."""
+    lines = [
+        "| | rule `trajectory`, dB | found, dB | ahead, dB | on the prompts of the search | schedules |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = read(SEARCHED)
+    for row in rows:
+        ahead = row["ahead_db"]
+        drawn = (
+            "".join("#" if step in computed else "." for step in range(row["steps"]))
+            for computed in row["schedules"].values()
+        )
+        cells = [
+            f"`{row['pipeline']}`, {row['speedup']:g}x <!-- row: {SEARCHED.name}#{row['id']} -->",
+            interval(row["planned"], 1),
+            interval(row["found"], 1),
+            f"{ahead['held_out']:+.1f} ({ahead['low']:+.1f} to {ahead['high']:+.1f})",
+            f"{ahead['searched']:+.1f}",
+            "<br>".join(f"`{each}`" for each in drawn),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([circumstances(rows), "", *lines])
 
 
 def plans_table(stage: str) -> str:

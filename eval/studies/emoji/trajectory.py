@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.emoji import load_pipeline
+from pipelines.emoji import load_pipeline, weights_hash
 from tofu_diffusers import Trajectory, measure_trajectory
 
 FAMILIES = {"unet": "unet", "mmdit": "sd3"}
@@ -63,13 +63,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--side", type=int, default=128, help="pixels")
     parser.add_argument("--write", action="store_true", help="into tofu_diffusers/profiles")
     args = parser.parse_args(argv)
-    found = {family: measured(model, args.side) for model, family in FAMILIES.items()}
+    models = {family: model for model, family in FAMILIES.items()}
+    found = {family: measured(model, args.side) for family, model in models.items()}
     found["any"] = mean_of(list(found.values()))
     for family, trajectory in found.items():
         path = Path(str(files("tofu_diffusers.profiles") / f"{family}.json"))
         data = json.loads(path.read_text(encoding="utf-8"))
         options = {"warmup_steps": 1, "rule": "trajectory", "trajectory": asdict(trajectory)}
         data["speedup"]["options"] = options
+        if family in models:
+            data["speedup"]["weights"] = weights_hash(models[family])
         if args.write:
             path.write_text(profile_text(data), encoding="utf-8")
         levels = trajectory.levels

@@ -108,7 +108,7 @@ class Lane:
     model: Any
     weight: float
     inputs: Sequence[dict[str, Any]]
-    conditions: int = 1
+    cfg_branches: int = 1
     handle: Handle | None = None
     index: int = 0
 
@@ -116,7 +116,7 @@ class Lane:
     def forward(self) -> Tensor:
         """The next step's prediction."""
         if self.handle is not None:
-            self.handle.step(self.index, STEPS, cfg_branches=self.conditions)
+            self.handle.step(self.index, STEPS, cfg_branches=self.cfg_branches)
         # By position, as pipelines give the latents: tomesd reads the size there.
         latents, *others = self.inputs[self.index % len(self.inputs)].items()
         self.index += 1
@@ -218,7 +218,7 @@ class Bench:
 
     def _lane(self, weight: float, model: Any, handle: Handle | None = None) -> Lane:
         own = model if handle is not None else twin(model)
-        return Lane(own, weight, self.inputs, self.case.conditions, handle)
+        return Lane(own, weight, self.inputs, self.case.cfg_branches, handle)
 
     @contextmanager
     def applied(self, cell: Cell, model: Any, weight: float) -> Iterator[Lane]:
@@ -234,7 +234,7 @@ class Bench:
             import tomesd
 
             tomesd.apply_patch(own, ratio=cell.ratio)
-        yield Lane(own, weight, self.inputs, self.case.conditions)
+        yield Lane(own, weight, self.inputs, self.case.cfg_branches)
 
     def _applied(self, stack: ExitStack, cell: Cell) -> list[Lane]:
         return [stack.enter_context(self.applied(cell, m, w)) for m, w in self.models]
@@ -288,7 +288,7 @@ class Bench:
                 total += lane.weight * self._counted(lane, ratio)
                 continue
             summary, unreduced = lane.handle.summary(), lane.unreduced_steps()
-            an_unreduced_one = summary.flops_whole / (unreduced + REDUCED)
+            an_unreduced_one = summary.flops_unreduced / (unreduced + REDUCED)
             total += lane.weight * (summary.flops_run - unreduced * an_unreduced_one) / REDUCED
         return total
 
@@ -428,7 +428,7 @@ def run(
                 bench = None
                 free_memory()
                 bench = Bench(case, device, dtype)
-            row |= {"batch": case.batch, "conditions": case.conditions, "tokens": bench.tokens}
+            row |= {"batch": case.batch, "cfg_branches": case.cfg_branches, "tokens": bench.tokens}
             row |= bench.row(cell, mode == "compiled", rounds) | {"rounds": rounds}
         except Exception as error:  # whatever it is, the other rows are still wanted
             row["note"] = f"failed: {type(error).__name__}: {str(error)[:300]}"

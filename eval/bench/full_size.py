@@ -83,8 +83,8 @@ def counted(case: Case, model: Any, setting: Setting) -> dict[str, Any]:
         "tokens": max(grids[stack.resolution].tokens for stack in family.block_stacks(model)),
         "text": case.text,
         # One image, one branch of guidance, one step.
-        "step_flops": summary.flops_whole // (steps * case.batch),
-        "flops_ratio": round(summary.flops_whole / summary.flops_run, 4),
+        "step_flops": summary.flops_unreduced // (steps * case.batch),
+        "flops_ratio": round(summary.flops_unreduced / summary.flops_run, 4),
     }
 
 

@@ -77,7 +77,7 @@ class Case:
         latents: What the denoiser is given of one image: (channels, (frames,) rows, columns), or for
             FLUX and Qwen-Image (rows, columns) of tokens.
         text: Tokens of text.
-        batch: Rows; `conditions` parts of it are guidance.
+        batch: Rows; `cfg_branches` parts of it are guidance.
         layers: Of the model where it is not built as a whole but with one and with two layers, and its
             times and FLOPs are extrapolated from the two; None: built as it is.
     """
@@ -89,7 +89,7 @@ class Case:
     latents: tuple[int, ...]
     text: int
     batch: int = 1
-    conditions: int = 1
+    cfg_branches: int = 1
     layers: int | None = None
 
     @property

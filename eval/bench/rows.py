@@ -14,7 +14,7 @@ from typing import Any
 from eval.files import add, whole_lines
 
 FIELDS = (
-    "model", "size", "batch", "conditions", "tokens", "kind", "method", "scope", "keys_values", "ratio",
+    "model", "size", "batch", "cfg_branches", "tokens", "kind", "method", "scope", "keys_values", "ratio",
     "mode", "step_ms", "step_ms_p20", "step_ms_p80", "unreduced_ms", "speed", "speed_p20", "speed_p80",
     "ceiling_speed", "share", "share_p20", "share_p80", "flops_ratio", "peak_mib", "rounds", "note", "dtype",
     "device", "threads", "torch", "diffusers", "transformers", "tofu_diffusers", "commit",

@@ -74,7 +74,7 @@ class Lane:
     latents: Sequence[Tensor]
     others: dict[str, Any]
     times: Tensor
-    conditions: int
+    cfg_branches: int
     handle: Handle | None
 
     @torch.no_grad()
@@ -83,7 +83,7 @@ class Lane:
         with Timer(self.model) as timer:
             for i, now in enumerate(self.times):
                 if self.handle is not None:
-                    self.handle.step(i, STEPS, cfg_branches=self.conditions)
+                    self.handle.step(i, STEPS, cfg_branches=self.cfg_branches)
                 latents = self.latents[i // 2 % 2]
                 if "timestep" in self.others:
                     named = self.others | {"timestep": now.expand(len(latents))}
@@ -128,10 +128,10 @@ def lane(
             pipe = SimpleNamespace(unet=own, scheduler=SimpleNamespace(timesteps=times))
             stack.enter_context(deep_cached(pipe, interval=2))
         latents = (first[1], first[1].flip(-1))
-        yield Lane(own, latents, given, times, case.conditions, handle)
+        yield Lane(own, latents, given, times, case.cfg_branches, handle)
 
 
-def whole_steps(case: Case, own: Lane) -> int:
+def computed_steps(case: Case, own: Lane) -> int:
     """At how many steps of a generation the innermost block runs, of a transformer the last."""
     *_, run = sorted(case.family.block_stacks(own.model), key=lambda run: run.resolution)
     ran: list[object] = []
@@ -153,7 +153,7 @@ def fitting_threshold(case: Case, model: Any, inputs: dict[str, Any]) -> float:
     """
     for threshold in THRESHOLDS:
         with lane(case, model, inputs, partner="first_block_cache", threshold=threshold) as cached:
-            if whole_steps(case, cached) == STEPS // 2:
+            if computed_steps(case, cached) == STEPS // 2:
                 return threshold
     raise RuntimeError(f"no threshold of {THRESHOLDS} reuses at every second step of {case.model}")
 
@@ -192,7 +192,7 @@ def stacked(
                 )
         # Compiled blocks run no hooks that come later; nothing in them reuses a step either.
         counted = () if partner == "compile" else ("partner", "both")
-        ran = {name: whole_steps(case, lanes[name]) for name in counted}
+        ran = {name: computed_steps(case, lanes[name]) for name in counted}
         turns = [{name: each.generate()[1] for name, each in lanes.items()} for _ in range(rounds)]
     speeds = {
         name: spread([turn["plain"] / turn[name] for turn in turns])
@@ -203,7 +203,7 @@ def stacked(
         "plain_ms": spread([turn["plain"] for turn in turns])["value"],
         "speed": speeds,
         "share_of_product": spread(shares),
-        "whole_steps": ran,
+        "computed_steps": ran,
     }
 
 

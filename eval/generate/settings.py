@@ -173,7 +173,7 @@ def known_saving(setting: Setting, applied: Applied, pipe: Any, steps: int) -> f
     """
     plain = len(pipe.scheduler.timesteps) == applied.call.get("num_inference_steps", steps)
     summaries = [handle.summary() for handle in applied.handles]
-    saving = math.prod(each.flops_whole / each.flops_run for each in summaries)
+    saving = math.prod(each.flops_unreduced / each.flops_run for each in summaries)
     for each in setting.parts():
         if each.kind == "fewer_steps" and plain:
             saving *= steps / _fewer_steps(**each.options)

@@ -138,7 +138,7 @@ def table(columns: Sequence[Column], prompts: Sequence[str]) -> list[str]:
                 *(each.tokens("tokens_kept") for each in others),
             ],
         ),
-        row("denoiser GFLOPs", [f"{summaries[0].flops_whole / 1e9:.2f}", *flops]),
+        row("denoiser GFLOPs", [f"{summaries[0].flops_unreduced / 1e9:.2f}", *flops]),
         row("denoiser FLOPs saved", ["", *saved]),
     ]
     for i, prompt in enumerate(prompts):

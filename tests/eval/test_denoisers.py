@@ -65,7 +65,7 @@ def test_every_full_size_model_takes_its_arguments():
         with torch.no_grad():
             got = model(**inputs)[0]
         assert (got.shape[0], got.shape[2:]) == (case.batch, latents.shape[2:])
-        assert case.batch % case.conditions == 0
+        assert case.batch % case.cfg_branches == 0
 
 
 def test_weights_are_the_same_every_time_and_shared_by_twins():
@@ -260,7 +260,7 @@ def test_the_command_runs_a_suite(out, monkeypatch):
 # ---- the table -------------------------------------------------------------------------------------
 
 ABOUT = {
-    "batch": 2, "conditions": 2, "tokens": 4096, "rounds": 5, "dtype": "float32", "device": "CPU (x86_64)",
+    "batch": 2, "cfg_branches": 2, "tokens": 4096, "rounds": 5, "dtype": "float32", "device": "CPU (x86_64)",
     "threads": 7, "torch": "2.x", "diffusers": "0.x", "transformers": "5.x", "tofu_diffusers": "0.y",
     "commit": "0123456789abcdef", "size": "8x8", "mode": "eager",
 }  # fmt: skip

@@ -33,7 +33,7 @@ def test_each_denoiser_has_the_partners_that_serve_it(monkeypatch, capsys):
 @pytest.mark.parametrize(("case", "partner"), [(FLUX, "first_block_cache"), (UNET, "deepcache")])
 def test_a_cache_reuses_at_every_second_step(case, partner):
     row = stacked(*built(case), partner, 1)
-    assert row["whole_steps"] == {"partner": STEPS // 2, "both": STEPS // 2}
+    assert row["computed_steps"] == {"partner": STEPS // 2, "both": STEPS // 2}
 
 
 def test_a_threshold_that_fits_none_is_an_error(monkeypatch):
@@ -45,7 +45,7 @@ def test_a_threshold_that_fits_none_is_an_error(monkeypatch):
 def test_a_row_is_the_quotients_of_turns(monkeypatch):
     case, model, inputs = built(FLUX)
     monkeypatch.setattr(stacking, "fitting_threshold", lambda *case: 0.5)
-    monkeypatch.setattr(stacking, "whole_steps", lambda *lane: 6)
+    monkeypatch.setattr(stacking, "computed_steps", lambda *lane: 6)
     times = iter([*[0.0] * 4, *[8.0, 4.0, 2.0, 1.0], *[16.0, 8.0, 4.0, 1.0]])
     generate = stacking.Lane.generate
 

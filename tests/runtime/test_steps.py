@@ -1,4 +1,4 @@
-"""Steps, conditions and images: schedulers of all kinds, bare models, guidance in one and two calls."""
+"""Steps, branches of guidance, images: schedulers of all kinds, bare models, guidance in one call or two."""
 
 import warnings
 

@@ -57,8 +57,8 @@ class Summary:
     Attributes:
         rows: One a site around which tokens are reduced.
         steps: One a denoiser whose steps are skipped.
-        flops_whole: FLOPs of the denoiser over the generation's steps without tofu; where they could not be
-            counted, and only steps are skipped, its calls.
+        flops_unreduced: FLOPs of the denoiser over the generation's steps without tofu; where they could not
+            be counted, and only steps are skipped, its calls.
         flops_run: The same with tofu.
         uncounted: Why FLOPs were not counted; empty if they were.
         cache_bytes: Most that cached updates, keys and values took; freed when a generation ends.
@@ -68,7 +68,7 @@ class Summary:
 
     rows: tuple[Row, ...]
     steps: tuple[StepCount, ...]
-    flops_whole: int
+    flops_unreduced: int
     flops_run: int
     uncounted: str
     cache_bytes: int
@@ -78,20 +78,20 @@ class Summary:
     @property
     def speedup(self) -> float:
         """How many times fewer FLOPs of the denoiser: what was reached, not what was asked for."""
-        return self.flops_whole / self.flops_run
+        return self.flops_unreduced / self.flops_run
 
     @property
     def flops_saved(self) -> float:
         """Share of the denoiser's FLOPs saved over the generation, in [0, 1)."""
-        return 1.0 - self.flops_run / self.flops_whole
+        return 1.0 - self.flops_run / self.flops_unreduced
 
     def _amounts(self, when: str) -> str:
         if self.uncounted:
             return (
                 f"denoiser calls ({when}; FLOPs are not counted: {self.uncounted}): "
-                f"{self.flops_whole} -> {self.flops_run}"
+                f"{self.flops_unreduced} -> {self.flops_run}"
             )
-        return f"denoiser FLOPs ({when}): {self.flops_whole / 1e9:.2f} G -> {self.flops_run / 1e9:.2f} G"
+        return f"denoiser FLOPs ({when}): {self.flops_unreduced / 1e9:.2f} G -> {self.flops_run / 1e9:.2f} G"
 
     def __str__(self) -> str:
         header = ("site", "scope", "merge", "unmerge", "calls", "tokens", "kept")

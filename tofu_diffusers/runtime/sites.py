@@ -12,7 +12,7 @@ from ..tokens.update_cache import UpdateCache
 
 @dataclass(eq=False)
 class PlanCache:
-    """The plans that some sites share, by tokens removed (and "/" conditions, for a whole batch).
+    """The plans that some sites share, by tokens removed (and "/" branches of guidance, for a whole batch).
 
     Plans without "/" are those of the images, over the grid's tokens. Those with it have a row for every
     row of the batch and also keep what stands around the grid; `removed` holds the positions [B, N - K]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.reference import upcast
+from .trajectory import CORRECTED
 
 
 @dataclass
@@ -60,8 +61,9 @@ class Corrector:
 
         move_j (p_i + (j - i) / (k - i) (p_k - p_i) - u_j)
 
-    Step k adds it with a prediction that is larger by that over move_k; the last step adds nothing, for the
-    reasons given at `forecast.corrector_weights`. What tofu itself remembers stays as it was computed.
+    Step k adds half of it, with a prediction that is larger by that over move_k; the last step adds nothing,
+    for the reasons given at `forecast.corrector_weights`. What tofu itself remembers stays as it was
+    computed.
 
     Args:
         step_sizes: Of this generation; None: nothing is corrected.
@@ -81,7 +83,7 @@ class Corrector:
         self.step_sizes = step_sizes
         self.factors = None
         if step_sizes is not None:
-            back = [1 / move for move in step_sizes[:-1]] + [0.0]
+            back = [CORRECTED / move for move in step_sizes[:-1]] + [0.0]
             self.factors = torch.tensor([step_sizes, back])
 
     def to(self, device: torch.device) -> None:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 CORRECTED = 0.5
 """The part of what the latents lack that a computed step makes up for, see `forecast.corrector_weights`. A
-trained denoiser draws latents that went astray back by itself, so that the whole of it is too much: measured
-on both embedded pipelines, a half is ahead of all and of nothing at 2x and beyond, by 0.5 to 7 dB."""
+trained denoiser draws latents that went astray back by itself, so that the whole of it is too much: on both
+embedded pipelines a half was ahead of all and of nothing at 2x and beyond, of steps and of tokens."""
 
 TRANSIENT = 10.0
 """Weight of what the latents lack between computed steps, against what is missing in the end. The denoiser

@@ -187,15 +187,19 @@ def rules_table() -> str:
 
 
 def default_ahead(model: str, rows: Iterable[Row]) -> str:
-    """The PSNR of rule "trajectory", and by how much more than the best of the other rules."""
+    """The PSNR of rule "trajectory", how much more than the best of the other rules, and than fewer steps."""
     drift = {
-        row["setting"]["options"]["rule"]: (row["metrics"]["psnr_db"]["value"], row)
+        row["setting"]["options"].get("rule", "fewer steps"): row
         for row in sorted(rows, key=lambda row: row["metrics"]["psnr_db"]["value"])
-        if row["setting"]["kind"] == "tofu"
     }
-    own, row = drift.pop("trajectory")
-    best, other = max(drift.values(), key=lambda each: each[0])
-    return f"{own:.1f} {cite(model, row, RULES)} ({own - best:+.1f} {cite(model, other, RULES)})"
+    own, fewer = drift.pop("trajectory"), drift.pop("fewer steps")
+    other = max(drift.values(), key=lambda row: row["metrics"]["psnr_db"]["value"])
+    value = own["metrics"]["psnr_db"]["value"]
+    ahead = (
+        f"{value - row['metrics']['psnr_db']['value']:+.1f} {cite(model, row, RULES)}"
+        for row in (other, fewer)
+    )
+    return f"{value:.1f} {cite(model, own, RULES)} ({', '.join(ahead)})"
 
 
 def searched_table() -> str:

@@ -53,6 +53,7 @@ clean:
 
 # One stamp an extra: $(VENV)/.dev stands for `pip install -e .[dev]`.
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.train: $(VENV)/.%: pyproject.toml constraints.txt | $(RUN)
+	@echo "installing what [$*] needs into $(VENV): up to 2 GB and some minutes, the first time"
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 

@@ -106,6 +106,10 @@ def test_unreadable_configs(tmp_path):
             kind.load(tmp_path)
         with pytest.raises(ValueError, match=f"a {kind.__name__} is a JSON object, not a list"):
             kind.from_json("[]")
+        with pytest.raises(ValueError, match="the text is no JSON, where Expecting value"):
+            kind.from_json("")
+        with pytest.raises(ValueError, match=r'has no options of .* under "data"'):
+            kind.from_json(json.dumps({"type": kind.__name__, "version": 1}))
         state = json.loads(kind().to_json())
         with pytest.raises(
             ValueError, match=f"has version 2 of {kind.__name__}, .* reads version 1"

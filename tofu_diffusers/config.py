@@ -92,7 +92,12 @@ class Config:
         Raises:
             ValueError: if the text is no such JSON object, of another type or of another version.
         """
-        state = json.loads(text)
+        try:
+            state = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"the text is no JSON, where {error}; write it with {cls.__name__}.save"
+            ) from error
         if not isinstance(state, dict):
             raise ValueError(f"a {cls.__name__} is a JSON object, not a {type(state).__name__}")
         kind, version = state.get("type"), state.get("version")
@@ -105,6 +110,8 @@ class Config:
                 f"the text has version {version} of {cls.__name__}, and this reads version {VERSION}; "
                 "update tofu_diffusers"
             )
+        if not isinstance(state.get("data"), dict):
+            raise ValueError(f'the text has no options of a {cls.__name__} under "data"')
         data = dict(state["data"])
         cls.check_field_names(data)
         return cls(**data)

@@ -93,6 +93,26 @@ def test_no_other_reach_forecasts_better(seed, before, distance):
             assert off(amount, step) <= off(other, step) + 1e-9
 
 
+def test_predictions_of_zero_or_nan_have_no_trajectory():
+    for products in (np.zeros((3, 3)), np.full((3, 3), np.nan)):
+        with pytest.raises(ValueError, match="NaN, infinite or all zero"):
+            Trajectory.from_products((1.0, 0.5, 0.0), products)
+
+
+def test_a_mapping_of_something_else_is_refused():
+    for other in ({}, {"levels": (1, 0.5), "points": ((1,), (2,)), "weights": "x"}):
+        with pytest.raises(ValueError, match="a trajectory has levels and points, and this has"):
+            Trajectory.of(other)
+
+
+def test_beyond_the_levels_that_are_known_the_line_goes_on():
+    """Held there, predictions would seem not to change, and nothing would be computed at the end."""
+    trajectory = Trajectory((1.0, 0.8, 0.5), ((1.0, 0.0), (1.0, 0.2), (1.0, 0.8)))
+    levels = [1.1, 1.0, 0.9, 0.8, 0.5, 0.2]
+    points = np.array([[1.0, y] for y in (-0.1, 0.0, 0.1, 0.2, 0.8, 1.4)])
+    np.testing.assert_allclose(trajectory.at(levels), points @ points.T)
+
+
 def test_a_plan_reaches_as_each_of_its_pairs_does():
     predictions, _ = drawn(8, 0)
     products = predictions @ predictions.T
@@ -118,8 +138,6 @@ def test_a_trajectory_is_itself_at_its_levels_and_on_the_lines_between_them():
     finer = trajectory.at((0.7, 0.55, 0.4))
     wanted = [halfway @ each for each in (predictions[2], halfway, predictions[3])]
     np.testing.assert_allclose(finer[1], wanted)
-    # Beyond its ends it stays as it is.
-    np.testing.assert_allclose(trajectory.at((1.0, 0.0))[1, 1], predictions[5] @ predictions[5])
     # From inner products alone, up to their scale.
     again = Trajectory.from_products(levels, products).at(levels)
     np.testing.assert_allclose(again / again[0, 0], products / products[0, 0], atol=1e-2)
@@ -132,6 +150,9 @@ def test_a_trajectory_is_itself_at_its_levels_and_on_the_lines_between_them():
         ((0.2, 0.8), ((1, 0), (0, 1)), "2 or more and descend"),
         ((0.8, 0.2), ((1, 2, 3), (2, 1)), r"2 points of \[2, 3\] numbers for 2 levels"),
         ((0.8, 0.2), ((1,),), "1 points"),
+        ((0.8, 0.2), ((), ()), r"2 points of \[0\] numbers"),
+        ((0.8, 0.2), ((1,), (float("nan"),)), "NaN or infinite numbers"),
+        ((0.8, float("nan")), ((1,), (2,)), "NaN or infinite numbers"),
     ],
 )
 def test_what_is_no_trajectory_is_refused(levels, points, words):

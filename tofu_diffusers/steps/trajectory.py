@@ -59,10 +59,14 @@ class Trajectory:
                 f"{len(levels)} levels of a trajectory, which must be 2 or more and descend"
             )
         sizes = {len(row) for row in points}
-        if len(points) != len(levels) or len(sizes) != 1:
+        if len(points) != len(levels) or len(sizes) != 1 or sizes == {0}:
             raise ValueError(
                 f"{len(points)} points of {sorted(sizes)} numbers for {len(levels)} levels of a trajectory; "
                 "each level has one point, all with the same dimensions"
+            )
+        if not np.isfinite([*levels, *(number for row in points for number in row)]).all():
+            raise ValueError(
+                "a trajectory with NaN or infinite numbers plans nothing; measure it again"
             )
 
     @classmethod
@@ -71,6 +75,9 @@ class Trajectory:
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
+            if {*value} != {"levels", "points"}:
+                found = ", ".join(map(str, value)) or "nothing"
+                raise ValueError(f"a trajectory has levels and points, and this has {found}")
             return cls(**value)
         raise TypeError(f"a trajectory is a Trajectory or a mapping, not {type(value).__name__}")
 
@@ -78,7 +85,16 @@ class Trajectory:
     def from_products(
         cls, levels: Sequence[float], products: Matrix, dimensions: int = DIMENSIONS
     ) -> Trajectory:
-        """The path with these inner products [L, L], in as many dimensions as matter, each 1 wide at most."""
+        """The path with these inner products [L, L], in as many dimensions as matter, each 1 wide at most.
+
+        Raises:
+            ValueError: if they are not finite, or all zero.
+        """
+        if not np.isfinite(products).all() or np.trace(products) <= 0:
+            raise ValueError(
+                "the predictions are NaN, infinite or all zero, and have no trajectory; look at a picture of "
+                "this pipeline, and use float32 or bfloat16"
+            )
         sizes, axes = np.linalg.eigh(products)
         largest = np.argsort(sizes)[::-1][:dimensions]
         points = axes[:, largest] * np.sqrt(np.maximum(sizes[largest], 0.0))
@@ -86,14 +102,20 @@ class Trajectory:
         return cls(tuple(np.round(levels, DIGITS).tolist()), tuple(map(tuple, points.tolist())))
 
     def at(self, levels: Sequence[float]) -> Matrix:
-        """The inner products of the predictions at other levels, on the lines between those known.
+        """The inner products of the predictions at other levels.
+
+        On the lines between those known; beyond them the line goes on. A generation that leaves them far is
+        planned badly: measure with its own noise levels, or with more steps.
 
         Returns:
             [N, N].
         """
-        known = np.array(self.levels)[::-1]
-        points = np.array(self.points)[::-1]
-        there = np.stack([np.interp(levels, known, each) for each in points.T], axis=1)
+        known, points = np.array(self.levels), np.array(self.points)
+        wanted = np.asarray(levels, dtype=float)
+        # Of the pair of known levels around each, or nearest to it.
+        first = np.clip(np.searchsorted(-known, -wanted, side="right") - 1, 0, len(known) - 2)
+        share = (known[first] - wanted) / (known[first] - known[first + 1])
+        there = points[first] + share[:, None] * (points[first + 1] - points[first])
         return np.asarray(there @ there.T)
 
 

@@ -321,7 +321,7 @@ def test_an_inversion_with_another_scheduler_of_the_pipeline_follows_that():
             # All tokens only in the warm-up, and until guidance is seen.
             assert invert() == {whole, whole // 2}
             assert len(handle.inspect()[0].steps) == 9  # of 12: the noisiest are left out
-    with apply_tofu(pipe, speedup=2.0) as handle:
+    with apply_tofu(pipe, speedup=2.0, rule="late") as handle:
         invert()
         (steps,) = handle.summary().steps
         assert (steps.steps, steps.computed) == (9, 5)

@@ -160,8 +160,12 @@ def test_a_bare_model_stands_alone_or_is_told():
 
 @pytest.mark.parametrize(
     "options",
-    # Of a bare model it is not known how far its steps go: none but the last computed one follows a skip.
-    [{"speedup": 5 / 3}, {"ratio": 0.5, "warmup_steps": 2, "corrector": False}, {"ratio": 0.5}],
+    # Of a bare model noise levels and step sizes are not known: a rule that needs none, and no corrector.
+    [
+        {"speedup": 5 / 3, "rule": "late", "corrector": False},
+        {"ratio": 0.5, "warmup_steps": 2, "corrector": False},
+        {"ratio": 0.5},
+    ],
     ids=str,
 )
 @torch.no_grad()

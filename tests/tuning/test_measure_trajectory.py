@@ -9,7 +9,7 @@ from tests import tiny
 from tofu_diffusers import StepSkipping, apply_tofu, measure_trajectory
 from tofu_diffusers.steps.sampler import Sampling
 
-STEPS = 8
+STEPS = 10
 
 
 @pytest.mark.parametrize("build", [tiny.tiny_sd, tiny.tiny_sd3, tiny.tiny_wan])
@@ -57,8 +57,8 @@ def test_it_is_planned_by_and_saved_and_read(tmp_path):
 def test_a_sampler_of_two_calls_a_step_is_at_every_level_once():
     pipe = tiny.tiny_sd()
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    trajectory = measure_trajectory(pipe, "a cat", num_inference_steps=5, height=64, width=64)
-    assert len(trajectory.levels) == 5
+    trajectory = measure_trajectory(pipe, "a cat", num_inference_steps=10, height=64, width=64)
+    assert len(trajectory.levels) == 10
 
 
 def test_what_cannot_be_measured_is_refused():
@@ -67,7 +67,7 @@ def test_what_cannot_be_measured_is_refused():
         measure_trajectory(pipe, [])
     with pytest.raises(TypeError, match="no pipeline with a scheduler"):
         measure_trajectory(pipe.unet, "a cat")
-    with pytest.raises(ValueError, match="2 steps of descending noise"):
-        measure_trajectory(pipe, "a cat", num_inference_steps=2, height=64, width=64)
+    with pytest.raises(ValueError, match=r"9 steps of descending noise .* needs 10"):
+        measure_trajectory(pipe, "a cat", num_inference_steps=9, height=64, width=64)
     with apply_tofu(pipe, ratio=0.5), pytest.raises(ValueError, match="has tofu"):
         measure_trajectory(pipe, "a cat")

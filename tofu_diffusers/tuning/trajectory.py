@@ -15,6 +15,9 @@ from ..steps.sampler import Sampling, timesteps_of
 from ..steps.trajectory import Trajectory
 from .calibrate import as_prompts, latents
 
+LEAST_STEPS = 10
+"""Of a measurement. Planned by one of three steps, 12 steps of a pipeline drifted more than by any rule."""
+
 
 def measure_trajectory(
     pipe: Any, prompts: str | Sequence[Any], *, seed: int = 0, **options: Any
@@ -37,7 +40,7 @@ def measure_trajectory(
 
     Raises:
         TypeError: if `pipe` is no pipeline with a scheduler.
-        ValueError: if there is no prompt, the pipeline has tofu, or fewer than three steps were seen.
+        ValueError: if there is no prompt, the pipeline has tofu, or fewer than ten steps were seen.
     """
     prompts = as_prompts(prompts)
     if not prompts:
@@ -54,10 +57,10 @@ def measure_trajectory(
         with predictions_of(found[0]) as seen:
             latents(pipe, prompt, seed + n, options)
         levels, kept = descending(found[0], seen)
-        if len(kept) < 3:
+        if len(kept) < LEAST_STEPS:
             raise ValueError(
-                f"{len(kept)} steps of descending noise were seen, and a trajectory needs 3 or more; ask for "
-                "more steps"
+                f"{len(kept)} steps of descending noise were seen, and a trajectory needs {LEAST_STEPS} or "
+                "more, whatever it is used for: fewer know the path too coarsely; ask for more steps, best 50"
             )
         rows = torch.stack([each.flatten() for each in kept]).double()
         products = rows @ rows.T

@@ -156,9 +156,10 @@ class Setup:
     def reach(self, sampling: Sampling) -> Tensor | None:
         """How far forecasts of a generation carry on the last change, see `Forecaster`; None: linearly."""
         config, total = self.skipping, len(sampling)
-        if config is None or config.trajectory is None or not total:
+        if config is None or config.trajectory is None or not config.order or not total:
             return None
-        computed = [step for step in range(total) if step not in self.skipped_steps(sampling)]
+        skipped = self.skipped_steps(sampling)
+        computed = [step for step in range(total) if step not in skipped]
         products = config.trajectory.at(sampling.angles)
         return torch.from_numpy(planned_reach(products, computed)).float()
 

@@ -98,12 +98,15 @@ def grid(pictures: np.ndarray, prompts: list[str]) -> Image.Image:
 
 
 def judged(
-    file: Path, emoji: Emoji, scorer: EmojiScorer, extractor: Extractor, cache: Path
+    made: dict[str, np.ndarray],
+    about: dict[str, Any],
+    emoji: Emoji,
+    scorer: EmojiScorer,
+    extractor: Extractor,
+    cache: Path,
 ) -> dict[str, Any]:
-    """What the card says of one file's pictures."""
-    images, about = unpack(file)
+    """What the card says of one file's pictures, by set."""
     sets, side = about["sets"], about["side"]
-    made = by_set(images, sets)
     result: dict[str, Any] = {
         "sampling": about["sampling"],
         "retrieval": {
@@ -114,7 +117,8 @@ def judged(
     }
     if "captions" in sets:
         real = cached(extractor, reference.pictures(emoji, side), cache / f"training_{side}px")
-        samples = cached(extractor, made["captions"], cache / file.stem)
+        name = Path(file_name(about["model"], side)).stem
+        samples = cached(extractor, made["captions"], cache / name)
         result |= {"distance": extractor.names[0], "distances": distances(samples, real)}
     return result
 
@@ -145,9 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"unpack {file.with_suffix('.tar')} in {HERE} and run: "
                 f"python -m pipelines.emoji.card --model {model} --log {args.pictures / 'log.jsonl'}"
             )
-        found = judged(file, emoji, scorer, extractor, args.cache)
-        card["quality"] = {**card.get("quality", {}), str(about["side"]): found}
         made = by_set(images, sets)
+        found = judged(made, about, emoji, scorer, extractor, args.cache)
+        card["quality"] = {**card.get("quality", {}), str(about["side"]): found}
         for name in SHEETS:
             if name in sets and about["side"] == data.SIZE:
                 path = SUBJECTS[model].folder / f"{name}.webp"

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from .steps.fitted import FittedForecasts
 from .steps.rules import SKIP_RULES
 from .steps.schedule import Schedule, quantise
 from .steps.trajectory import Trajectory
@@ -382,6 +383,8 @@ class StepSkipping(Config):
         rule: Which of the others are skipped: a name of `tofu_diffusers.SKIP_RULES`.
         trajectory: How the denoiser's outputs change along a generation: rule "trajectory" plans by it, and
             forecasts are fitted to it.
+        fitted: Steps and forecasts that `tune` fitted to a pipeline. They are for generations of these very
+            steps; in others, speedup, rule and order count.
         order: Of the forecast: 0 repeats the last computed output, 1 extrapolates the last two (with a
             trajectory by least squares, else linearly), or repeats the only one.
         corrector: Whether the latents are corrected at the next computed step by half of what the forecasts
@@ -407,6 +410,7 @@ class StepSkipping(Config):
     cooldown_steps: int = 0
     rule: str | None = None
     trajectory: Trajectory | None = None
+    fitted: FittedForecasts | None = None
     order: int = 1
     corrector: bool = True
 
@@ -424,6 +428,8 @@ class StepSkipping(Config):
             one_of("rule", self.rule, SKIP_RULES)
         if self.trajectory is not None:
             object.__setattr__(self, "trajectory", Trajectory.of(self.trajectory))
+        if self.fitted is not None:
+            object.__setattr__(self, "fitted", FittedForecasts.of(self.fitted))
         if not isinstance(self.corrector, bool):
             raise TypeError(f"corrector must be True or False, not {self.corrector!r}")
 

@@ -1,10 +1,12 @@
 """Skipping steps: at some the denoiser does not run, and its prediction comes from its past."""
 
+import functools
 import math
 import warnings
 from itertools import groupby, pairwise
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -19,11 +21,12 @@ from tofu_diffusers import (
     profile,
     remove_tofu,
 )
-from tofu_diffusers.steps.forecast import Forecaster
+from tofu_diffusers.steps.fitted import FittedForecasts
+from tofu_diffusers.steps.forecast import Forecaster, corrector_weights, forecast_weights
 from tofu_diffusers.steps.rules import Steps, computed_steps
 from tofu_diffusers.steps.rules import skipped_steps as skipped_by_rule
 from tofu_diffusers.steps.sampler import Sampling, step_sizes
-from tofu_diffusers.steps.trajectory import CORRECTED, Trajectory, planned_reach
+from tofu_diffusers.steps.trajectory import CORRECTED, Trajectory, reach_of
 
 STEPS = 8
 # Computes 5 of 8 steps.
@@ -58,11 +61,12 @@ class ByHand:
     the denoisers had.
     """
 
-    def __init__(self, pipe, skipped, extrapolates, reach=None):
+    def __init__(self, pipe, skipped, extrapolates, products=None):
         self.step, self.skipped, self.extrapolates = 0, skipped, extrapolates
-        self.reach = reach
+        self.products = products
         self.ran = 0
         self.call = 0
+        self.sums = None
         self.past = {}
         self.scheduler, self.models = pipe.scheduler, tiny.denoisers(pipe)
         self.before = [
@@ -87,16 +91,24 @@ class ByHand:
                 out = inner(*args, **kwargs)
                 past.append((self.step, out[0]))
                 self.ran += 1
-                return out
+                return out if self.sums is None else self.given(self.sums(past, self.step), kwargs)
+            if self.sums is not None:
+                return self.given(self.sums(past, self.step), kwargs)
             (before, older), (last, newer) = past[-2:]
             slope = (newer - older) / (last - before) if self.extrapolates else 0
-            ahead = self.step - last if self.reach is None else float(self.reach[last, self.step])
-            prediction = newer + ahead * slope
-            if kwargs.get("return_dict", True):
-                return type("Output", (), {"sample": prediction})
-            return (prediction,)
+            ahead = self.step - last
+            if self.products is not None:
+                steps = np.array([self.step])
+                ahead = float(reach_of(self.products, before, last, steps)[0])
+            return self.given(newer + ahead * slope, kwargs)
 
         return forward
+
+    @staticmethod
+    def given(prediction, kwargs):
+        if kwargs.get("return_dict", True):
+            return type("Output", (), {"sample": prediction})
+        return (prediction,)
 
     def remove(self):
         for each, name, value in self.before:
@@ -146,10 +158,7 @@ def test_forecasts_are_fitted_to_a_trajectory_that_is_given(build):
     with apply_tofu(pipe, speedup=STEPS / 5, **options):
         made = tiny.generate(pipe, steps=STEPS)
         products = trajectory.at(Sampling.of(pipe.scheduler).angles)
-    reach = planned_reach(products, [0, 1, 3, 5, 7])
-    line = planned_reach(products, [])
-    assert (reach <= line).all() and not (reach == line).all()
-    oracle = ByHand(pipe, {2, 4, 6}, True, reach)
+    oracle = ByHand(pipe, {2, 4, 6}, True, products)
     expected = tiny.generate(pipe, steps=STEPS)
     oracle.remove()
     torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
@@ -437,8 +446,9 @@ def test_a_rest_is_made_up_for_by_what_lies_between_the_steps_around_it(
     torch.manual_seed(seed)
     computed = torch.randn(calls, count, 2, 3, dtype=torch.float64)
     skipped = skipped_steps(rule, count, speedup, 2, count)
-    past = Forecaster(order=1)
-    past.begin(sizes)
+    weights = forecast_weights(count, [i for i in range(count) if i not in skipped], order=1)
+    past = Forecaster()
+    past.begin(weights, corrector_weights(sizes, weights))
     total, expected = torch.zeros(calls, 2, 3), torch.zeros(calls, 2, 3)
     for step, move in enumerate(sizes):
         for call in range(calls):
@@ -516,8 +526,120 @@ def test_of_some_of_the_steps_the_moves_are_theirs():
     with apply_tofu(pipe, speedup=SPEEDUP, corrector=True) as handle:
         tiny.generate(pipe, steps=16, image=image, strength=0.5)
         ((_, generation),) = handle._generations
-        assert generation.runtime.caches.forecaster.step_sizes == step_sizes(pipe.scheduler)[8:]
-        assert generation.runtime.caches.forecaster.weights.shape == (2, 8, 8)
+        forecaster, sizes = generation.runtime.caches.forecaster, step_sizes(pipe.scheduler)[8:]
+        weights = forecaster.weights.double().numpy()
+        assert weights.shape == (8, 8, 2)
+        wanted = torch.from_numpy(corrector_weights(sizes, weights)).float()
+        torch.testing.assert_close(forecaster.corrections, wanted)
+
+
+def test_forecasts_carry_on_the_last_change_as_far_as_the_trajectory_says():
+    products = TRAJECTORY.at(TRAJECTORY.levels)
+    table = forecast_weights(9, [0, 1, 4, 7], 1, products)
+    assert np.allclose(-3 * table[4, 5:, 1], reach_of(products, 1, 4, np.arange(5, 9)))
+    assert np.allclose(-table[1, 2:, 1], reach_of(products, 0, 1, np.arange(2, 9)))
+    line = forecast_weights(9, [0, 1, 4, 7], 1)
+    assert np.allclose(line[4, 5:, 1], [-1 / 3, -2 / 3, -1, -4 / 3])
+    # Behind the first one, and where none was to be computed: repeated.
+    assert not table[[0, 2]].any() and not table[..., 0].any()
+    assert not forecast_weights(9, [0, 1, 4, 7], 0, products).any()
+
+
+# ---- fitted to a pipeline --------------------------------------------------------------------------------
+
+
+def fitted_by_hand(levels, computed, weights=None):
+    """Fitted forecasts whose numbers are drawn, or given."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = [len([each for each in computed if each <= step][-3:]) for step in range(len(levels))]
+    rows = [[0.0], *((0.1 * torch.randn(n, generator=draw)).tolist() for n in sizes[1:])]
+    return FittedForecasts(levels, computed, weights or rows)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_fitted_forecasts_are_the_loop_written_out_by_hand(build):
+    """Each step is the sum of the last three computed predictions, its own included."""
+    pipe, computed = build(), (0, 1, 3, 4, 6)
+    tiny.generate(pipe, steps=STEPS)
+    levels = Sampling.of(pipe.scheduler).angles
+    fitted = fitted_by_hand(levels, computed)
+    config = StepSkipping(speedup=STEPS / 5, fitted=fitted)
+    with apply_tofu(pipe, config) as handle:
+        made = tiny.generate(pipe, steps=STEPS)
+        assert handle.inspect()[0].steps[0].skipped is False
+        plan = [step.skipped for step in handle.inspect()[0].steps]
+        assert [i for i, skipped in enumerate(plan) if not skipped] == [*computed]
+    oracle = ByHand(pipe, {2, 5, 7}, True)
+    oracle.sums = functools.partial(sum_of, fitted)
+    expected = tiny.generate(pipe, steps=STEPS)
+    oracle.remove()
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+
+
+def sum_of(fitted, past, step):
+    """What the sampler is given, from the computed predictions with their steps."""
+    known = [out for _, out in past][::-1][:3]
+    row = fitted.weights[step]
+    terms = [known[0], *(each - known[0] for each in known[1:])]
+    return known[0] + sum(w * each for w, each in zip(row, terms, strict=False))
+
+
+def test_fitted_forecasts_of_zero_repeat_and_correct_nothing():
+    pipe = tiny.tiny_sd()
+    tiny.generate(pipe, steps=STEPS)
+    levels = Sampling.of(pipe.scheduler).angles
+    zeros = [[0.0] * n for n in (1, 2, 2, 3, 3, 3, 3, 3)]
+    with apply_tofu(pipe, StepSkipping(fitted=FittedForecasts(levels, (0, 1, 3, 5, 7), zeros))):
+        made = tiny.generate(pipe, steps=STEPS)
+    with apply_tofu(pipe, speedup=SPEEDUP, warmup_steps=2, rule="late", order=0):
+        assert torch.equal(made, tiny.generate(pipe, steps=STEPS))
+
+
+def test_generations_of_other_steps_go_by_the_rule_and_say_so():
+    pipe = tiny.tiny_sd()
+    tiny.generate(pipe, steps=STEPS)
+    fitted = fitted_by_hand(Sampling.of(pipe.scheduler).angles, (0, 1, 3, 4, 6))
+    options = {"speedup": 2.0, "rule": "even", "warmup_steps": 1}
+    with apply_tofu(pipe, StepSkipping(**options)):
+        wanted = tiny.generate(pipe, steps=12)
+    with apply_tofu(pipe, StepSkipping(**options, fitted=fitted)) as handle:
+        with pytest.warns(UserWarning, match=r"fitted to 8 steps .* rule 'even'"):
+            made = tiny.generate(pipe, steps=12)
+        assert "fitted" not in str(handle.summary())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            tiny.generate(pipe, steps=STEPS)
+        assert "fitted to these 8 steps" in str(handle.summary())
+    assert torch.equal(made, wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"computed": (1, 2)}, "they ascend from 0"),
+        ({"computed": (0, 4)}, "they ascend from 0"),
+        ({"weights": [[0.0]] * 4}, r"\[1, 1, 1, 1\] weights for 4 steps; .* \[1, 1, 2, 2\]"),
+        ({"weights": [[1], [0], [0, 0], [0, 0]]}, "its weight is 0"),
+        ({"weights": [[0], [0], [0, math.nan], [0, 0]]}, "NaN"),
+    ],
+)
+def test_what_are_no_fitted_forecasts_is_refused(changes, words):
+    given = {"levels": (1.0, 0.7, 0.4, 0.1), "computed": (0, 2), "weights": None, **changes}
+    given["weights"] = given["weights"] or [[0], [0], [0, 0], [0, 0]]
+    with pytest.raises(ValueError, match=words):
+        StepSkipping(fitted=given)
+
+
+def test_fitted_forecasts_are_saved_and_read(tmp_path):
+    fitted = fitted_by_hand((1.0, 0.7, 0.4, 0.1), (0, 2))
+    config = StepSkipping(fitted=fitted)
+    config.save(tmp_path)
+    assert StepSkipping.load(tmp_path) == config
+    for other in ({}, {"levels": (1, 0.5), "points": ()}):
+        with pytest.raises(ValueError, match="fitted forecasts have levels, computed and weights"):
+            StepSkipping(fitted=other)
+    with pytest.raises(TypeError, match="not list"):
+        StepSkipping(fitted=[0, 1])
 
 
 # ---- with fewer tokens in the steps that are computed --------------------------------------------------

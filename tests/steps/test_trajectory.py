@@ -12,7 +12,6 @@ from tofu_diffusers.steps.trajectory import (
     TRANSIENT,
     Trajectory,
     best_steps,
-    planned_reach,
     reach_of,
 )
 
@@ -111,17 +110,6 @@ def test_beyond_the_levels_that_are_known_the_line_goes_on():
     levels = [1.1, 1.0, 0.9, 0.8, 0.5, 0.2]
     points = np.array([[1.0, y] for y in (-0.1, 0.0, 0.1, 0.2, 0.8, 1.4)])
     np.testing.assert_allclose(trajectory.at(levels), points @ points.T)
-
-
-def test_a_plan_reaches_as_each_of_its_pairs_does():
-    predictions, _ = drawn(8, 0)
-    products = predictions @ predictions.T
-    table = planned_reach(products, [0, 1, 4, 7])
-    assert np.array_equal(table[4, 5:], reach_of(products, 1, 4, np.arange(5, 8)))
-    assert np.array_equal(table[1, 2:], reach_of(products, 0, 1, np.arange(2, 8)))
-    # Not planned: a straight line. Not ahead: nothing.
-    assert np.array_equal(table[2], [0, 0, 0, 1, 2, 3, 4, 5])
-    assert not np.tril(table).any()
 
 
 def test_predictions_that_do_not_change_are_repeated():

@@ -13,7 +13,6 @@ from torch import nn
 from ..config import StepSkipping, TokenReduction
 from ..profiles import origin
 from ..runtime.generation import Generation, StepRecord
-from ..runtime.runtime import Runtime
 from ..runtime.setup import Setup
 from ..runtime.sites import Site
 from ..steps.sampler import Sampling
@@ -191,8 +190,9 @@ def summarise(
         run += sum(counts[setting] * times for setting, times in weights.items())
     if uncounted:
         whole, run = calls, computed_calls
-    first = generations[0][1].runtime
-    settings = "\n".join([*_settings(first), f"family {first.setup.family.name}"])
+    first = generations[0][1]
+    family = first.runtime.setup.family.name
+    settings = "\n".join([*_settings(first), f"family {family}"])
     return Summary(tuple(rows), tuple(skips), whole, run, uncounted, held, nominal, settings)
 
 
@@ -227,9 +227,10 @@ def _nominal_steps(setup: Setup) -> list[StepRecord]:
     return steps
 
 
-def _settings(runtime: Runtime) -> list[str]:
+def _settings(generation: Generation) -> list[str]:
     """A line on each configuration, and where it is from."""
-    setup = runtime.setup
+    runtime = generation.runtime
+    setup, fitted = runtime.setup, runtime.setup.fitted(generation.sampling)
     lines, family = [], setup.family.name
     for config in setup.configs:
         if isinstance(config, TokenReduction):
@@ -242,8 +243,12 @@ def _settings(runtime: Runtime) -> list[str]:
             lines += [f"it removes {words}" for words in runtime.short_of()]
         elif isinstance(config, StepSkipping):
             corrected = ", corrector" if config.corrector and config.order else ""
+            how = (
+                f"rule {config.rule}, {config.steps_needed} warm-up steps, order {config.order}"
+                if fitted is None
+                else f"fitted to these {len(fitted.levels)} steps"
+            )
             lines.append(
-                f"StepSkipping: speedup {config.speedup:g}, rule {config.rule}, {config.steps_needed} "
-                f"warm-up steps, order {config.order}{corrected}{origin(family, config)}"
+                f"StepSkipping: speedup {config.speedup:g}, {how}{corrected}{origin(family, config)}"
             )
     return lines

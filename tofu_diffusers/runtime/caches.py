@@ -37,7 +37,7 @@ class Caches:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         skipping, reduction = setup.skipping, setup.reduction
-        self.forecaster = None if skipping is None else Forecaster(skipping.order)
+        self.forecaster = None if skipping is None else Forecaster()
         corrects = reduction is not None and bool(reduction.corrector)
         self.corrector = Corrector() if corrects else None
         self.statistics: TokenStatistics | None = None
@@ -47,9 +47,7 @@ class Caches:
     def begin(self, sampling: Sampling) -> None:
         """Tell what forecasts and corrects outputs of the steps of a generation."""
         if self.forecaster is not None:
-            corrects = self.setup.corrects_steps and sampling.additive_sizes is not None
-            sizes = list(sampling.additive_sizes or ()) if corrects else None
-            self.forecaster.begin(sizes, self.setup.reach(sampling))
+            self.forecaster.begin(*self.setup.forecasts(sampling))
         if self.corrector is not None:
             # Single tokens are corrected under solvers of higher order, too.
             self.corrector.begin(None if sampling.sizes is None else list(sampling.sizes))

@@ -336,6 +336,14 @@ class Generation:
                 "left to save; with so few steps choose a method and unmerge without memory (method='tofu')",
                 stacklevel=2,
             )
+        skipping = setup.skipping
+        if skipping is not None and skipping.fitted is not None and not setup.fitted(self.sampling):
+            warnings.warn(
+                f"forecasts were fitted to {len(skipping.fitted.levels)} steps from noise level "
+                f"{skipping.fitted.levels[0]:.3f} to {skipping.fitted.levels[-1]:.3f}, and these are {steps} "
+                f"others, which go by rule {skipping.rule!r}; tune with these steps and this sampler",
+                stacklevel=2,
+            )
         if setup.skipping is not None:
             computed = max(1, steps - len(setup.skipped_steps(self.sampling)))
             if steps / computed < setup.skipping.speedup - 1e-6:

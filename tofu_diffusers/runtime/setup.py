@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
 
 from ..config import Config, StepSkipping, TokenReduction
 from ..families.base import Family
+from ..steps.fitted import FittedForecasts
+from ..steps.forecast import corrector_weights, fitted_weights, forecast_weights
 from ..steps.reference import Reference
 from ..steps.rules import Steps, computed_steps, skipped_steps
 from ..steps.sampler import Sampling
-from ..steps.trajectory import planned_reach
 from ..tokens.methods import Method
 from ..tokens.unmerges import UNMERGES
 from .sites import PlanCache, Projection, Site
@@ -141,6 +143,9 @@ class Setup:
         config, total = self.skipping, len(sampling)
         if config is None or not total:
             return frozenset()
+        fitted = self.fitted(sampling)
+        if fitted is not None:
+            return frozenset({*range(total)} - {*fitted.computed})
         free = range(config.steps_needed, total - config.cooldown_steps)
         steps = Steps(
             free,
@@ -153,15 +158,31 @@ class Setup:
         )
         return skipped_steps(str(config.rule), steps)
 
-    def reach(self, sampling: Sampling) -> Tensor | None:
-        """How far forecasts of a generation carry on the last change, see `Forecaster`; None: linearly."""
-        config, total = self.skipping, len(sampling)
-        if config is None or config.trajectory is None or not config.order or not total:
-            return None
+    def fitted(self, sampling: Sampling) -> FittedForecasts | None:
+        """The fitted forecasts, if they are for the steps of this generation."""
+        fitted = None if self.skipping is None else self.skipping.fitted
+        return fitted if fitted is not None and fitted.fits(sampling.angles) else None
+
+    def forecasts(
+        self, sampling: Sampling
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """How a generation's skipped steps are forecast, and what corrects its computed ones, if anything.
+
+        See `forecast.forecast_weights` and `forecast.corrector_weights`.
+        """
+        config, total, fitted = self.skipping, len(sampling), self.fitted(sampling)
+        assert config is not None
+        if fitted is not None:
+            weights, corrections = fitted_weights(fitted)
+            return weights, corrections if self.corrects_steps else None
         skipped = self.skipped_steps(sampling)
         computed = [step for step in range(total) if step not in skipped]
-        products = config.trajectory.at(sampling.angles)
-        return torch.from_numpy(planned_reach(products, computed)).float()
+        known = config.trajectory is not None and total > 0
+        products = config.trajectory.at(sampling.angles) if known and config.trajectory else None
+        weights = forecast_weights(total, computed, config.order, products)
+        if not self.corrects_steps or sampling.additive_sizes is None:
+            return weights, None
+        return weights, corrector_weights(sampling.additive_sizes, weights)
 
     def settings_at(
         self, index: int, computed_steps: int, sampling: Sampling, past: int | None = None

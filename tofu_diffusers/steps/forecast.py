@@ -2,85 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kernels.reference import upcast
-from ..tokens.update_cache import CacheKind, UpdateCache
+from ..tokens.update_cache import clamp_cast
+from .fitted import POINTS, FittedForecasts
 from .outputs import form_of, tensors_in, with_tensors
-from .trajectory import CORRECTED
+from .trajectory import CORRECTED, reach_of
 
 
 @dataclass
 class PredictionCache:
     """The last predictions in one branch of guidance.
 
-    Args:
-        caches: One for each tensor of an output, which is the update of a single wide token: [1, 1, numbers].
+    Attributes:
+        values: [K, numbers] for each tensor of an output, the last one first.
+        last: [1] float32, the step at which that was computed.
         form: The last output, without its tensors' numbers.
     """
 
-    caches: list[UpdateCache]
+    values: list[Tensor]
+    last: Tensor
     form: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(each.numel() * each.element_size() for each in (*self.values, self.last))
 
 
 @dataclass
 class Forecaster:
-    """The past of every branch of guidance of one generation; repeats it or extrapolates it.
+    """The past of every branch of guidance of one generation, and what is made of it.
 
-    The first order of TaylorSeer (arXiv 2503.06923), on the prediction instead of on every layer. How far the
-    last change is carried on is fitted to the denoiser's trajectory where one is known: a straight line goes
-    astray on paths that bend.
+    TaylorSeer (arXiv 2503.06923) extrapolates every layer; here it is the prediction alone, on a straight
+    line as its first order. How far the last change is carried on is fitted to the denoiser's trajectory
+    where one is known: a straight line goes astray on paths that bend.
 
     The corrector looks back. At the first step that is computed after a skip, what was extrapolated can be
     interpolated; how far the latents went wrong in between is known, and that step's prediction is changed
     such that it brings them back: a predictor and a corrector, as solvers of equations have them (and FoCa,
     arXiv 2508.16211, for features inside the denoiser). The prediction that is remembered stays as it was.
 
-    Args:
-        order: 0 repeats the last prediction, 1 extrapolates the last two.
-        step_sizes: Of this generation; None: nothing is corrected.
-        reach: [N, N] float32, of how many steps the last change is added at step j when step i was computed
-            last: entry [i, j]. None: of j - i, a straight line.
-        weights: Of its skips, see `corrector_weights`.
+    Attributes:
+        past: By branch of guidance.
+        weights: [N, N, K] float32, see `forecast_weights`.
+        corrections: [N, N, K + 1] float32, see `corrector_weights`; None: nothing is corrected.
     """
 
-    order: int
     past: dict[str, PredictionCache] = field(default_factory=dict)
-    step_sizes: list[float] | None = None
-    reach: Tensor | None = None
-    weights: Tensor | None = None
-
-    @property
-    def kept(self) -> CacheKind:
-        """What is remembered of a prediction."""
-        return CacheKind.SLOPE if self.order else CacheKind.VALUE
+    weights: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1))
+    corrections: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(cache.nbytes for past in self.past.values() for cache in past.caches)
+        return sum(past.nbytes for past in self.past.values())
 
     def nbytes_for(self, out: Any) -> int:
         """Bytes that one more branch would take, with such outputs."""
-        numbers = [(each.numel(), each.dtype) for each in tensors_in(out)]
-        return sum(UpdateCache.nbytes_for(self.kept, 1, 1, *each) for each in numbers)
+        points = self.weights.shape[-1]
+        size = sum(each.numel() * each.element_size() for each in tensors_in(out))
+        return points * size + torch.float32.itemsize
 
-    def begin(self, step_sizes: list[float] | None, reach: Tensor | None = None) -> None:
-        """Take note of how far the steps of a generation go, see `sampler.step_sizes`, and the forecasts."""
-        self.step_sizes, self.reach = step_sizes, reach
-        self.weights = None if step_sizes is None else corrector_weights(step_sizes, reach)
+    def begin(self, weights: NDArray[np.float64], corrections: NDArray[np.float64] | None) -> None:
+        """Take note of a generation's forecasts and corrections."""
+        self.weights = torch.from_numpy(weights).float()
+        self.corrections = None if corrections is None else torch.from_numpy(corrections).float()
 
     def to(self, device: torch.device) -> None:
         """Where the denoiser is."""
-        if self.weights is not None and self.weights.device != device:
+        if self.weights.device != device:
             self.weights = self.weights.to(device)
-        if self.reach is not None and self.reach.device != device:
-            self.reach = self.reach.to(device)
+        if self.corrections is not None and self.corrections.device != device:
+            self.corrections = self.corrections.to(device)
 
     def record(self, branch: str, out: Any, step: Tensor) -> Any:
         """Remember what the denoiser returned.
@@ -92,8 +96,8 @@ class Forecaster:
             TypeError: if there is no tensor in it.
         """
         tensors = tensors_in(out)
-        known = self.past.get(branch)
-        if known is None or [each.shape for each in tensors_in(known.form)] != [
+        past = self.past.get(branch)
+        if past is None or [each.shape for each in tensors_in(past.form)] != [
             each.shape for each in tensors
         ]:
             if not tensors:
@@ -101,24 +105,25 @@ class Forecaster:
                     f"the denoiser returned {type(out).__name__} without a tensor of floats, and so nothing "
                     "that can be forecast; call remove_tofu"
                 )
-            caches = [
-                UpdateCache.empty(self.kept, 1, 1, each.numel(), each.dtype, each.device)
-                for each in tensors
-            ]
-            self.past[branch] = PredictionCache(caches, form_of(out))
-        weights = self.weights if self.order else None
+            # As if it had always been so: before there are as many, nothing is made of the others.
+            points = self.weights.shape[-1]
+            first = [each.detach().reshape(1, -1).repeat(points, 1) for each in tensors]
+            # A copy: the step that is handed over is counted on in place.
+            last = step.to(torch.float32, copy=True).reshape(1)
+            self.past[branch] = PredictionCache(first, last, form_of(out))
+            return out
+        taken = None if self.corrections is None else at(self.corrections, past.last, step)
         corrected = []
-        for cache, tensor in zip(self.past[branch].caches, tensors, strict=True):
-            row = tensor.detach().reshape(1, 1, -1)
-            if weights is None or cache.slope is None:
-                cache.record(row, step)
-                continue
-            taken, wanted = at(weights, cache.last, step)
-            before = upcast(cache.slope) * taken
-            cache.record(row, step)
-            missing = upcast(cache.slope) * wanted - before
-            corrected.append((upcast(row) + missing).to(row.dtype).view(tensor.shape))
-        return out if weights is None else with_tensors(out, corrected)
+        for values, tensor in zip(past.values, tensors, strict=True):
+            row = tensor.detach().reshape(1, -1)
+            if taken is not None:
+                known = upcast(row[0]) + combined(torch.cat([row, values]), taken)
+                corrected.append(known.to(row.dtype).view(tensor.shape))
+            # A second call within one step takes the place of the first.
+            older = torch.where(step > past.last, values[:-1], values[1:])
+            values.copy_(torch.cat([row.to(values.dtype), older]))
+        past.last.copy_(step.float().reshape(1))
+        return out if taken is None else with_tensors(out, corrected)
 
     def forecast(self, branch: str, step: Tensor, return_dict: bool | None = None) -> Any:
         """What the denoiser would return at this step.
@@ -128,13 +133,10 @@ class Forecaster:
                 form, or the last one will do.
         """
         past = self.past[branch]
+        weights = at(self.weights, past.last, step)
         tensors = [
-            cache.extrapolated(
-                step,
-                cache.value.dtype,
-                None if self.reach is None else at(self.reach, cache.last, step),
-            ).view(each.shape)
-            for cache, each in zip(past.caches, tensors_in(past.form), strict=True)
+            clamp_cast(upcast(values[0]) + combined(values, weights), values.dtype).view(each.shape)
+            for values, each in zip(past.values, tensors_in(past.form), strict=True)
         ]
         out = with_tensors(past.form, tensors)
         if is_dataclass(out) and return_dict is False:
@@ -146,37 +148,97 @@ class Forecaster:
         return out
 
 
+def combined(values: Tensor, weights: Tensor) -> Tensor:
+    """w_0 p_0 + w_1 (p_1 - p_0) + ... of predictions [K, numbers].  -> [numbers]."""
+    first = upcast(values[0])
+    total = weights[0] * first
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        total = total + weight * (upcast(value) - first)
+    return total
+
+
 def at(table: Tensor, last: Tensor, step: Tensor) -> Tensor:
-    """Entries of a table [..., N, N] for what was computed last, and a step.  [..., 1, 1, 1]."""
-    last = last.long().clamp(min=0)
-    # Expanded: an index without axes would be read by the host.
-    return table[..., last, step.long().expand_as(last)][..., None]
+    """The entry of a table [N, N, K] for what was computed last, and a step.  [K]."""
+    # As tensors with an axis: an index without would be read by the host.
+    return table[last.long().clamp(min=0), step.long().reshape(1)][0]
 
 
-def corrector_weights(step_sizes: list[float], reach: Tensor | None = None) -> Tensor:
-    """Weights of the slopes, to correct a skip interval from step i to step k that both ran.
+def forecast_weights(
+    total: int, computed: Sequence[int], order: int, products: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """How forecasts are made of the last computed predictions.
 
-    At step j between them p_i + reach_ij s was taken for the prediction. Interpolated it is p_i + (j - i) s'
-    with the new slope s', so the latents lack the sum over j of move_j ((j - i) s' - reach_ij s). Step k adds
-    half of it, with a prediction that is larger by that over move_k.
+    Of p_0, and p_1 before it, they are p_0 + w_0 p_0 + w_1 (p_1 - p_0). Behind a step that was not to be
+    computed, p_0 is repeated.
+
+    Args:
+        total: N, steps of the generation.
+        computed: Those that are computed.
+        order: 0 repeats the last prediction, 1 carries on the last change.
+        products: [N, N], inner products of the unreduced predictions, which say how far, see
+            `trajectory.reach_of`; None: on a straight line.
+
+    Returns:
+        [N, N, order + 1], for every step computed last, and every step forecast.
+    """
+    table = np.zeros((total, total, order + 1))
+    for before, last in pairwise(computed) if order else ():
+        ahead = np.arange(last + 1, total)
+        reach = ahead - last if products is None else reach_of(products, before, last, ahead)
+        table[last, last + 1 :, 1] = -reach / (last - before)
+    return table
+
+
+def fitted_weights(
+    fitted: FittedForecasts,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The same of fitted forecasts, and what computed steps are corrected by, see `corrector_weights`."""
+    total = len(fitted.levels)
+    weights, corrections = np.zeros((total, total, POINTS)), np.zeros((total, total, POINTS + 1))
+    for step, row in enumerate(fitted.weights):
+        last = fitted.past(step)[0]
+        if last == step:
+            earlier = fitted.past(step)[1:2]
+            # The first one is as it was computed: nothing is known yet.
+            if earlier:
+                corrections[earlier[0], step, : len(row)] = row
+        else:
+            weights[last, step, : len(row)] = row
+    return weights, corrections
+
+
+def corrector_weights(
+    step_sizes: Sequence[float], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Weights of the predictions, to correct a skip interval from step i to step k that both ran.
+
+    At step j between them f_ij was taken for the prediction. Interpolated it is p_i + (j - i) / (k - i)
+    (p_k - p_i), so the latents lack the sum over j of move_j times the difference. Step k adds half of it,
+    with a prediction that is larger by that over move_k.
 
     The last step corrects nothing: it goes to latents without noise, where predictions bend too much to be
     interpolated, and under flow matching hardly anywhere.
 
     Args:
         step_sizes: N.
-        reach: See `Forecaster`.
+        weights: [N, N, K], of the forecasts.
 
     Returns:
-        [2, N, N] float32, of s and of s'; 0 where there is no step between the two.
+        [N, N, K + 1]: to p_k are added c_0 p_k, c_1 (p_i - p_k) and so on to the last remembered; 0 where
+        there is no step between the two.
     """
-    move = torch.tensor(step_sizes, dtype=torch.float64)
-    place = torch.arange(len(step_sizes), dtype=torch.float64)
-    line = (place - place[:, None]).clamp(min=0)
-    taken = line if reach is None else reach.double()
+    move = np.asarray(step_sizes)
+    place = np.arange(len(move))
+    distance = np.maximum(place - place[:, None], 0)
+    # Of p_i, of p_1 - p_i and so on, and of p_k - p_i.
+    line = distance[..., None] * move[:, None]
+    terms = np.concatenate([-weights * move[:, None], line], axis=2) * (distance > 0)[..., None]
     # Sums over the steps behind i and before k.
-    moved = torch.stack([taken, line]) * move
-    before_k = moved.triu(1).cumsum(-1) - moved.triu(1)
-    weights = (CORRECTED * before_k / move).triu(2)
-    weights[..., -1] = 0.0
-    return weights.float()
+    before_k = np.cumsum(terms, axis=1) - terms
+    before_k[..., -1] /= np.maximum(distance, 1)
+    own, older, new = before_k[..., :1], before_k[..., 1:-1], before_k[..., -1:]
+    last = own - older.sum(axis=-1, keepdims=True) - new
+    found = np.concatenate([own, last, older], axis=2) * (CORRECTED / move[:, None])
+    found[distance < 2] = 0.0
+    found[:, -1] = 0.0
+    return found

@@ -190,19 +190,6 @@ def reach_of(products: Matrix, before: int, last: int, steps: NDArray[Any]) -> M
     return reach
 
 
-def planned_reach(products: Matrix, computed: Sequence[int]) -> Matrix:
-    """`reach_of` for what a schedule computes last, and any step; a straight line behind other steps.
-
-    Returns:
-        [N, N], see `Forecaster`.
-    """
-    places = np.arange(len(products))
-    table: Matrix = np.maximum(places - places[:, None], 0).astype(float)
-    for before, last in pairwise(computed):
-        table[last, last + 1 :] = reach_of(products, before, last, places[last + 1 :])
-    return table
-
-
 def _costs(products: Matrix, sizes: Matrix, gap: int, order: int, corrects: bool) -> Matrix:
     """What the latents lack by skipping from one computed step to the next.
 

@@ -13,7 +13,7 @@ from .gather import gather_rows, scatter_rows_
 
 
 class CacheKind(Enum):
-    """What an unmerge, or a forecast, remembers of every token."""
+    """What an unmerge remembers of every token."""
 
     NONE = "none"
     VALUE = "value"
@@ -83,21 +83,20 @@ class UpdateCache:
         """Steps since each token was computed; of one that never was, more.  [B, N] float32."""
         return step.to(torch.float32) - self.last
 
-    def extrapolated(self, step: Tensor, dtype: torch.dtype, reach: Tensor | None = None) -> Tensor:
+    def extrapolated(self, step: Tensor, dtype: torch.dtype) -> Tensor:
         """Each token's last update, extrapolated where slopes are kept, else repeated.
 
         Args:
             step: 0-d float32 tensor.
             dtype: Of the result.
-            reach: [B, N, 1], of how many steps the change is added; None: of as many as have passed.
 
         Returns:
             [B, N, C], a copy.
         """
         if self.slope is None:
             return self.value.to(dtype, copy=True)
-        reach = self.age(step)[..., None] if reach is None else reach
-        return clamp_cast(torch.addcmul(upcast(self.value), reach, upcast(self.slope)), dtype)
+        age = self.age(step)[..., None]
+        return clamp_cast(torch.addcmul(upcast(self.value), age, upcast(self.slope)), dtype)
 
     def record(self, update: Tensor, step: Tensor, kept: Tensor | None = None) -> None:
         """Store computed updates, in place.

@@ -23,6 +23,7 @@ LAYERS = (
     {"tokens"},
     {"steps"},
     {"config"},
+    {"tuned"},
     {"families"},
     {"profiles"},
     {"runtime"},
@@ -54,7 +55,7 @@ EVAL_LAYERS = (
     {"metrics"},
     {"bench"},
     {"report"},
-    {"calibrate", "sweep"},
+    {"calibrate", "sweep", "tune"},
     {"studies"},
     {"__main__"},
 )

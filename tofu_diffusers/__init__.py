@@ -22,9 +22,11 @@ from .tokens.plan import Plan
 from .tokens.unmerge import unmerge_tokens
 from .tokens.unmerges import UNMERGES
 from .tokens.update_cache import CacheKind, UpdateCache
+from .tuned import Tuned
 from .tuning.calibrate import calibrate_gradient
 from .tuning.schedule_search import LearnedSchedule, learn_schedule
 from .tuning.trajectory import measure_trajectory
+from .tuning.tune import tune
 
 __version__ = "0.1.0"
 
@@ -50,6 +52,7 @@ __all__ = [
     "TokenGrid",
     "TokenReduction",
     "Trajectory",
+    "Tuned",
     "UpdateCache",
     "__version__",
     "apply_tofu",
@@ -60,5 +63,6 @@ __all__ = [
     "profile",
     "remove_tofu",
     "resolve",
+    "tune",
     "unmerge_tokens",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +28,7 @@ from .runtime.setup import Setup, in_force
 from .steps.clock import listeners_of, unwatch, watch
 from .steps.pipelines import cached_by_cache_dit, components, schedulers, unwrap
 from .steps.reference import Reference
+from .tuned import Tuned
 
 DENOISER_NAMES = ("unet", "transformer", "transformer_2")
 # How parts of a pipeline are called that take a timestep too, and denoise nothing.
@@ -35,7 +37,7 @@ BESIDE = "controlnet"
 
 def apply_tofu(
     target: Any,
-    *configs: Config,
+    *configs: Config | Tuned | str | os.PathLike[str],
     ratio: float | None = None,
     speedup: float | None = None,
     **options: Any,
@@ -52,7 +54,7 @@ def apply_tofu(
     Args:
         target: A pipeline (all its denoisers), a modular pipeline, or a denoiser, compiled or not.
         configs: A TokenReduction, a StepSkipping, or one of each: then tokens are reduced in the steps that
-            are computed.
+            are computed. Or what `tune` found for this pipeline, or the folder where it was saved.
         ratio: Fraction of the image tokens removed: `TokenReduction(ratio=ratio, **options)`. Higher is
             faster and drifts more.
         speedup: How many times fewer FLOPs of the denoiser, at least: by the type that measured best for the
@@ -67,11 +69,11 @@ def apply_tofu(
         ValueError: if ratio and speedup are given together, an option is of another type than what is asked
             for, the target has no denoiser of a known family or no site, was changed by tomesd or cache-dit,
             or the configuration does not hold. The target is then as it was.
-        FileNotFoundError: if there are no probes where `method_options` say.
+        FileNotFoundError: if there are no probes where `method_options` say, or a folder has nothing tuned.
         RuntimeError: if a forward that must change was replaced by another.
     """
-    asked = _asked(configs, ratio, speedup, options)
-    family = options.get("family", next((each.family for each in configs if each.family), None))
+    asked = _asked(*_of_tuned(target, configs, speedup), ratio, options)
+    family = options.get("family", next((each.family for each in asked if each.family), None))
     skips = not asked or any(isinstance(each, StepSkipping) for each in asked)
     pipeline, found = _denoisers(target, family, skips)
     plans = []
@@ -312,10 +314,26 @@ class Handle:
             self.remove()
 
 
+def _of_tuned(
+    target: Any, configs: tuple[Any, ...], speedup: float | None
+) -> tuple[tuple[Any, ...], float | None]:
+    """Configurations and speed-up; in the place of tuned settings, those of the speed-up."""
+    tuned = [Tuned.load(each) if isinstance(each, (str, os.PathLike)) else each for each in configs]
+    if not any(isinstance(each, Tuned) for each in tuned):
+        return configs, speedup
+    if len(tuned) > 1:
+        raise ValueError(
+            f"{len(tuned)} configurations are given, one of them tuned; tuned settings stand alone, change "
+            "them by options"
+        )
+    tuned[0].check_fits([type(each).__name__ for each, _ in _denoisers(target, None, True)[1]])
+    return tuned[0].configs(speedup), None
+
+
 def _asked(
     configs: tuple[Config, ...],
-    ratio: float | None,
     speedup: float | None,
+    ratio: float | None,
     options: dict[str, Any],
 ) -> tuple[Config, ...]:
     """The configurations that were asked for; none where the family's profile says of which type."""
@@ -410,6 +428,15 @@ def _beside(pipeline: Any) -> list[nn.Module]:
     parts = {name: part for name, part in components(pipeline).items() if name.startswith(BESIDE)}
     models = [unwrap(part) for part in parts.values() if isinstance(part, nn.Module)]
     return [each for each in models if takes_timestep(each) and state_of(each) is None]
+
+
+def denoisers_of(pipe: Any) -> list[tuple[nn.Module, Family]]:
+    """The denoisers of a pipeline with their families, of any class.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    return _denoisers(pipe, None, skips=True)[1]
 
 
 def only_denoiser(pipe: Any, family: str | None) -> nn.Module:

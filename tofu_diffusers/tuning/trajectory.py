@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,44 +47,92 @@ def measure_trajectory(
     prompts = as_prompts(prompts)
     if not prompts:
         raise ValueError("no prompts to measure a trajectory from; give at least one")
+    scheduler = scheduler_without_tofu(pipe)
+    paths = []
+    for n, prompt in enumerate(prompts):
+        _, path = followed(scheduler, partial(latents, pipe, prompt, seed + n, options))
+        path.check()
+        paths.append(path)
+    return mean_trajectory(paths)
+
+
+def scheduler_without_tofu(pipe: Any) -> Any:
+    """The scheduler of a pipeline that has no tofu.
+
+    Raises:
+        TypeError: if `pipe` is no pipeline with a scheduler.
+        ValueError: if it has tofu.
+    """
     found = schedulers(pipe)
     if not found:
         raise TypeError(f"{type(pipe).__name__} is no pipeline with a scheduler")
     models = [part for part in components(pipe).values() if isinstance(part, nn.Module)]
     if any(state_of(unwrap(each)) is not None for each in models):
         raise ValueError("the pipeline has tofu; call remove_tofu(pipe) before measuring")
-    total: Tensor | None = None
-    levels: tuple[float, ...] = ()
-    for n, prompt in enumerate(prompts):
-        with predictions_of(found[0]) as seen:
-            latents(pipe, prompt, seed + n, options)
-        levels, kept = descending(found[0], seen)
-        if len(kept) < LEAST_STEPS:
+    return found[0]
+
+
+@dataclass(frozen=True)
+class PredictionPath:
+    """What is kept of one generation's predictions.
+
+    Attributes:
+        levels: Noise levels of the steps.
+        products: [L, L] float64, their inner products over the sum of their squares.
+    """
+
+    levels: tuple[float, ...]
+    products: Tensor
+
+    def check(self) -> None:
+        """Raise ValueError if there are fewer than ten steps."""
+        if len(self.levels) < LEAST_STEPS:
             raise ValueError(
-                f"{len(kept)} steps of descending noise were seen, and a trajectory needs {LEAST_STEPS} or "
-                "more, whatever it is used for: fewer know the path too coarsely; ask for more steps, best 50"
+                f"{len(self.levels)} steps of descending noise were seen, and a trajectory needs "
+                f"{LEAST_STEPS} or more, whatever it is used for: fewer know the path too coarsely; ask for "
+                "more steps, best 50"
             )
-        rows = torch.stack([each.flatten() for each in kept]).double()
-        products = rows @ rows.T
-        total = products / products.trace() + (0 if total is None else total)
-    assert total is not None
-    return Trajectory.from_products(levels, total.numpy())
+
+
+def followed(scheduler: Any, generate: Callable[[], Any]) -> tuple[Any, PredictionPath]:
+    """Run a generation; what it returns, and the path of what its scheduler is given."""
+    seen: list[tuple[float, Tensor]] = []
+
+    def note(prediction: Tensor, timestep: Any, after: Any) -> None:
+        at = float(timestep.max() if isinstance(timestep, Tensor) else timestep)
+        seen.append((at, prediction.detach().float().cpu()))
+
+    with told_of_steps(scheduler, note):
+        made = generate()
+    levels, kept = descending(scheduler, seen)
+    if not kept:
+        return made, PredictionPath((), torch.zeros(0, 0, dtype=torch.float64))
+    rows = torch.stack([each.flatten() for each in kept]).double()
+    products = rows @ rows.T
+    # So that each generation counts alike, however large its numbers.
+    return made, PredictionPath(levels, products / products.trace())
+
+
+def mean_trajectory(paths: Sequence[PredictionPath]) -> Trajectory:
+    """The mean of generations with the same steps; raises ValueError as `PredictionPath.check`."""
+    paths[0].check()
+    total = torch.stack([each.products for each in paths]).mean(dim=0)
+    return Trajectory.from_products(paths[0].levels, total.numpy())
 
 
 @contextmanager
-def predictions_of(scheduler: Any) -> Iterator[list[tuple[float, Tensor]]]:
-    """The timestep and the prediction of every step that a scheduler is told, on the CPU."""
-    seen: list[tuple[float, Tensor]] = []
+def told_of_steps(scheduler: Any, note: Callable[[Tensor, Any, Any], None]) -> Iterator[None]:
+    """Call `note` at every step of a scheduler: with the prediction, the timestep, and what it returned."""
     step, own = scheduler.step, scheduler.__dict__.get("step")
 
-    def note(prediction: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        at = float(timestep.max() if isinstance(timestep, Tensor) else timestep)
-        seen.append((at, prediction.detach().float().cpu()))
-        return step(prediction, timestep, *args, **kwargs)
+    def noted(prediction: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        after = step(prediction, timestep, *args, **kwargs)
+        note(prediction, timestep, after)
+        return after
 
-    scheduler.step = note
+    scheduler.step = noted
     try:
-        yield seen
+        yield
     finally:
         if own is None:
             del scheduler.step

@@ -1,0 +1,252 @@
+"""tune: what it finds is what it measured, wherever it was stopped, and the pipeline is as before."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from tofu_diffusers import StepSkipping, Tuned, apply_tofu, remove_tofu, tune
+from tofu_diffusers.tuning import tune as module
+from tofu_diffusers.tuning.references import BROKEN_DB, EQUAL_DB, latents_db, psnr_db
+
+PROMPTS = ["a cat", "a dog", "a car"]
+CALL = {"num_inference_steps": 10, "height": 64, "width": 64}
+
+
+def tuned_tiny(pipe, **options):
+    return tune(pipe, PROMPTS, **{"speedup": 2.0, "progress": False, **CALL, **options})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """A pipeline, what was found on it, and the folder where it was measured."""
+    folder = tmp_path_factory.mktemp("search")
+    pipe = tiny.tiny_sd()
+    return pipe, tuned_tiny(pipe, folder=folder), folder
+
+
+def test_the_pipeline_and_the_global_generator_are_left_as_they_were():
+    pipe = tiny.tiny_sd()
+    pipe.set_progress_bar_config(desc="mine")
+    before = tiny.generate(pipe, steps=4)
+    state = torch.random.get_rng_state()
+    tuned_tiny(pipe, speedup=2.0, minutes=1e-9)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert pipe._progress_bar_config == {"desc": "mine"}
+    assert "step" not in vars(pipe.scheduler)
+    assert torch.equal(tiny.generate(pipe, steps=4), before)
+
+
+def test_each_speedup_is_reached_and_compared_with_the_default_and_fewer_steps(found):
+    _, tuned, _ = found
+    assert [*tuned.choices] == [2.0]
+    assert [row.kind for row in tuned.rows] == ["default", "tuned", "fewer steps"]
+    for row in tuned.rows:
+        assert row.flops >= row.speedup - 1e-6
+        # One of three prompts is kept apart.
+        assert len(row.held_out_db) == len(row.pixels_db) == 1
+    text = str(tuned)
+    assert "2x" in text and "5 steps" in text and "2 searched on, 1 kept apart" in text
+
+
+def test_the_choice_is_the_best_of_all_that_were_tried(found):
+    _, tuned, folder = found
+    lines = (folder / "scores.jsonl").read_text().splitlines()
+    by_setting: dict[str, dict[str, float]] = {}
+    for line in map(json.loads, lines):
+        name, _, place = line["key"].rpartition("/")
+        if "held out" not in line["key"] and line["flops"] >= float(name.split("/")[0]) - 1e-6:
+            by_setting.setdefault(name, {})[place] = line["latents_db"]
+    for row in tuned.rows:
+        if row.kind == "tuned":
+            means = {
+                name: sum(each.values()) / 2
+                for name, each in by_setting.items()
+                if name.startswith(f"{row.speedup:g}/") and len(each) == 2
+            }
+            assert sum(row.searched_db) / 2 == pytest.approx(max(means.values()))
+
+
+def test_what_was_measured_is_what_the_setting_does(found):
+    """Again by hand: the same latents, and the same steps."""
+    pipe, tuned, _ = found
+    row = next(row for row in tuned.rows if row.kind == "default" and row.speedup == 2.0)
+    made = []
+    for speedup in (None, 2.0):
+        if speedup:
+            handle = apply_tofu(pipe, speedup=speedup)
+        generator = torch.Generator().manual_seed(2)  # of the third prompt
+        made.append(pipe(PROMPTS[2], generator=generator, output_type="latent", **CALL).images)
+    assert handle.summary().steps[0].plan == row.plan
+    remove_tofu(pipe)
+    assert latents_db(made[1], made[0]) == pytest.approx(row.held_out_db[0], abs=1e-3)
+
+
+def test_it_is_saved_and_applied_from_its_folder(found, tmp_path):
+    pipe, tuned, _ = found
+    tuned.save(tmp_path)
+    assert Tuned.load(tmp_path) == tuned
+    for given in (tuned, tmp_path, str(tmp_path)):
+        with apply_tofu(pipe, given, speedup=2.0) as handle:
+            pipe("a fox", **CALL)
+            row = next(
+                row for row in tuned.rows if row.speedup == 2.0 and row.kind != "fewer steps"
+            )
+            assert handle.summary().speedup >= row.speedup - 1e-6
+            assert [type(each) for each in handle.configs] == [type(e) for e in tuned.choices[2.0]]
+    with apply_tofu(pipe, tuned, speedup=3.0) as handle:
+        pipe("a fox", **CALL)
+        assert handle.summary().speedup >= 3.0 - 1e-6
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.7, 1.0])
+def test_it_goes_on_where_it_was_stopped(found, tmp_path, kept):
+    """Nothing is generated twice, and the same is found."""
+    pipe, tuned, folder = found
+    lines = (folder / "scores.jsonl").read_text().splitlines(keepends=True)
+    whole = int(kept * len(lines))
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    # A line that was being written is cut off.
+    text = "".join(lines[:whole]) + (lines[whole][:9] if whole < len(lines) else "")
+    (tmp_path / "scores.jsonl").write_text(text)
+    if whole < len(lines):
+        for path in (*tmp_path.glob("fitted-*"), tmp_path / "reference-1.safetensors"):
+            path.unlink()
+    again = tuned_tiny(pipe, folder=tmp_path)
+    assert again.rows == tuned.rows and again.choices == tuned.choices
+    assert (tmp_path / "scores.jsonl").read_text() == "".join(lines)
+
+
+def test_a_folder_of_another_search_or_model_is_refused(found):
+    pipe, _, folder = found
+    with pytest.raises(ValueError, match=r"holds another search: its seed is 0, not 5"):
+        tuned_tiny(pipe, folder=folder, seed=5)
+    other = tiny.tiny_sd(seed=9)
+    with pytest.raises(ValueError, match="search on another model"):
+        tuned_tiny(other, folder=folder)
+
+
+def test_the_default_stays_where_the_search_is_worse_on_prompts_kept_apart(found, monkeypatch):
+    pipe, _, folder = found
+    own = module.Search._compared
+
+    def worse(self, speedup, best):
+        rows = own(self, speedup, best)
+        return [replace(row, held_out_db=(-9.0,)) if row.kind == "tuned" else row for row in rows]
+
+    monkeypatch.setattr(module.Search, "_compared", worse)
+    tuned = tuned_tiny(pipe, folder=folder)
+    assert tuned.overfitted == (2.0,)
+    assert tuned.choices[2.0] == (StepSkipping(speedup=2.0),)
+    assert "2x: the search's best lost to the default on them (overfitted)" in str(tuned)
+
+
+def test_other_denoisers_and_several_speedups_are_refused_in_words(found):
+    _, tuned, _ = found
+    with pytest.raises(
+        ValueError, match=r"tuned on UNet2DConditionModel, and the pipeline has SD3"
+    ):
+        apply_tofu(tiny.tiny_sd3(), tuned, speedup=2.0)
+    pipe = tiny.tiny_sd()
+    both = replace(tuned, choices={1.5: tuned.choices[2.0], **tuned.choices})
+    with pytest.raises(ValueError, match=r"tuned for speedup 1.5, 2; say which"):
+        apply_tofu(pipe, both)
+    with pytest.raises(ValueError, match="tuned settings stand alone"):
+        apply_tofu(pipe, tuned, StepSkipping(speedup=2.0))
+    with pytest.raises(FileNotFoundError, match=r"no tuned.json in nowhere"):
+        apply_tofu(pipe, "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"speedup": 1.0}, "not above 1"),
+        ({"speedup": ()}, "no speedup"),
+        ({"minutes": 0}, "more than 0"),
+        ({"held_out": []}, "held_out is empty"),
+    ],
+)
+def test_bad_arguments_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tuned_tiny(tiny.tiny_sd(), **changes)
+
+
+def test_no_prompts_too_many_no_pipeline_and_tofu_are_refused():
+    pipe = tiny.tiny_sd()
+    with pytest.raises(ValueError, match="0 prompts to search on"):
+        tune(pipe, [])
+    with pytest.raises(ValueError, match="17 prompts to search on; give 1 to 16"):
+        tune(pipe, ["a cat"] * 17)
+    with pytest.raises(TypeError, match="no pipeline with a scheduler"):
+        tune(pipe.unet, "a cat")
+    with apply_tofu(pipe, ratio=0.5), pytest.raises(ValueError, match="has tofu"):
+        tune(pipe, "a cat")
+
+
+def test_it_calls_what_it_is_given_and_takes_one_prompt_in_few_steps():
+    """Fewer than ten steps have no trajectory; the rules are still compared."""
+    pipe = tiny.tiny_sd()
+    calls = []
+
+    def generate(prompt, **options):
+        calls.append(options["output_type"])
+        return pipe(prompt, guidance_scale=3.0, **options)
+
+    tuned = tune(
+        pipe, "a cat", speedup=2.0, generate=generate, num_inference_steps=6, height=64, width=64,
+        progress=False,
+    )  # fmt: skip
+    assert {*calls} == {"latent", "pt"}
+    assert tuned.about["prompts"] == "1 searched on, 1 kept apart"
+    assert all("trajectory" not in row.name for row in tuned.rows)
+
+
+def test_video_in_several_parts_is_judged_by_its_latents():
+    pipe = tiny.tiny_wan()
+    call = {**tiny.CALLS[type(pipe)], "num_inference_steps": 10}
+    tuned = tune(pipe, PROMPTS[:2], speedup=2.0, minutes=1e-9, progress=False, **call)
+    assert all(row.held_out_db and row.pixels_db for row in tuned.rows)
+
+
+def test_decibels():
+    wanted = torch.ones(2, 3)
+    assert latents_db(wanted * 1.1, wanted) == pytest.approx(20.0, abs=1e-4)
+    assert latents_db(wanted, wanted) == EQUAL_DB
+    assert latents_db(wanted * torch.nan, wanted) == BROKEN_DB
+    assert latents_db(wanted[:1], wanted) == BROKEN_DB
+    assert psnr_db(wanted * 0.9, wanted) == pytest.approx(20.0, abs=1e-4)
+
+
+SPREAD = """
+import sys
+import torch
+from torch import distributed
+from tests.tuning.test_tune import PROMPTS, tuned_tiny
+from tests import tiny
+distributed.init_process_group("gloo")
+tuned = tuned_tiny(tiny.tiny_sd(), folder=sys.argv[1])
+if distributed.get_rank() == 0:
+    tuned.save(sys.argv[1])
+distributed.destroy_process_group()
+"""
+
+
+def test_processes_share_the_work_and_find_the_same(found, tmp_path):
+    script = tmp_path / "spread.py"
+    script.write_text(SPREAD)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=300)
+    spread = Tuned.load(tmp_path)
+    for mine, other in zip(spread.rows, found[1].rows, strict=True):
+        assert mine.name == other.name
+        assert mine.held_out_db == pytest.approx(other.held_out_db, abs=1e-3)

@@ -1,0 +1,203 @@
+"""What `tune` found: configurations by speed-up, and what each was measured to cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import CONFIGS, VERSION, Config, StepSkipping
+
+FILE_NAME = "tuned.json"
+DEFAULT, TUNED, FEWER = "default", "tuned", "fewer steps"
+KINDS = (DEFAULT, TUNED, FEWER)
+"""What a table compares at each speed-up."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One setting at one speed-up.
+
+    Attributes:
+        kind: Of `KINDS`.
+        name: The setting in words.
+        speedup: That was asked for.
+        flops: Counted FLOPs of the unreduced denoiser over those with the setting; where they cannot be
+            counted, its calls.
+        plan: Of the last generation, a sign a step: "#" was computed, "." skipped.
+        searched_db: Of each prompt searched on, how far the final latents stand out of their error: 10 log10
+            of the unreduced latents' mean square over the error's. Higher is better.
+        held_out_db: The same of the prompts kept apart.
+        pixels_db: PSNR of the pictures of the prompts kept apart, values in [0, 1]; empty where the pipeline
+            gives none.
+    """
+
+    kind: str
+    name: str
+    speedup: float
+    flops: float
+    plan: str
+    searched_db: tuple[float, ...] = ()
+    held_out_db: tuple[float, ...] = ()
+    pixels_db: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Result of `tune`; its str() is a table. `apply_tofu` takes it, or the folder it was saved to.
+
+    Attributes:
+        choices: By speed-up, the configurations that were best.
+        rows: What was measured, see `Measured`.
+        denoisers: Class names of the pipeline's denoisers.
+        about: Of the search: pipeline, scheduler, steps, size of the references, time and so on.
+    """
+
+    choices: Mapping[float, tuple[Config, ...]]
+    rows: tuple[Measured, ...]
+    denoisers: tuple[str, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def configs(self, speedup: float | None = None) -> tuple[Config, ...]:
+        """The configurations for a speed-up.
+
+        One that was not tuned gets those of the nearest that was, with its own number of computed steps, to
+        which nothing is fitted.
+
+        Args:
+            speedup: None: the one that was tuned.
+
+        Raises:
+            ValueError: if none is given and several were tuned.
+        """
+        known = sorted(self.choices)
+        if speedup is None:
+            if len(known) > 1:
+                raise ValueError(
+                    f"tuned for speedup {', '.join(f'{each:g}' for each in known)}; say which: speedup="
+                    f"{known[0]:g}"
+                )
+            speedup = known[0]
+        asked = float(speedup)
+        nearest = min(known, key=lambda each: abs(math.log(each / asked)))
+        if asked == nearest:
+            return self.choices[nearest]
+        return tuple(
+            each.replace(speedup=max(1.0, each.speedup * asked / nearest), fitted=None)
+            if isinstance(each, StepSkipping)
+            else each
+            for each in self.choices[nearest]
+        )
+
+    def check_fits(self, denoisers: Sequence[str]) -> None:
+        """Raise ValueError if this was tuned on other classes of denoisers."""
+        if tuple(denoisers) != self.denoisers:
+            raise ValueError(
+                f"this was tuned on {' and '.join(self.denoisers)}, and the pipeline has "
+                f"{' and '.join(denoisers)}; tune it: tune(pipe, prompts)"
+            )
+
+    @property
+    def overfitted(self) -> tuple[float, ...]:
+        """Speed-ups whose best setting lost to the default on the prompts kept apart, and was not taken."""
+        return tuple(self.about.get("overfitted", ()))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write it into a folder, such as a saved pipeline's; returns the file's path."""
+        path = Path(folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = {
+            "choices": [
+                {"speedup": speedup, "configs": [json.loads(each.to_json()) for each in configs]}
+                for speedup, configs in self.choices.items()
+            ],
+            "rows": [asdict(each) for each in self.rows],
+            "denoisers": self.denoisers,
+            "about": self.about,
+        }
+        state = {"type": "Tuned", "version": VERSION, "data": data}
+        path.write_text(json.dumps(state) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Tuned:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: if the folder holds no tuned settings.
+            ValueError: if the file is none, or of another version.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no {FILE_NAME} in {folder}; write one with tune(pipe, prompts).save(folder)"
+            )
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            kind, version = state["type"], state["version"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no tuned settings ({error!r}); tune again") from error
+        if (kind, version) != ("Tuned", VERSION):
+            raise ValueError(
+                f"{path} holds {kind} of version {version}, and this reads Tuned of version {VERSION}; tune "
+                "again"
+            )
+        data = state["data"]
+        types = {each.__name__: each for each in CONFIGS}
+        choices = {
+            float(each["speedup"]): tuple(
+                types[config["type"]].from_json(json.dumps(config)) for config in each["configs"]
+            )
+            for each in data["choices"]
+        }
+        numbers = ("searched_db", "held_out_db", "pixels_db")
+        rows = tuple(
+            Measured(**{**row, **{name: tuple(row[name]) for name in numbers}})
+            for row in data["rows"]
+        )
+        return cls(choices, rows, tuple(data["denoisers"]), data["about"])
+
+    def __str__(self) -> str:
+        header = ("speedup", "", "setting", "FLOPs", "latents, dB", "pixels, dB", "steps")
+        table = [
+            (
+                f"{row.speedup:g}x",
+                row.kind,
+                row.name,
+                f"{row.flops:.2f}x",
+                with_error(row.held_out_db),
+                with_error(row.pixels_db),
+                row.plan,
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in [header, *table]) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in [header, *table]
+        ]
+        lines.append(
+            "dB on prompts kept apart, mean and twice its standard error: higher is nearer to the unreduced "
+            "generation"
+        )
+        lines += [
+            f"{speedup:g}x: the search's best lost to the default on them (overfitted), the default stays"
+            for speedup in self.overfitted
+        ]
+        lines += [f"{name}: {value}" for name, value in self.about.items() if name != "overfitted"]
+        return "\n".join(lines)
+
+
+def with_error(values: Sequence[float]) -> str:
+    """The mean and twice its standard error; of nothing a dash, of one value the value alone."""
+    if not values:
+        return "-"
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} ± {2 * statistics.stdev(values) / len(values) ** 0.5:.1f}"

@@ -1,0 +1,102 @@
+"""What `tune` has measured, kept in a folder, so that it goes on when it was stopped anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..steps.fitted import FittedForecasts
+
+
+@dataclass(frozen=True)
+class Score:
+    """One generation of a setting, compared with the unreduced one.
+
+    Attributes:
+        latents_db: See `references.latents_db`.
+        flops: Of the unreduced denoiser over those with the setting.
+        plan: A sign a step: "#" was computed, "." skipped.
+        pixels_db: PSNR of the pictures; None: not decoded.
+    """
+
+    latents_db: float
+    flops: float
+    plan: str
+    pixels_db: float | None = None
+
+
+class Ledger:
+    """Scores by key, and unreduced generations by number.
+
+    Several processes may add to one folder: each line is written at once.
+
+    Args:
+        folder: Where to keep them; None: in a temporary one, which goes with this object.
+        about: What tells this search from others; JSON values.
+
+    Raises:
+        ValueError: if the folder holds another search.
+    """
+
+    def __init__(self, folder: str | Path | None, about: Mapping[str, Any]) -> None:
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="tofu-tune-")
+            folder = self._temporary.name
+        self.folder = Path(folder)
+        self.scores: dict[str, Score] = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known = self.folder / "search.json"
+        about = json.loads(json.dumps(about))
+        if known.is_file():
+            stored = json.loads(known.read_text(encoding="utf-8"))
+            for name in about:
+                if stored.get(name) != about[name]:
+                    raise ValueError(
+                        f"{self.folder} holds another search: its {name} is {stored.get(name)!r}, not "
+                        f"{about[name]!r}; ask for the same, or choose another folder"
+                    )
+        else:
+            part = known.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(about), encoding="utf-8")
+            part.replace(known)
+        path = self.folder / "scores.jsonl"
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        # A line that a killed process left unfinished is cut off: others are added behind it.
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            os.truncate(path, len(whole.encode()))
+        for line in whole.splitlines():
+            data = json.loads(line)
+            key = data.pop("key")
+            self.scores[key] = Score(**data)
+
+    def add(self, key: str, score: Score) -> None:
+        """Keep a score."""
+        self.scores[key] = score
+        line = json.dumps({"key": key, **asdict(score)}) + "\n"
+        with (self.folder / "scores.jsonl").open("ab", buffering=0) as file:
+            file.write(line.encode())
+
+    def reference_file(self, number: int) -> Path:
+        """Where an unreduced generation is kept."""
+        return self.folder / f"reference-{number}.safetensors"
+
+    def fitted(self, key: str) -> FittedForecasts | None:
+        """Fitted forecasts that were kept."""
+        path = self._fitted_file(key)
+        return FittedForecasts.of(json.loads(path.read_text())) if path.is_file() else None
+
+    def keep_fitted(self, key: str, fitted: FittedForecasts) -> None:
+        """Keep fitted forecasts."""
+        path = self._fitted_file(key)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(fitted)), encoding="utf-8")
+        part.replace(path)
+
+    def _fitted_file(self, key: str) -> Path:
+        return self.folder / f"fitted-{key}.json"

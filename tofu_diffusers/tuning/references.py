@@ -1,0 +1,193 @@
+"""Unreduced generations that settings are compared with, and how far a setting's are from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..steps.outputs import tensors_in
+from .trajectory import PredictionPath, followed, told_of_steps
+
+EQUAL_DB, BROKEN_DB = 150.0, -50.0
+"""Of latents that are the same to the bit, and of NaN: means stay numbers."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the seed of its picture."""
+
+    prompt: Any
+    seed: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A pipeline, as its user calls it.
+
+    Args:
+        generate: The pipeline, or what calls it; takes a prompt, `generator`, `output_type`, `return_dict`
+            and the options.
+        scheduler: That is told its steps.
+        options: Of every call.
+    """
+
+    generate: Callable[..., Any]
+    scheduler: Any
+    options: Mapping[str, Any]
+
+    def generated(self, example: Example, decoded: bool = False, **changes: Any) -> Generated:
+        """Run a generation.
+
+        Args:
+            decoded: Whether pictures are made of the latents, where the pipeline makes any.
+            changes: Other options for this call.
+
+        Raises:
+            ValueError: if the scheduler was told no step.
+        """
+        last: list[Tensor] = []
+
+        def note(prediction: Tensor, timestep: Any, after: Any) -> None:
+            last[:] = tensors_in(after)[:1]
+
+        with told_of_steps(self.scheduler, note):
+            pictures = self.run(example, decoded, **changes)
+        if not last:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} was told no step of this generation; give a pipeline that "
+                "denoises with its own scheduler, and generate=... a function that calls it"
+            )
+        return Generated(_kept(last[0]), pictures)
+
+    def run(self, example: Example, decoded: bool = False, **changes: Any) -> Tensor | None:
+        """The pictures of a generation if they are asked for, and it makes any."""
+        given: dict[str, Any] = {"output_type": "pt" if decoded else "latent", "return_dict": False}
+        given |= {**self.options, **changes}
+        generator = torch.Generator().manual_seed(example.seed)
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+        # Some samplers draw from the global generator, which is the user's.
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(example.seed)
+            made = self.generate(example.prompt, generator=generator, **given)
+        found = tensors_in(made[0]) if decoded else []
+        # Sound has fewer axes.
+        return _kept(found[0]) if len(found) == 1 and found[0].dim() > 3 else None
+
+    def reference(self, example: Example, decoded: bool, file: Path) -> Reference:
+        """Run the unreduced generation, and keep it in a file."""
+        behind: list[Tensor] = []
+
+        def note(prediction: Tensor, timestep: Any, after: Any) -> None:
+            behind.append(_kept(tensors_in(after)[0]))
+
+        with told_of_steps(self.scheduler, note):
+            made, path = followed(self.scheduler, partial(self.generated, example, decoded))
+        tensors = {f"behind.{step}": each for step, each in enumerate(behind)}
+        tensors |= {"latents": made.latents, "products": path.products}
+        tensors["levels"] = torch.tensor(path.levels, dtype=torch.float64)
+        if made.pictures is not None:
+            tensors["pictures"] = made.pictures
+        part = file.with_suffix(".part")
+        # One tensor in two places would be refused.
+        save_file(
+            {
+                name: each.clone(memory_format=torch.contiguous_format)
+                for name, each in tensors.items()
+            },
+            part,
+        )
+        part.replace(file)
+        return Reference.load(file)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What is kept of a generation, on the CPU in float32.
+
+    Attributes:
+        latents: That its last step ended with.
+        pictures: Decoded from them, values in [0, 1]; None: not asked for, or none made.
+    """
+
+    latents: Tensor
+    pictures: Tensor | None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An unreduced generation.
+
+    Attributes:
+        made: What it ended with.
+        path: Of its predictions.
+        behind: The latents behind every step, one at a time in memory.
+        nbytes: Of its file.
+    """
+
+    made: Generated
+    path: PredictionPath
+    behind: LatentsOfSteps
+    nbytes: int
+
+    @classmethod
+    def load(cls, file: Path) -> Reference:
+        """Read what `Workload.reference` wrote."""
+        with safe_open(file, framework="pt") as stored:
+            names = [*stored.keys()]
+            found = {name: stored.get_tensor(name) for name in names if "." not in name}
+        return cls(
+            Generated(found["latents"], found.get("pictures")),
+            PredictionPath(tuple(found["levels"].tolist()), found["products"]),
+            LatentsOfSteps(file, sum("." in name for name in names)),
+            file.stat().st_size,
+        )
+
+
+@dataclass(frozen=True)
+class LatentsOfSteps:
+    """The latents behind every step of a generation, in its file."""
+
+    file: Path
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Tensor:
+        with safe_open(self.file, framework="pt") as stored:
+            latents: Tensor = stored.get_tensor(f"behind.{step}")
+            return latents
+
+
+def _kept(latents: Tensor) -> Tensor:
+    return latents.detach().float().cpu()
+
+
+def latents_db(made: Tensor, wanted: Tensor) -> float:
+    """How far latents stand out of their error: 10 log10 of their mean square over the error's."""
+    if made.shape != wanted.shape:
+        return BROKEN_DB
+    error = (made.double() - wanted.double()).square().mean()
+    return _db(float(wanted.double().square().mean()), float(error))
+
+
+def psnr_db(made: Tensor, wanted: Tensor) -> float:
+    """PSNR of pictures with values in [0, 1]."""
+    return _db(1.0, float((made.double() - wanted.double()).square().mean()))
+
+
+def _db(power: float, error: float) -> float:
+    if not error >= 0 or not power > 0:  # NaN
+        return BROKEN_DB
+    if error == 0:
+        return EQUAL_DB
+    ratio = torch.tensor(power / error, dtype=torch.float64)
+    return float((10 * ratio.log10()).clamp(BROKEN_DB, EQUAL_DB))

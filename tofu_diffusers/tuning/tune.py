@@ -1,0 +1,534 @@
+"""Finds out, on the user's own model and prompts, which settings drift least at a speed-up."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, product
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+from torch import distributed
+from tqdm import tqdm
+
+from ..api import Handle, apply_tofu, denoisers_of
+from ..config import StepSkipping, TokenReduction
+from ..families import ANY
+from ..steps.fitted import FittedForecasts
+from ..steps.sampler import Sampling
+from ..steps.trajectory import Trajectory
+from ..tuned import DEFAULT, FEWER, TUNED, Measured, Tuned
+from .calibrate import as_prompts
+from .candidates import Candidate, candidates, default, fitted, raised
+from .fit import Fit
+from .ledger import Ledger, Score
+from .references import Example, Generated, Reference, Workload, latents_db, psnr_db
+from .trajectory import LEAST_STEPS, mean_trajectory, scheduler_without_tofu
+
+Found = TypeVar("Found")
+
+MOST_PROMPTS = 16
+RAISES = 3
+"""How often a setting that reduces tokens may skip more steps until it reaches its speed-up."""
+
+SAME_DB = 30.0
+"""Of one generation twice: devices round differently from run to run, other weights make other latents."""
+
+FITS = 3
+"""Choices of steps that forecasts are fitted to, of those that did best without."""
+
+BEHIND = 10**6
+"""Turns from which on forecasts are fitted: behind all others."""
+
+HOPELESS_DB = 1.0
+"""A candidate is broken off once it is this far behind the best on the prompts that it has generated."""
+
+
+def tune(
+    pipe: Any,
+    prompts: str | Sequence[Any],
+    *,
+    speedup: float | Sequence[float] = 2.0,
+    held_out: Sequence[Any] | None = None,
+    minutes: float = 10.0,
+    generate: Callable[..., Any] | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> Tuned:
+    """Find the settings that drift least at each speed-up, on the pipeline as it is called.
+
+    The prompts are generated once without tofu; from that follows the pipeline's trajectory
+    (`measure_trajectory`). Then settings are tried: which steps run, how the others are forecast, with and
+    without corrector, and tokens reduced inside the steps that run. A setting is judged by its final latents,
+    the mean over the prompts in dB. The best, the default and as many steps fewer are then compared on
+    prompts kept apart. Where the default is ahead there, it is taken.
+
+    Started by `torchrun` or `accelerate launch` with torch.distributed set up, each process takes its share
+    of the prompts' references and of the settings.
+
+    Example:
+        >>> tuned = tune(pipe, ["a cat", "a red apple", "a blue car"], speedup=(2.0, 3.0), guidance_scale=4.0)
+        >>> print(tuned)
+        >>> tuned.save("my-model")
+        >>> apply_tofu(pipe, "my-model", speedup=2.0)
+
+    Args:
+        pipe: A pipeline without tofu, whose scheduler is told its steps. It is left as it was.
+        prompts: To search on, 1 to 16 (four are plenty), each what the pipeline takes as its first argument.
+        speedup: How many times fewer FLOPs of the denoiser, one or several, above 1. Higher drifts more.
+        held_out: Prompts to compare on in the end. None: every third of `prompts`, which is then not searched
+            on; of fewer than three, the same with other seeds.
+        minutes: After which no further setting is begun. The default and the own trajectory are tried in any
+            case, and the comparison in the end takes its own time.
+        generate: Called instead of the pipeline, with the same arguments: a prompt, `generator=`,
+            `output_type=`, `return_dict=` and the options. Pictures and control inputs it adds itself.
+        folder: Keeps what was measured; stopped anywhere, the same call goes on. None: nothing is kept.
+        seed: Of the pictures; the n-th prompt has seed + n.
+        progress: Whether a bar is shown.
+        options: Further arguments of the pipeline, as it will be called: guidance, steps, a smaller size.
+
+    Raises:
+        TypeError: if `pipe` is no pipeline with a scheduler.
+        ValueError: if the pipeline has tofu, there are no prompts or too many, a speed-up is not above 1, the
+            folder holds another search, or no setting reaches a speed-up.
+    """
+    prompts = as_prompts(prompts)
+    speedups = _speedups(speedup)
+    if not 1 <= len(prompts) <= MOST_PROMPTS:
+        raise ValueError(f"{len(prompts)} prompts to search on; give 1 to {MOST_PROMPTS}")
+    if not minutes > 0:
+        raise ValueError(f"minutes is {minutes}; give more than 0")
+    scheduler = scheduler_without_tofu(pipe)
+    searched, kept_apart = _split(prompts, held_out, seed)
+    found = denoisers_of(pipe)
+    workload = Workload(pipe if generate is None else generate, scheduler, options)
+    about = {
+        "pipeline": type(pipe).__name__,
+        "denoisers": [type(model).__name__ for model, _ in found],
+        "scheduler": [
+            type(scheduler).__name__,
+            {name: str(value) for name, value in scheduler.config.items() if name[0] != "_"},
+        ],
+        "options": {name: str(value) for name, value in options.items()},
+        "prompts": [str(each.prompt) for each in (*searched, *kept_apart)],
+        "seed": seed,
+    }
+    if folder is None and processes() > 1:
+        raise ValueError(
+            f"{processes()} processes need a folder that all of them see; give folder=..."
+        )
+    search = Search(pipe, workload, Ledger(folder, about), searched, kept_apart, progress)
+    return search.run(speedups, minutes)
+
+
+class Search:
+    """One call of `tune`.
+
+    Args:
+        pipe: The pipeline.
+        workload: How it is called.
+        ledger: What was measured before.
+        searched: To choose by.
+        held_out: To compare on.
+        progress: Whether a bar is shown.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        workload: Workload,
+        ledger: Ledger,
+        searched: list[Example],
+        held_out: list[Example],
+        progress: bool,
+    ) -> None:
+        self.pipe, self.workload, self.ledger = pipe, workload, ledger
+        self.searched, self.held_out = searched, held_out
+        self.progress = progress and rank() == 0
+        self.references: dict[Example, Reference] = {}
+        self.began = time.monotonic()
+
+    def run(self, speedups: list[float], minutes: float) -> Tuned:
+        """Search, compare, and sum up."""
+        with self._bar(len(self.searched) + len(self.held_out), "references") as bar:
+            self._refer(bar)
+        paths = [self.references[each].path for each in self.searched]
+        steps = len(paths[0].levels)
+        trajectory = mean_trajectory(paths) if steps >= LEAST_STEPS else None
+        found = denoisers_of(self.pipe)
+        tokens = all(kind is not ANY for _, kind in found)
+        late = self.began + 60 * minutes
+        tried = self._tried(speedups, trajectory, tokens, late)
+        if self._can_fit(len(found)):
+            with self._bar(FITS * len(speedups), "fit") as bar:
+                self._fit(tried, trajectory, late, bar)
+        # Of equals the one that was tried first.
+        best = {
+            speedup: max(scored, key=lambda each: (each.mean_db, -each.number))
+            for speedup, scored in tried.items()
+        }
+        mine: dict[float, list[Measured]] = {}
+        with self._bar(len(speedups), "held out") as bar:
+            for number, (speedup, scored) in enumerate(best.items()):
+                if number % processes() == rank():
+                    mine[speedup] = self._compared(speedup, scored)
+                bar.update()
+        rows = {speedup: each for part in gathered(mine) for speedup, each in part.items()}
+        choices, overfitted = {}, []
+        for speedup, scored in best.items():
+            db = {row.kind: fmean(row.held_out_db) for row in rows[speedup]}
+            lost = db[TUNED] < db[DEFAULT]
+            choices[speedup] = (default(speedup) if lost else scored.candidate).configs
+            overfitted += [speedup] if lost else []
+        size = sum(each.nbytes for each in self.references.values())
+        about = {
+            "overfitted": overfitted,
+            "pipeline": type(self.pipe).__name__,
+            "scheduler": type(self.workload.scheduler).__name__,
+            "steps": steps,
+            "prompts": f"{len(self.searched)} searched on, {len(self.held_out)} kept apart",
+            "settings generated on all prompts": sum(map(len, tried.values())),
+            "references": f"{size / 2**20:.1f} MiB",
+            "minutes": round((time.monotonic() - self.began) / 60, 1),
+        }
+        names = tuple(type(model).__name__ for model, _ in found)
+        return Tuned(choices, tuple(row for each in speedups for row in rows[each]), names, about)
+
+    def _refer(self, bar: tqdm[Any]) -> None:
+        """Generate all references, or read them.
+
+        The first one is always generated, to see that what was kept is of this very model.
+        """
+        examples = [*self.searched, *self.held_out]
+        files = [self.ledger.reference_file(number) for number in range(len(examples))]
+        known = files[0].is_file()
+        for number, (example, file) in enumerate(zip(examples, files, strict=True)):
+            if number % processes() == rank() and not file.is_file():
+                self.workload.reference(example, number >= len(self.searched), file)
+            bar.update()
+        if processes() > 1:
+            distributed.barrier()
+        for example, file in zip(examples, files, strict=True):
+            self.references[example] = Reference.load(file)
+        if known or rank() > 0:
+            again = self.workload.generated(examples[0]).latents
+            if latents_db(again, self.references[examples[0]].made.latents) < SAME_DB:
+                raise ValueError(
+                    f"{self.ledger.folder} holds a search on another model: the first prompt's latents are "
+                    "others by now (weights, LoRA, dtype or inputs); choose another folder"
+                )
+
+    def _tried(
+        self,
+        speedups: list[float],
+        trajectory: Trajectory | None,
+        tokens: bool,
+        late: float,
+    ) -> dict[float, list[Scored]]:
+        """By speed-up, the settings that were generated on all prompts searched on.
+
+        Raises:
+            ValueError: if no setting reaches a speed-up.
+        """
+        lists = {each: [default(each), *candidates(each, trajectory, tokens)] for each in speedups}
+        # A place of each list by turns: whatever the time, each speed-up gets its share.
+        each_own = (product([each], lists[each]) for each in lists)
+        turns = list(chain.from_iterable(zip(*each_own, strict=True)))
+        sure = 2 * len(speedups)  # the default and the own trajectory
+        found: dict[float, list[Scored]] = {each: [] for each in speedups}
+        with self._bar(len(turns), "search") as bar:
+            for number, (speedup, candidate) in enumerate(turns):
+                in_time = number < sure or time.monotonic() < late
+                if in_time and number % processes() == rank():
+                    # The first two of each are gone through: forecasts are fitted to their steps.
+                    rivals = found[speedup] if number >= sure else []
+                    scored = self._scored(candidate, speedup, number, rivals)
+                    if scored is not None:
+                        found[speedup].append(scored)
+                        top = max(found[speedup], key=lambda each: each.mean_db)
+                        bar.set_postfix_str(
+                            f"{speedup:g}x: {top.mean_db:.1f} dB, {top.candidate.name}"
+                        )
+                bar.update()
+        everyone: dict[float, list[Scored]] = {each: [] for each in speedups}
+        for part in gathered(found):
+            for speedup, each in part.items():
+                everyone[speedup] += each
+        for speedup, each in everyone.items():
+            if not each:
+                raise ValueError(
+                    f"no setting reaches speedup {speedup:g}: of so few steps too many must be computed; ask "
+                    "for more steps or a lower speedup"
+                )
+        return everyone
+
+    def _can_fit(self, denoisers: int) -> bool:
+        """Whether forecasts can be fitted: to one denoiser, under a sampler that draws no noise."""
+        first = self.references[self.searched[0]]
+        sampling = Sampling.of(self.workload.scheduler)
+        each_once = len(first.behind) == len(first.path.levels) == len(sampling)
+        return denoisers == 1 and each_once and sampling.sizes is not None
+
+    def _fit(
+        self,
+        tried: dict[float, list[Scored]],
+        trajectory: Trajectory | None,
+        late: float,
+        bar: tqdm[Any],
+    ) -> None:
+        """Fit forecasts to the best choices of steps, and add them to what was tried."""
+        levels = self.references[self.searched[0]].path.levels
+        plans: list[tuple[int, float, str]] = []
+        for speedup, scored in tried.items():
+            ordered = sorted(scored, key=lambda each: (-each.mean_db, each.number))
+            # Not with tokens reduced: without that, their steps would be too many.
+            distinct = {each.plan: None for each in ordered if len(each.candidate.configs) == 1}
+            plans += [(place, speedup, plan) for place, plan in enumerate([*distinct][:FITS])]
+        plans.sort()  # the best of each speed-up first
+        found: dict[float, list[Scored]] = {each: [] for each in tried}
+        for number, (_, speedup, plan) in enumerate(plans):
+            in_time = number < len(tried) or time.monotonic() < late
+            if in_time and number % processes() == rank():
+                forecasts = self._fitted(plan, levels)
+                candidate = fitted(speedup, forecasts, trajectory)
+                scored_ = self._scored(candidate, speedup, BEHIND + number, tried[speedup])
+                if scored_ is not None:
+                    found[speedup].append(scored_)
+                    bar.set_postfix_str(f"{speedup:g}x: {scored_.mean_db:.1f} dB, {candidate.name}")
+            bar.update()
+        for part in gathered(found):
+            for speedup, more in part.items():
+                tried[speedup] += more
+
+    def _fitted(self, plan: str, levels: Sequence[float]) -> FittedForecasts:
+        """The forecasts of a choice of steps, fitted to the prompts searched on, or what was kept of them."""
+        kept = self.ledger.fitted(plan.replace("#", "1").replace(".", "0"))
+        if kept is not None:
+            return kept
+        computed = [step for step, sign in enumerate(plan) if sign == "#"]
+        fit = Fit(computed, len(plan))
+        # With weights of nothing the last computed prediction is handed on.
+        still = Fit(computed, len(plan)).forecasts(levels)
+        config = StepSkipping(
+            speedup=len(plan) / len(computed),
+            rule="even",
+            warmup_steps=1,
+            fitted=still,
+            corrector=False,
+        )
+        for example in self.searched:
+            behind = self.references[example].behind
+            # Inside the steps that tofu follows: what is handed on is of the fit.
+            with (
+                apply_tofu(self.pipe, config),
+                quiet(),
+                fit.watching(self.workload.scheduler, behind),
+            ):
+                self.workload.run(example)
+        forecasts = fit.forecasts(levels)
+        self.ledger.keep_fitted(plan.replace("#", "1").replace(".", "0"), forecasts)
+        return forecasts
+
+    def _scored(
+        self, candidate: Candidate, speedup: float, number: int, others: list[Scored]
+    ) -> Scored | None:
+        """A setting on all prompts; None: it does not reach the speed-up, or is far behind the best."""
+        best = max(others, key=lambda each: each.mean_db, default=None)
+        mine: list[float] = []
+        plan = ""
+        for n, example in enumerate(self.searched):
+            score = self._generated(candidate, f"{speedup:g}/{candidate.name}/{n}", example)
+            for _ in range(RAISES if len(candidate.configs) > 1 and n == 0 else 0):
+                if score.flops >= speedup - 1e-6:
+                    break
+                candidate = raised(candidate, 1.01 * speedup / score.flops)
+                key = f"{speedup:g}/{candidate.name} {candidate.configs[-1]}/{n}"
+                score = self._generated(candidate, key, example)
+            if score.flops < speedup - 1e-6:
+                return None
+            plan = plan or score.plan
+            mine.append(score.latents_db)
+            if best is not None and fmean(mine) < fmean(best.all_db[: n + 1]) - HOPELESS_DB and n:
+                return None
+        return Scored(candidate, tuple(mine), number, plan)
+
+    def _generated(
+        self, candidate: Candidate, key: str, example: Example, decoded: bool = False
+    ) -> Score:
+        """One generation of a setting, or what was kept of it."""
+        known = self.ledger.scores.get(key)
+        if known is not None:
+            return known
+        with apply_tofu(self.pipe, *candidate.configs) as handle, quiet():
+            made = self.workload.generated(example, decoded)
+            flops, plan = reached(handle)
+        return self._noted(example, made, flops, plan, key)
+
+    def _noted(self, example: Example, made: Generated, flops: float, plan: str, key: str) -> Score:
+        """Compare a generation with the unreduced one, and keep the score."""
+        wanted = self.references[example].made
+        pixels = None
+        if made.pictures is not None and wanted.pictures is not None:
+            pixels = psnr_db(made.pictures, wanted.pictures)
+        score = Score(latents_db(made.latents, wanted.latents), flops, plan, pixels)
+        self.ledger.add(key, score)
+        return score
+
+    def _compared(self, speedup: float, best: Scored) -> list[Measured]:
+        """The default, the best and fewer steps on the prompts kept apart."""
+        rows = []
+        for kind, candidate in ((DEFAULT, default(speedup)), (TUNED, best.candidate)):
+            key = f"{speedup:g}/{candidate.name} {candidate.configs[-1]}/held out"
+            scores = [
+                self._generated(candidate, f"{key} {n}", example, decoded=True)
+                for n, example in enumerate(self.held_out)
+            ]
+            searched = best.all_db if kind == TUNED else ()
+            rows.append(measured(kind, candidate.name, speedup, scores, searched))
+        # As many calls of the denoiser, in steps of the sampler's own.
+        plan = rows[-1].plan.replace(" ", "")
+        computed, total = plan.count("#"), len(plan)
+        options = self.workload.options
+        if not computed or {"timesteps", "sigmas"} & {*options}:
+            return rows
+        asked = int(options.get("num_inference_steps", total))
+        fewer = max(1, round(asked * computed / total))
+        scores = []
+        for n, example in enumerate(self.held_out):
+            key = f"{fewer} steps/held out {n}"
+            score = self.ledger.scores.get(key)
+            if score is None:
+                made = self.workload.generated(example, True, num_inference_steps=fewer)
+                score = self._noted(example, made, asked / fewer, "#" * fewer, key)
+            scores.append(score)
+        return [*rows, measured(FEWER, f"{fewer} steps", speedup, scores)]
+
+    @contextmanager
+    def _bar(self, total: int, name: str) -> Iterator[tqdm[Any]]:
+        """A progress bar; the pipeline's own rest meanwhile."""
+        own = getattr(self.pipe, "_progress_bar_config", None)
+        if hasattr(self.pipe, "set_progress_bar_config"):
+            self.pipe.set_progress_bar_config(**{**(own or {}), "disable": True})
+        try:
+            with tqdm(total=total, desc=name, disable=not self.progress) as bar:
+                yield bar
+        finally:
+            if own is not None:
+                self.pipe._progress_bar_config = own
+            else:
+                vars(self.pipe).pop("_progress_bar_config", None)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A setting, and the dB of its latents on every prompt searched on.
+
+    number: Its turn.
+    plan: The steps that it computed for the first prompt.
+    """
+
+    candidate: Candidate
+    all_db: tuple[float, ...]
+    number: int
+    plan: str
+
+    @property
+    def mean_db(self) -> float:
+        """The mean over the prompts: in dB, so that none of them rules."""
+        return fmean(self.all_db)
+
+
+def measured(
+    kind: str,
+    name: str,
+    speedup: float,
+    scores: Sequence[Score],
+    searched_db: tuple[float, ...] = (),
+) -> Measured:
+    """A row of the comparison."""
+    return Measured(
+        kind,
+        name,
+        speedup,
+        scores[-1].flops,
+        scores[-1].plan,
+        searched_db,
+        tuple(each.latents_db for each in scores),
+        tuple(each.pixels_db for each in scores if each.pixels_db is not None),
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings: whether a speed-up is reached is looked at here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def reached(handle: Handle) -> tuple[float, str]:
+    """How many times fewer FLOPs a generation took, and which steps it computed."""
+    found = handle.inspect()
+    steps = [step for each in found for step in each.steps]
+    plan = " ".join("".join(".#"[not step.skipped] for step in each.steps) for each in found)
+    if any(isinstance(each, TokenReduction) for each in handle.configs):
+        return handle.summary().speedup, plan
+    # All computed calls are alike, and nothing must be counted.
+    calls = sum(step.calls for step in steps)
+    return calls / max(1, sum(step.calls for step in steps if not step.skipped)), plan
+
+
+def rank() -> int:
+    """Of this process among those of torch.distributed; 0 without."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def processes() -> int:
+    """Of torch.distributed; 1 without."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def gathered(mine: Found) -> list[Found]:
+    """What every process has found, in the order of their ranks."""
+    parts: list[Any] = [mine]
+    if processes() > 1:
+        parts = [None] * processes()
+        distributed.all_gather_object(parts, mine)
+    return parts
+
+
+def _speedups(given: float | Sequence[float]) -> list[float]:
+    several: list[Any] = [*given] if isinstance(given, Sequence) else [given]
+    for each in several:
+        number = isinstance(each, (int, float)) and not isinstance(each, bool)
+        if not number or not 1 < each < math.inf:
+            raise ValueError(f"speedup {each!r} is not above 1: 2.0 asks for half of the FLOPs")
+    if not several:
+        raise ValueError("no speedup to tune for; give one above 1, such as 2.0")
+    return sorted({float(each) for each in several})
+
+
+def _split(
+    prompts: Sequence[Any], held_out: Sequence[Any] | None, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """The pictures to search on, and those kept apart."""
+    examples = [Example(prompt, seed + n) for n, prompt in enumerate(prompts)]
+    later = seed + len(prompts)
+    if held_out is not None:
+        others = as_prompts(held_out)
+        if not others:
+            raise ValueError("held_out is empty; give at least one prompt, or leave it out")
+        return examples, [Example(prompt, later + n) for n, prompt in enumerate(others)]
+    if len(examples) < 3:
+        return examples, [Example(prompt, later + n) for n, prompt in enumerate(prompts)]
+    return (
+        [each for n, each in enumerate(examples) if n % 3 != 2],
+        [each for n, each in enumerate(examples) if n % 3 == 2],
+    )

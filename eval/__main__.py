@@ -21,6 +21,7 @@ COMMANDS = {
     ),
     "flops": ("eval.bench.full_size", "FLOPs that full-size denoisers save, without their weights"),
     "study": ("eval.studies.study", "drift of many combinations, without pictures or times"),
+    "tune": ("eval.tune", "the settings that drift least, found on a pipeline of yours"),
     "calibrate": ("eval.calibrate", "probes for importance source gradient"),
     "tables": ("eval.report.tables", "the documents' tables and plots, from committed rows"),
     "report": ("eval.report.page", "a page with plots, pictures and tables"),

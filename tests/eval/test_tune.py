@@ -1,0 +1,76 @@
+"""eval tune: one command, whatever it finds can be applied, and the page shows it."""
+
+import json
+import re
+
+import pytest
+from diffusers import DiffusionPipeline
+
+from eval.__main__ import main
+from eval.generate.prompts import load_prompts
+from eval.studies.emoji import tuned as study
+from tests import tiny
+from tofu_diffusers import Tuned, apply_tofu
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a tiny pipeline, tuned from the command line."""
+    folder = tmp_path_factory.mktemp("tune")
+    tiny.tiny_sd().save_pretrained(folder / "model")
+    command = ["tune", "--pipeline", str(folder / "model"), "--speedup", "2", "--minutes", "1e-9"]
+    command += ["-n", "2", "--held-out", "2", "--steps", "10", "--height", "64", "--width", "64"]
+    assert main([*command, "--out", str(folder / "out")]) == 0
+    return folder
+
+
+def test_what_it_finds_is_applied_from_its_folder(folder):
+    pipe = DiffusionPipeline.from_pretrained(folder / "model")
+    pipe.set_progress_bar_config(disable=True)
+    with apply_tofu(pipe, folder / "out", speedup=2.0) as handle:
+        pipe("a cat", num_inference_steps=10, height=64, width=64)
+        assert handle.summary().speedup >= 2.0 - 1e-6
+
+
+def test_the_page_has_each_row_its_steps_and_the_pictures(folder):
+    page = (folder / "out" / "report.html").read_text()
+    tuned = Tuned.load(folder / "out")
+    for row in tuned.rows:
+        assert f"<td>{row.name}</td>" in page
+        # As many cells as steps, filled where they were computed.
+        cells = "".join('<i class="on"></i>' if sign == "#" else "<i></i>" for sign in row.plan)
+        assert cells in page
+    # The front; and of two prompts the unreduced picture, the default, the tuned one and fewer steps.
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == 1 + 2 * 4
+    assert "http" not in page.replace("http-equiv", "")
+    for prompt in load_prompts("emoji")[2:4]:
+        assert f"<p>{prompt}</p>" in page
+
+
+def test_bad_arguments_are_refused_before_anything_is_made(folder, capsys):
+    out = folder / "none"
+    command = ["tune", "--pipeline", str(folder / "model"), "--out", str(out)]
+    for changes, words in (
+        (["--held-out", "0"], "--held-out 0 is below 1"),
+        (["--speedup", "1"], "not above 1"),
+        (["-n", "17"], "17 prompts to search on"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, *changes])
+        assert words in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_study_has_a_row_for_each_kind_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "load_pipeline", lambda _: tiny.tiny_sd())
+    monkeypatch.setattr(study, "CHECKED", 1)
+    out = tmp_path / "rows.jsonl"
+    command = ["--model", "unet", "--steps", "10", "--speedup", "2", "--searched", "1", "-n", "2"]
+    command += ["--minutes", "1e-9", "--out", str(out)]
+    study.main(command)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["id"].split("/")[1] for row in rows] == ["steps-2", "default-2", "tuned-2"]
+    assert all(len(row["psnr_db"]) == 2 and row["flops_ratio"] == 2 for row in rows)
+    assert {"profile", "own trajectory"} < {*rows[-1]["searched"]}
+    study.main(command)
+    assert len(out.read_text().splitlines()) == 3

@@ -24,6 +24,7 @@ from .tokens.unmerges import UNMERGES
 from .tokens.update_cache import CacheKind, UpdateCache
 from .tuned import Tuned
 from .tuning.calibrate import calibrate_gradient
+from .tuning.linearity import Linearity, measure_linearity
 from .tuning.schedule_search import LearnedSchedule, learn_schedule
 from .tuning.trajectory import measure_trajectory
 from .tuning.tune import tune
@@ -44,6 +45,7 @@ __all__ = [
     "Handle",
     "Inspection",
     "LearnedSchedule",
+    "Linearity",
     "Method",
     "Plan",
     "Schedule",
@@ -58,6 +60,7 @@ __all__ = [
     "apply_tofu",
     "calibrate_gradient",
     "learn_schedule",
+    "measure_linearity",
     "measure_trajectory",
     "merge_tokens",
     "profile",

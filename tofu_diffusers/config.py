@@ -292,10 +292,10 @@ class TokenReduction(Config):
     @property
     def _cached_unmerges(self) -> set[str]:
         """Of its unmerges, those that reuse earlier updates."""
-        return {name for name in map(self.unmerge_at, (0.0, 1.0)) if UNMERGES[name].cached}
+        return {name for name in self.unmerges if UNMERGES[name].cached}
 
     def _check_combination(self) -> None:
-        prunes = {self.merge_at(depth) for depth in (0.0, 1.0)} == {"prune"}
+        prunes = self.merges == {"prune"}
         cached = self._cached_unmerges
         needs_prune = [
             f"keys_values {self.keys_values!r}" if self.keys_values != "dropped" else "",
@@ -340,6 +340,16 @@ class TokenReduction(Config):
     def unmerge_at(self, depth: float) -> str:
         """The unmerge at a depth in [0, 1]: the option, or else the method's own."""
         return self.unmerge or self.make_method().unmerge(depth)
+
+    @property
+    def merges(self) -> set[str]:
+        """All merges, of whatever depth."""
+        return {self.merge_at(depth) for depth in (0.0, *self.make_method().merge_changes)}
+
+    @property
+    def unmerges(self) -> set[str]:
+        """All unmerges, of whatever depth."""
+        return {self.unmerge_at(depth) for depth in (0.0, *self.make_method().merge_changes)}
 
     def ratio_at(self, position: float, depth: float) -> float:
         """The ratio at a noise level (0: pure noise, 1: clean image) and a depth, by the schedules."""

@@ -4,7 +4,15 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from .any import ANY, find_family, takes_timestep
-from .base import FAMILIES, BlockStack, Family, known_classes, known_family, register_family
+from .base import (
+    FAMILIES,
+    BlockStack,
+    Family,
+    depths_of,
+    known_classes,
+    known_family,
+    register_family,
+)
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -14,6 +22,7 @@ __all__ = [
     "FAMILIES",
     "BlockStack",
     "Family",
+    "depths_of",
     "find_family",
     "known_classes",
     "known_family",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,6 +36,12 @@ class BlockStack:
         """The stack of all blocks in one module list of a model."""
         blocks = model.get_submodule(name).named_children()
         return cls(name, resolution, tuple((f"{name}.{child}", block) for child, block in blocks))
+
+
+def depths_of(stacks: Sequence[BlockStack]) -> dict[str, float]:
+    """The position of every block in the denoiser, by name: 0 is the first, 1 the last."""
+    names = [name for stack in stacks for name, _ in stack.blocks]
+    return {name: i / max(1, len(names) - 1) for i, name in enumerate(names)}
 
 
 class Family(ABC):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..config import TokenReduction
-from ..families import BlockStack, Family
+from ..families import BlockStack, Family, depths_of
 from ..runtime.generation import Generation
 from ..runtime.runtime import Runtime
 from ..runtime.sites import PlanCache, Projection, Site
@@ -92,7 +92,7 @@ class Layout:
         ordered = [block for stack in stacks for block in stack.blocks]
         count = len(ordered)
         self._order = {name: i for i, (name, _) in enumerate(ordered)}
-        self._depth = {name: i / max(1, count - 1) for name, i in self._order.items()}
+        self._depth = depths_of(stacks)
         self._count = count
         acted = False
         for stack in stacks:
@@ -239,9 +239,8 @@ class Layout:
             return False
         if not config.depth_schedule.is_constant:
             return False
-        merges = {config.merge_at(depth) for depth in (0.0, 1.0)}
-        unmerges = {config.unmerge_at(depth) for depth in (0.0, 1.0)}
-        return merges == {"prune"} or (merges == {"mean"} and unmerges == {"copy"})
+        merges = config.merges
+        return merges == {"prune"} or (merges == {"mean"} and config.unmerges == {"copy"})
 
     def _site(
         self,

@@ -67,26 +67,18 @@ def calibrate_gradient(
         )
     if calls < 1:
         raise ValueError(f"calls is {calls}; give 1 or more")
-    model = only_denoiser(pipe, None)
-    if compiled_alone(model) or all(part is not model for part in components(pipe).values()):
-        raise ValueError(
-            "the denoiser is compiled, and compiled calls cannot be watched; calibrate first, then compile"
-        )
+    model = watchable(pipe)
     family = find_family(model, None)
     held_out = max(1, len(prompts) // 4)
     fits: dict[str, Fit] = {}
     agreement: dict[str, list[float]] = {}
     probes: dict[str, Tensor] = {}
     for n, prompt in enumerate(prompts):
-        with recorded(model) as seen:
-            latents(pipe, prompt, seed + n, options)
-        if not seen:
-            raise ValueError(f"{type(pipe).__name__} never called its {type(model).__name__}")
+        seen = calls_of(pipe, model, prompt, seed + n, calls, options)
         if n == len(prompts) - held_out:
             probes = {name: fit.probe() for name, fit in fits.items()}
-        spread = torch.linspace(0, len(seen) - 1, min(calls, len(seen))).round().long()
-        for call in spread.tolist():
-            for name, x, gradient in gradients(model, family, seen[call], seed + n):
+        for named in seen:
+            for name, x, gradient in gradients(model, family, named, seed + n):
                 if name in probes:
                     guess = sensitivity(x, probes[name].to(x.device))
                     value = rank_correlation(guess, log_norm(gradient))
@@ -95,6 +87,37 @@ def calibrate_gradient(
                     fits.setdefault(name, Fit(x.shape[2])).add(x, gradient)
     save_probes(path, probes)
     return {name: sum(values) / len(values) for name, values in agreement.items()}
+
+
+def watchable(pipe: Any) -> nn.Module:
+    """The only denoiser of a pipeline, whose calls and blocks can be watched.
+
+    Raises:
+        TypeError: if `pipe` is no pipeline.
+        ValueError: if it has tofu or several denoisers, or its denoiser is compiled.
+    """
+    model = only_denoiser(pipe, None)
+    if compiled_alone(model) or all(part is not model for part in components(pipe).values()):
+        raise ValueError(
+            "the denoiser is compiled, and compiled calls cannot be watched; calibrate first, then compile"
+        )
+    return model
+
+
+def calls_of(
+    pipe: Any, model: nn.Module, prompt: Any, seed: int, count: int, options: Kwargs
+) -> list[Kwargs]:
+    """The arguments of so many calls of the denoiser in one generation, evenly spread.
+
+    Raises:
+        ValueError: if it was not called.
+    """
+    with recorded(model) as seen:
+        latents(pipe, prompt, seed, options)
+    if not seen:
+        raise ValueError(f"{type(pipe).__name__} never called its {type(model).__name__}")
+    spread = torch.linspace(0, len(seen) - 1, min(count, len(seen))).round().long()
+    return [seen[call] for call in spread.tolist()]
 
 
 def as_prompts(given: str | Sequence[Any]) -> Sequence[Any]:

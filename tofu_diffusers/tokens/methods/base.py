@@ -97,6 +97,11 @@ class Method(ABC):
         """The most tokens that can be removed on this very grid."""
         return grid.tokens - 1
 
+    @property
+    def merge_changes(self) -> tuple[float, ...]:
+        """Depths from which on `merge` or `unmerge` says something else than before."""
+        return ()
+
     def merge(self, depth: float) -> str:
         """The merge that belongs to the method at a depth."""
         return "prune"

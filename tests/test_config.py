@@ -207,3 +207,15 @@ def test_a_seed_of_more_than_64_bits_is_refused_at_once():
     TokenReduction(method="random", seed=2**63 - 1)
     with pytest.raises(ValueError, match="seed 9223372036854775808 is above 9223372036854775807"):
         TokenReduction(method="random", seed=2**63)
+
+
+def test_a_merge_in_the_middle_of_the_depth_alone_counts_too():
+    middle = {"method": "tofu", "method_options": {"switch": [0.3, 0.6]}}
+    config = TokenReduction(**middle)
+    assert [config.merge_at(depth) for depth in (0.0, 0.5, 1.0)] == ["prune", "mlerp", "prune"]
+    assert config.merges == {"prune", "mlerp"} and config.unmerges == {"copy", "mlerp"}
+    for more in ({"keys_values": "fresh"}, {"unmerge": "temporal"}, {"corrector": True}):
+        with pytest.raises(ValueError, match="needs merge 'prune' at every site"):
+            TokenReduction(**middle, **more)
+    never = TokenReduction(method="tofu", method_options={"switch": []}, keys_values="fresh")
+    assert never.merges == {"prune"}

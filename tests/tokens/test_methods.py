@@ -111,6 +111,20 @@ def test_defaults_name_known_merges_and_unmerges(name: str) -> None:
         ("importance", {"max_age": 1}, "max_age is 1; give an int of 2 or more"),
         ("importance", {"max_age": 2.5}, "max_age is 2.5"),
         ("tofu", {"switch": 1.2}, "switch is 1.2; give a depth from 0 to 1"),
+        ("tofu", {"switch": True}, "switch is True; give a depth from 0 to 1"),
+        ("tofu", {"switch": "0.5"}, "switch is '0.5'; give a depth from 0 to 1"),
+        (
+            "tofu",
+            {"switch": [0.2, None]},
+            "switch is .0.2, None.; give a depth from 0 to 1, or several",
+        ),
+        ("tofu", {"switch": (0.2, float("nan"))}, "switch is .0.2, nan.; give a depth from 0 to 1"),
+        (
+            "tofu",
+            {"switch": [0.5, 0.2]},
+            "switch is .0.5, 0.2.; give depths that ascend, each once",
+        ),
+        ("tofu", {"switch": [0.5, 0.5]}, "give depths that ascend, each once"),
     ],
 )
 def test_bad_options_are_refused_with_a_way_out(name: str, options: dict, said: str) -> None:
@@ -307,6 +321,26 @@ def test_tofu_prunes_before_the_switch_and_merges_from_it() -> None:
     e = evidence(TokenGrid(5, 6), 11)
     tofu, tome = method.plan(e), make_method("tome").plan(e)
     assert torch.equal(tofu.kept, tome.kept) and torch.equal(tofu.assign, tome.assign)
+
+
+@pytest.mark.parametrize(
+    ("switch", "merges"),
+    [
+        ([], "pppp"),
+        ([0.0], "mmmm"),
+        ([0.3], "ppmm"),
+        ([0.3, 0.5], "ppmp"),
+        ((0.0, 0.2, 0.6), "mppm"),
+        ([0.0, 1.0], "mmmp"),
+    ],
+)
+def test_tofu_changes_its_merge_at_every_switch(switch: list, merges: str) -> None:
+    method = make_method("tofu", switch=switch)
+    assert "".join(method.merge(d)[0] for d in (0.0, 0.29, 0.3, 1.0)) == merges
+    assert [method.unmerge(d) for d in (0.0, 1.0)] == [
+        "mlerp" if merge == "m" else "copy" for merge in (merges[0], merges[-1])
+    ]
+    assert make_method("tofu", **json.loads(json.dumps(asdict(method)))) == method
 
 
 # --- pitome

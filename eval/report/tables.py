@@ -17,6 +17,7 @@ from eval.provenance import ROOT
 from eval.report import plots_step
 from eval.report.plots import pareto
 from eval.report.plots_growth import growth
+from eval.report.tables_linearity import linearity_table, merged_table
 from eval.report.tables_speed import (
     SPEEDS,
     full_size_table,
@@ -67,6 +68,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "typed": typed_table,
     "rules": rules_table,
     "searched": searched_table,
+    "linearity": linearity_table,
+    "merged by linearity": merged_table,
     "full size": lambda: full_size_table(FULL_SIZE),
     "ahead": lambda: ahead_table(FRONT),
     "oldest": lambda: oldest_table(FRONT),

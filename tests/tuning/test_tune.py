@@ -171,6 +171,7 @@ def test_other_denoisers_and_several_speedups_are_refused_in_words(found):
         ({"speedup": ()}, "no speedup"),
         ({"minutes": 0}, "more than 0"),
         ({"held_out": []}, "held_out is empty"),
+        ({"behind_db": -1}, "behind_db is -1; give 0 or more"),
     ],
 )
 def test_bad_arguments_are_refused(changes, message):

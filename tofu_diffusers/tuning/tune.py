@@ -45,9 +45,6 @@ FITS = 3
 BEHIND = 10**6
 """Turns from which on forecasts are fitted: behind all others."""
 
-HOPELESS_DB = 1.0
-"""A candidate is broken off once it is this far behind the best on the prompts that it has generated."""
-
 
 def tune(
     pipe: Any,
@@ -56,6 +53,7 @@ def tune(
     speedup: float | Sequence[float] = 2.0,
     held_out: Sequence[Any] | None = None,
     minutes: float = 10.0,
+    behind_db: float = 1.0,
     generate: Callable[..., Any] | None = None,
     folder: str | Path | None = None,
     seed: int = 0,
@@ -87,6 +85,8 @@ def tune(
             on; of fewer than three, the same with other seeds.
         minutes: After which no further setting is begun. The default and the own trajectory are tried in any
             case, and the comparison in the end takes its own time.
+        behind_db: A setting is broken off once it is so many dB behind the best on the prompts that it has
+            generated. More compares more settings and takes longer.
         generate: Called instead of the pipeline, with the same arguments: a prompt, `generator=`,
             `output_type=`, `return_dict=` and the options. Pictures and control inputs it adds itself.
         folder: Keeps what was measured; stopped anywhere, the same call goes on. None: nothing is kept.
@@ -105,6 +105,8 @@ def tune(
         raise ValueError(f"{len(prompts)} prompts to search on; give 1 to {MOST_PROMPTS}")
     if not minutes > 0:
         raise ValueError(f"minutes is {minutes}; give more than 0")
+    if not behind_db >= 0:
+        raise ValueError(f"behind_db is {behind_db}; give 0 or more")
     scheduler = scheduler_without_tofu(pipe)
     searched, kept_apart = _split(prompts, held_out, seed)
     found = denoisers_of(pipe)
@@ -124,7 +126,9 @@ def tune(
         raise ValueError(
             f"{processes()} processes need a folder that all of them see; give folder=..."
         )
-    search = Search(pipe, workload, Ledger(folder, about), searched, kept_apart, progress)
+    search = Search(
+        pipe, workload, Ledger(folder, about), searched, kept_apart, behind_db, progress
+    )
     return search.run(speedups, minutes)
 
 
@@ -137,6 +141,7 @@ class Search:
         ledger: What was measured before.
         searched: To choose by.
         held_out: To compare on.
+        behind_db: At which a setting is broken off.
         progress: Whether a bar is shown.
     """
 
@@ -147,10 +152,11 @@ class Search:
         ledger: Ledger,
         searched: list[Example],
         held_out: list[Example],
+        behind_db: float,
         progress: bool,
     ) -> None:
         self.pipe, self.workload, self.ledger = pipe, workload, ledger
-        self.searched, self.held_out = searched, held_out
+        self.searched, self.held_out, self.behind_db = searched, held_out, behind_db
         self.progress = progress and rank() == 0
         self.references: dict[Example, Reference] = {}
         self.began = time.monotonic()
@@ -355,7 +361,11 @@ class Search:
                 return None
             plan = plan or score.plan
             mine.append(score.latents_db)
-            if best is not None and fmean(mine) < fmean(best.all_db[: n + 1]) - HOPELESS_DB and n:
+            if (
+                best is not None
+                and n
+                and fmean(mine) < fmean(best.all_db[: n + 1]) - self.behind_db
+            ):
                 return None
         return Scored(candidate, tuple(mine), number, plan)
 

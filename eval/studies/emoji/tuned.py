@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,24 +27,12 @@ from eval.provenance import provenance
 from eval.statistics import of_mean
 from pipelines.emoji import MODELS, load_pipeline, weights_hash
 from tofu_diffusers import Tuned, apply_tofu, tune
-from tofu_diffusers.tuning import tune as tuning
 
 FIRST = 100
 """Of the built-in prompts, where those tuned on begin."""
 CHECKED = 4
 """Prompts that `tune` keeps apart for its own check, behind those that it searches on."""
 BATCH = 8
-
-
-@contextmanager
-def gone_through() -> Iterator[None]:
-    """Every setting is tried on all prompts, however far behind, so that all can be compared."""
-    own = tuning.HOPELESS_DB
-    tuning.HOPELESS_DB = float("inf")
-    try:
-        yield
-    finally:
-        tuning.HOPELESS_DB = own
 
 
 def pictures(pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> Tensor:
@@ -114,13 +102,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if f"{stage}/tuned-{speedup:g}" in done:
             continue
         last = FIRST + args.searched
-        with TemporaryDirectory() as folder, gone_through():
+        with TemporaryDirectory() as folder:
             tuned = tune(
                 pipe,
                 prompts[FIRST:last],
                 held_out=prompts[last : last + CHECKED],
                 speedup=speedup,
                 minutes=args.minutes,
+                behind_db=float("inf"),  # so that all can be compared
                 folder=folder,
                 seed=1000,
                 **given,

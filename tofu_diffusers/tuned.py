@@ -73,7 +73,7 @@ class Tuned:
             speedup: None: the one that was tuned.
 
         Raises:
-            ValueError: if none is given and several were tuned.
+            ValueError: if none is given and several were tuned, or it is below 1.
         """
         known = sorted(self.choices)
         if speedup is None:
@@ -84,6 +84,8 @@ class Tuned:
                 )
             speedup = known[0]
         asked = float(speedup)
+        if not 1 <= asked < math.inf:
+            raise ValueError(f"speedup {asked:g} is below 1 or no number: 2.0 halves the FLOPs")
         nearest = min(known, key=lambda each: abs(math.log(each / asked)))
         if asked == nearest:
             return self.choices[nearest]
@@ -104,7 +106,10 @@ class Tuned:
 
     @property
     def overfitted(self) -> tuple[float, ...]:
-        """Speed-ups whose best setting lost to the default on the prompts kept apart, and was not taken."""
+        """Speed-ups whose best setting lost on the prompts kept apart what it won in the search.
+
+        There the default was taken.
+        """
         return tuple(self.about.get("overfitted", ()))
 
     def save(self, folder: str | Path) -> Path:
@@ -186,7 +191,7 @@ class Tuned:
             "generation"
         )
         lines += [
-            f"{speedup:g}x: the search's best lost to the default on them (overfitted), the default stays"
+            f"{speedup:g}x: the search's best lost on them what it won (overfitted), the default stays"
             for speedup in self.overfitted
         ]
         lines += [f"{name}: {value}" for name, value in self.about.items() if name != "overfitted"]

@@ -44,6 +44,7 @@ from eval.report.tables_study import (
     typed_table,
     worth_table,
 )
+from eval.report.tables_tuned import tried_table, tuned_table
 
 
 def measured(name: str, suffix: str = "csv") -> list[Path]:
@@ -68,6 +69,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "typed": typed_table,
     "rules": rules_table,
     "searched": searched_table,
+    "tuned": tuned_table,
+    "tried": tried_table,
     "linearity": linearity_table,
     "merged by linearity": merged_table,
     "full size": lambda: full_size_table(FULL_SIZE),

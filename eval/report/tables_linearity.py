@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from eval.jsonl import read
 from eval.provenance import ROOT
 from eval.report.cells import interval
-from eval.report.tables_study import FAMILY, Row, by_name, circumstances
-from eval.statistics import difference, of_mean
+from eval.report.tables_study import FAMILY, Row, ahead, by_name, circumstances
 
 LINEARITY = ROOT / "eval" / "results" / "linearity.jsonl"
 SCOPES = ("block", "attention")
@@ -92,9 +91,3 @@ def merged_table() -> str:
 def searched(rows: dict[str, Row], share: str) -> float:
     """What a threshold is chosen by: its PSNR on the prompts that linearity was measured on."""
     return float(rows[f"most-{share}"]["searched_psnr_db"]["value"])
-
-
-def ahead(mine: Row, other: Row) -> str:
-    """By how many dB, image by image, with its interval."""
-    gain = difference(of_mean(mine["psnr_db"]), of_mean(other["psnr_db"]))
-    return f"{gain.value:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"

@@ -101,15 +101,24 @@ def circumstances(rows: Sequence[Row]) -> str:
         for name, those in weights.items()
     )
     call = row.get("call", {})
-    size = f"{call['width']} x {call['height']} px, " if "width" in call else ""
+    calls = [each["call"] for each in rows if "width" in each.get("call", {})]
+    sizes = dict.fromkeys(f"{each['width']} x {each['height']} px" for each in calls)
+    size = f"{' or '.join(sizes)}, " if sizes else ""
+    count = " or ".join(dict.fromkeys(str(each["n"]) for each in rows))
     guidance = f"guidance {call['guidance_scale']:g}, " if call else ""
     steps = " or ".join(dict.fromkeys(str(each["steps"]) for each in rows))
     return (
-        f"Embedded pipeline {pipelines}, {size}{steps} steps, {guidance}n = {row['n']}, "
+        f"Embedded pipeline {pipelines}, {size}{steps} steps, {guidance}n = {count}, "
         f"seed {row['seed']} on; {row['device']}; {versions(row)}. PSNR to the unreduced picture of "
         "the same seed in dB, mean with its 95 % bootstrap interval. FLOPs of the denoiser, counted, "
         "unreduced over reduced."
     )
+
+
+def ahead(mine: Row, other: Row) -> str:
+    """By how many dB, image by image, with its interval."""
+    gain = difference(of_mean(mine["psnr_db"]), of_mean(other["psnr_db"]))
+    return f"{gain.value:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"
 
 
 def drift_table(model: str, stage: str) -> str:
@@ -431,14 +440,9 @@ def ahead_head(rivals: Iterable[str]) -> list[str]:
 
 def ahead_line(label: str, model: str, row: Row, others: Iterable[Row | None]) -> str:
     """By how much a setting is ahead of each other one, image by image; its own FLOPs."""
-    cells = []
-    for other in others:
-        if other is None:
-            cells.append("")
-            continue
-        change = difference(of_mean(row["psnr_db"]), of_mean(other["psnr_db"]))
-        shown = f"{change.value:+.1f} ({change.low:+.1f} to {change.high:+.1f})"
-        cells.append(f"{shown} {cite(model, other)}")
+    cells = [
+        "" if other is None else f"{ahead(row, other)} {cite(model, other)}" for other in others
+    ]
     return f"| {label} {cite(model, row)} | {row['flops_ratio']:.2f}x | {' | '.join(cells)} |"
 
 

@@ -139,13 +139,13 @@ def test_the_default_stays_where_the_search_is_worse_on_prompts_kept_apart(found
 
     def worse(self, speedup, best):
         rows = own(self, speedup, best)
-        return [replace(row, held_out_db=(-9.0,)) if row.kind == "tuned" else row for row in rows]
+        return [replace(row, held_out_db=(-99.0,)) if row.kind == "tuned" else row for row in rows]
 
     monkeypatch.setattr(module.Search, "_compared", worse)
     tuned = tuned_tiny(pipe, folder=folder)
     assert tuned.overfitted == (2.0,)
     assert tuned.choices[2.0] == (StepSkipping(speedup=2.0),)
-    assert "2x: the search's best lost to the default on them (overfitted)" in str(tuned)
+    assert "2x: the search's best lost on them what it won (overfitted)" in str(tuned)
 
 
 def test_other_denoisers_and_several_speedups_are_refused_in_words(found):

@@ -189,8 +189,11 @@ class Search:
         rows = {speedup: each for part in gathered(mine) for speedup, each in part.items()}
         choices, overfitted = {}, []
         for speedup, scored in best.items():
+            plain = [each for each in tried[speedup] if each.candidate == default(speedup)]
             db = {row.kind: fmean(row.held_out_db) for row in rows[speedup]}
-            lost = db[TUNED] < db[DEFAULT]
+            # What was chosen of many is flattered where it was searched; both sets of prompts are few.
+            won = scored.mean_db - plain[0].mean_db if plain else math.inf
+            lost = db[DEFAULT] - db[TUNED] > won
             choices[speedup] = (default(speedup) if lost else scored.candidate).configs
             overfitted += [speedup] if lost else []
         size = sum(each.nbytes for each in self.references.values())

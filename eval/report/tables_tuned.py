@@ -1,0 +1,97 @@
+"""The tables of `tune`: what it is worth on other prompts, and what it tried, from committed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from eval.jsonl import read
+from eval.provenance import ROOT
+from eval.report.cells import interval
+from eval.report.tables_study import FAMILY, Row, ahead, circumstances
+
+FILES = {model: ROOT / "eval" / "results" / f"tuned_{model}.jsonl" for model in FAMILY}
+WITH_TOKENS = {
+    "own trajectory": "own trajectory",
+    "own trajectory and ratio 0.25": "and `ratio=0.25`",
+    "own trajectory and ratio 0.5": "and `ratio=0.5`",
+}
+
+
+def cite(row: Row) -> str:
+    """The comment that names a row."""
+    return f"<!-- row: {FILES[row['pipeline']].name}#{row['id']} -->"
+
+
+def groups() -> Iterator[tuple[str, float, dict[str, Row]]]:
+    """Where it was tuned and reported on, the speed-up, and the rows of it by kind."""
+    for path in FILES.values():
+        found: dict[tuple[str, float], dict[str, Row]] = {}
+        for row in read(path):
+            speedup = float(row["setting"]["options"]["speedup"])
+            key = (row["id"].split("/")[0], speedup)
+            found.setdefault(key, {})[row["setting"]["kind"]] = row
+        for (stage, speedup), rows in found.items():
+            if "tuned" in rows:
+                yield stage, speedup, rows
+
+
+def where(row: Row) -> str:
+    """What a group of rows is of, in words."""
+    words = [f"`{row['pipeline']}`", f"{row['call']['width']} px", f"{row['steps']} steps"]
+    if "scheduler" in row:
+        words.append(row["scheduler"].replace(",", " with "))
+    if row["tuned_on"]["prompts"] != 4:
+        words.append(f"tuned on {row['tuned_on']['prompts']} prompts")
+    return ", ".join(words)
+
+
+def tuned_table() -> str:
+    """The default and the tuned setting on prompts kept apart, and how far that is ahead, in pairs."""
+    head = [
+        "",
+        "n",
+        "default, dB",
+        "tuned, dB",
+        "ahead of it",
+        "of fewer steps",
+        "minutes",
+        "steps",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    every: list[Row] = []
+    for _, speedup, rows in groups():
+        default, tuned, fewer = (rows[kind] for kind in ("default", "tuned", "fewer steps"))
+        every += rows.values()
+        cells = [
+            f"{where(tuned)}, {speedup:g}x {cite(tuned)}",
+            str(tuned["n"]),
+            f"{interval(default['metrics']['psnr_db'], 1)} {cite(default)}",
+            interval(tuned["metrics"]["psnr_db"], 1),
+            "the default stays" if same(tuned, default) else ahead(tuned, default),
+            f"{ahead(tuned, fewer)} {cite(fewer)}",
+            f"{tuned['tuned_on']['minutes']:g}",
+            f"`{default['plan'] if same(tuned, default) else tuned['plan']}`",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([circumstances(every), "", *lines])
+
+
+def tried_table() -> str:
+    """Latents in dB on the prompts searched on: with tokens reduced inside the steps that run, and fitted."""
+    head = ["latents, dB (FLOPs)", *WITH_TOKENS.values(), "fitted, no tokens reduced"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for stage, speedup, rows in groups():
+        row = rows["tuned"]
+        if stage.endswith("px-25steps-n32") and row["call"]["width"] == 64:
+            tried: dict[str, Any] = row["searched"]
+            fits = [each for name, each in tried.items() if name.startswith("fitted")]
+            shown = [*(tried[name] for name in WITH_TOKENS), max(fits, key=lambda each: each[1])]
+            cells = (f"{db:.1f} ({flops:.2f}x)" for flops, db in shown)
+            lines.append(f"| {where(row)}, {speedup:g}x {cite(row)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def same(tuned: Row, default: Row) -> bool:
+    """Whether the default was kept."""
+    return bool(tuned["psnr_db"] == default["psnr_db"])

@@ -143,7 +143,10 @@ def skipping(steps: int, count: int) -> Iterator[Trial]:
 
 
 def rivals(steps: int) -> Iterator[Trial]:
-    """Others that halve the FLOPs: a second-order solver, and predictions that are repeated."""
+    """Others that halve the FLOPs: a second-order solver, and predictions that are repeated.
+
+    As a stage, with the caches of other packages.
+    """
     count = round(steps / 2)
     multistep = {"steps": count, "scheduler": "multistep"}
     cache = {"total": steps, "computed": count, "first": 2, "order": 0}
@@ -264,6 +267,7 @@ STAGES = {
     "lengths": lengths,
     "plans": plans,
     "samplers": samplers,
+    "rivals": rivals,
 }
 
 
@@ -367,8 +371,9 @@ def main(args: argparse.Namespace) -> None:
     state.wait_for_everyone()
     done = {row["id"]: row for row in read(args.out)}
     trials = list(STAGES[args.stage](args.steps))
-    if args.stage == "front":
-        trials += [Trial(setting, args.steps) for setting in others(loaded.pipe, [0.5])]
+    if args.stage in ("front", "rivals"):
+        merging = [0.5] if args.stage == "front" else []
+        trials += [Trial(setting, args.steps) for setting in others(loaded.pipe, merging)]
     todo = []
     for trial in trials:
         about = study.about(trial)

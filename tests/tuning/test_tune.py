@@ -179,6 +179,22 @@ def test_bad_arguments_are_refused(changes, message):
         tuned_tiny(tiny.tiny_sd(), **changes)
 
 
+def test_what_a_search_sets_itself_cannot_be_given():
+    for name in ("generator", "output_type"):
+        with pytest.raises(ValueError, match=f"{name} cannot be given: a search sets it"):
+            tuned_tiny(tiny.tiny_sd(), **{name: None})
+
+
+def test_tokens_that_cannot_be_reduced_are_left_out_and_said(monkeypatch):
+    """As with fused projections, whose keys and values are not projected by modules of their own."""
+    pipe = tiny.tiny_sd3()
+    pipe.transformer.fuse_qkv_projections()
+    call = tiny.CALLS[type(pipe)]
+    tuned = tuned_tiny(pipe, **call)
+    reasons = [why for name, why in tuned.about.items() if name.startswith("left out")]
+    assert len(reasons) == 2 and all("fused" in why for why in reasons)
+
+
 def test_no_prompts_too_many_no_pipeline_and_tofu_are_refused():
     pipe = tiny.tiny_sd()
     with pytest.raises(ValueError, match="0 prompts to search on"):

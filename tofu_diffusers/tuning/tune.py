@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,10 @@ from .trajectory import LEAST_STEPS, mean_trajectory, scheduler_without_tofu
 Found = TypeVar("Found")
 
 MOST_PROMPTS = 16
+OWN = ("prompt", "generator", "output_type", "return_dict")
+"""Arguments of the pipeline that a search gives itself."""
+
+ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
 RAISES = 3
 """How often a setting that reduces tokens may skip more steps until it reaches its speed-up."""
 
@@ -107,6 +112,11 @@ def tune(
         raise ValueError(f"minutes is {minutes}; give more than 0")
     if not behind_db >= 0:
         raise ValueError(f"behind_db is {behind_db}; give 0 or more")
+    if wrong := [name for name in options if name in OWN]:
+        raise ValueError(
+            f"{', '.join(wrong)} cannot be given: a search sets it for every picture; generate=... can call "
+            "the pipeline with more"
+        )
     scheduler = scheduler_without_tofu(pipe)
     searched, kept_apart = _split(prompts, held_out, seed)
     found = denoisers_of(pipe)
@@ -118,8 +128,9 @@ def tune(
             type(scheduler).__name__,
             {name: str(value) for name, value in scheduler.config.items() if name[0] != "_"},
         ],
-        "options": {name: str(value) for name, value in options.items()},
-        "prompts": [str(each.prompt) for each in (*searched, *kept_apart)],
+        # Without addresses in memory, which another process has otherwise.
+        "options": {name: ADDRESS.sub("", str(value)) for name, value in options.items()},
+        "prompts": [ADDRESS.sub("", str(each.prompt)) for each in (*searched, *kept_apart)],
         "seed": seed,
     }
     if folder is None and processes() > 1:
@@ -159,6 +170,7 @@ class Search:
         self.searched, self.held_out, self.behind_db = searched, held_out, behind_db
         self.progress = progress and rank() == 0
         self.references: dict[Example, Reference] = {}
+        self.left_out: dict[str, str] = {}
         self.began = time.monotonic()
 
     def run(self, speedups: list[float], minutes: float) -> Tuned:
@@ -205,6 +217,7 @@ class Search:
             "prompts": f"{len(self.searched)} searched on, {len(self.held_out)} kept apart",
             "settings generated on all prompts": sum(map(len, tried.values())),
             "references": f"{size / 2**20:.1f} MiB",
+            **{f"left out, {name}": why for name, why in self.left_out.items()},
             "minutes": round((time.monotonic() - self.began) / 60, 1),
         }
         names = tuple(type(model).__name__ for model, _ in found)
@@ -353,7 +366,14 @@ class Search:
         mine: list[float] = []
         plan = ""
         for n, example in enumerate(self.searched):
-            score = self._generated(candidate, f"{speedup:g}/{candidate.name}/{n}", example)
+            try:
+                score = self._generated(candidate, f"{speedup:g}/{candidate.name}/{n}", example)
+            except ValueError as error:
+                if len(candidate.configs) == 1:
+                    raise
+                # Whether tokens can be reduced in this pipeline shows when it is tried.
+                self.left_out[candidate.name] = str(error)
+                return None
             for _ in range(RAISES if len(candidate.configs) > 1 and n == 0 else 0):
                 if score.flops >= speedup - 1e-6:
                     break

@@ -152,7 +152,13 @@ class Tuned:
                 f"{path} holds {kind} of version {version}, and this reads Tuned of version {VERSION}; tune "
                 "again"
             )
-        data = state["data"]
+        try:
+            return cls._of(state["data"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no tuned settings ({error!r}); tune again") from error
+
+    @classmethod
+    def _of(cls, data: Any) -> Tuned:
         types = {each.__name__: each for each in CONFIGS}
         choices = {
             float(each["speedup"]): tuple(
@@ -160,6 +166,8 @@ class Tuned:
             )
             for each in data["choices"]
         }
+        if not choices or not all(1 < each < math.inf for each in choices):
+            raise ValueError(f"speed-ups {[*choices]}")
         numbers = ("searched_db", "held_out_db", "pixels_db")
         rows = tuple(
             Measured(**{**row, **{name: tuple(row[name]) for name in numbers}})
@@ -186,10 +194,11 @@ class Tuned:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in [header, *table]
         ]
-        lines.append(
-            "dB on prompts kept apart, mean and twice its standard error: higher is nearer to the unreduced "
-            "generation"
-        )
+        lines += [
+            "dB on prompts kept apart, with twice the standard error: higher is nearer to the unreduced",
+            'generation. "profile": the default; "own trajectory": steps planned on this pipeline;',
+            '"fitted": forecasts, too',
+        ]
         lines += [
             f"{speedup:g}x: the search's best lost on them what it won (overfitted), the default stays"
             for speedup in self.overfitted

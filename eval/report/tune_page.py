@@ -90,7 +90,7 @@ def front(tuned: Tuned) -> str:
         y = [float(np.mean(row.held_out_db)) for row in rows]
         axes.plot(x, y, color=colour, marker=marker, linewidth=1, label=kind)
     axes.set_xlabel("FLOPs, unreduced over this setting")
-    axes.set_ylabel("latents, dB on prompts kept apart (higher is nearer)")
+    axes.set_ylabel("latents, dB (higher is nearer)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return _uri(figure)

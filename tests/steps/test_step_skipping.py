@@ -548,12 +548,13 @@ def test_forecasts_carry_on_the_last_change_as_far_as_the_trajectory_says():
 # ---- fitted to a pipeline --------------------------------------------------------------------------------
 
 
-def fitted_by_hand(levels, computed, weights=None):
-    """Fitted forecasts whose numbers are drawn, or given."""
+def fitted_by_hand(sampling, computed):
+    """Fitted forecasts whose numbers are drawn."""
+    levels = sampling.angles
     draw = torch.Generator().manual_seed(0)
     sizes = [len([each for each in computed if each <= step][-3:]) for step in range(len(levels))]
     rows = [[0.0], *((0.1 * torch.randn(n, generator=draw)).tolist() for n in sizes[1:])]
-    return FittedForecasts(levels, computed, weights or rows)
+    return FittedForecasts(levels, computed, rows, sampling.kind)
 
 
 @pytest.mark.parametrize("build", BUILDERS)
@@ -561,8 +562,7 @@ def test_fitted_forecasts_are_the_loop_written_out_by_hand(build):
     """Each step is the sum of the last three computed predictions, its own included."""
     pipe, computed = build(), (0, 1, 3, 4, 6)
     tiny.generate(pipe, steps=STEPS)
-    levels = Sampling.of(pipe.scheduler).angles
-    fitted = fitted_by_hand(levels, computed)
+    fitted = fitted_by_hand(Sampling.of(pipe.scheduler), computed)
     config = StepSkipping(speedup=STEPS / 5, fitted=fitted)
     with apply_tofu(pipe, config) as handle:
         made = tiny.generate(pipe, steps=STEPS)
@@ -587,9 +587,10 @@ def sum_of(fitted, past, step):
 def test_fitted_forecasts_of_zero_repeat_and_correct_nothing():
     pipe = tiny.tiny_sd()
     tiny.generate(pipe, steps=STEPS)
-    levels = Sampling.of(pipe.scheduler).angles
+    sampling = Sampling.of(pipe.scheduler)
     zeros = [[0.0] * n for n in (1, 2, 2, 3, 3, 3, 3, 3)]
-    with apply_tofu(pipe, StepSkipping(fitted=FittedForecasts(levels, (0, 1, 3, 5, 7), zeros))):
+    fitted = FittedForecasts(sampling.angles, (0, 1, 3, 5, 7), zeros, sampling.kind)
+    with apply_tofu(pipe, StepSkipping(fitted=fitted)):
         made = tiny.generate(pipe, steps=STEPS)
     with apply_tofu(pipe, speedup=SPEEDUP, warmup_steps=2, rule="late", order=0):
         assert torch.equal(made, tiny.generate(pipe, steps=STEPS))
@@ -598,12 +599,12 @@ def test_fitted_forecasts_of_zero_repeat_and_correct_nothing():
 def test_generations_of_other_steps_go_by_the_rule_and_say_so():
     pipe = tiny.tiny_sd()
     tiny.generate(pipe, steps=STEPS)
-    fitted = fitted_by_hand(Sampling.of(pipe.scheduler).angles, (0, 1, 3, 4, 6))
+    fitted = fitted_by_hand(Sampling.of(pipe.scheduler), (0, 1, 3, 4, 6))
     options = {"speedup": 2.0, "rule": "even", "warmup_steps": 1}
     with apply_tofu(pipe, StepSkipping(**options)):
         wanted = tiny.generate(pipe, steps=12)
     with apply_tofu(pipe, StepSkipping(**options, fitted=fitted)) as handle:
-        with pytest.warns(UserWarning, match=r"fitted to 8 steps .* rule 'even'"):
+        with pytest.warns(UserWarning, match=r"fitted to 8 steps of DDIM.* 'even'"):
             made = tiny.generate(pipe, steps=12)
         assert "fitted" not in str(handle.summary())
         with warnings.catch_warnings():
@@ -611,6 +612,14 @@ def test_generations_of_other_steps_go_by_the_rule_and_say_so():
             tiny.generate(pipe, steps=STEPS)
         assert "fitted to these 8 steps" in str(handle.summary())
     assert torch.equal(made, wanted)
+    # At the same noise levels, but of a sampler that takes other steps between them.
+    own = pipe.scheduler
+    pipe.scheduler = diffusers.DDPMScheduler.from_config(own.config)
+    with (
+        apply_tofu(pipe, StepSkipping(**options, fitted=fitted)),
+        pytest.warns(UserWarning, match="these are 8 others, of DDPMScheduler"),
+    ):
+        tiny.generate(pipe, steps=STEPS)
 
 
 @pytest.mark.parametrize(
@@ -624,19 +633,20 @@ def test_generations_of_other_steps_go_by_the_rule_and_say_so():
     ],
 )
 def test_what_are_no_fitted_forecasts_is_refused(changes, words):
-    given = {"levels": (1.0, 0.7, 0.4, 0.1), "computed": (0, 2), "weights": None, **changes}
+    given = {"levels": (1.0, 0.7, 0.4, 0.1), "computed": (0, 2), "weights": None, "sampler": ""}
+    given |= changes
     given["weights"] = given["weights"] or [[0], [0], [0, 0], [0, 0]]
     with pytest.raises(ValueError, match=words):
         StepSkipping(fitted=given)
 
 
 def test_fitted_forecasts_are_saved_and_read(tmp_path):
-    fitted = fitted_by_hand((1.0, 0.7, 0.4, 0.1), (0, 2))
+    fitted = fitted_by_hand(Sampling.evenly(4), (0, 2))
     config = StepSkipping(fitted=fitted)
     config.save(tmp_path)
     assert StepSkipping.load(tmp_path) == config
     for other in ({}, {"levels": (1, 0.5), "points": ()}):
-        with pytest.raises(ValueError, match="fitted forecasts have levels, computed and weights"):
+        with pytest.raises(ValueError, match="fitted forecasts have levels, computed, weights and"):
             StepSkipping(fitted=other)
     with pytest.raises(TypeError, match="not list"):
         StepSkipping(fitted=[0, 1])

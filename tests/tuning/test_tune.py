@@ -1,5 +1,6 @@
 """tune: what it finds is what it measured, wherever it was stopped, and the pipeline is as before."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -9,18 +10,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from PIL import Image
 
 from tests import tiny
 from tofu_diffusers import StepSkipping, Tuned, apply_tofu, remove_tofu, tune
+from tofu_diffusers.steps.sampler import Sampling
 from tofu_diffusers.tuning import tune as module
-from tofu_diffusers.tuning.references import BROKEN_DB, EQUAL_DB, latents_db, psnr_db
+from tofu_diffusers.tuning.fit import Fit
+from tofu_diffusers.tuning.references import (
+    BROKEN_DB,
+    EQUAL_DB,
+    Example,
+    Workload,
+    latents_db,
+    psnr_db,
+)
 
 PROMPTS = ["a cat", "a dog", "a car"]
 CALL = {"num_inference_steps": 10, "height": 64, "width": 64}
 
 
-def tuned_tiny(pipe, **options):
-    return tune(pipe, PROMPTS, **{"speedup": 2.0, "progress": False, **CALL, **options})
+def tuned_tiny(pipe, prompts=PROMPTS, **options):
+    return tune(pipe, prompts, **{"speedup": 2.0, "progress": False, **CALL, **options})
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +138,7 @@ def test_it_goes_on_where_it_was_stopped(found, tmp_path, kept):
 
 def test_a_folder_of_another_search_or_model_is_refused(found):
     pipe, _, folder = found
-    with pytest.raises(ValueError, match=r"holds another search: its seed is 0, not 5"):
+    with pytest.raises(ValueError, match=r"holds another search: its prompts searched on is"):
         tuned_tiny(pipe, folder=folder, seed=5)
     other = tiny.tiny_sd(seed=9)
     with pytest.raises(ValueError, match="search on another model"):
@@ -230,6 +242,154 @@ def test_video_in_several_parts_is_judged_by_its_latents():
     call = {**tiny.CALLS[type(pipe)], "num_inference_steps": 10}
     tuned = tune(pipe, PROMPTS[:2], speedup=2.0, minutes=1e-9, progress=False, **call)
     assert all(row.held_out_db and row.pixels_db for row in tuned.rows)
+
+
+def workload(pipe, **options):
+    options = {"num_inference_steps": 6, "height": 64, "width": 64, **options}
+    return Workload(pipe, pipe.scheduler, [pipe.unet], options)
+
+
+@pytest.mark.parametrize("watched", ["steps", "fit"])
+def test_a_watched_generation_is_the_one_that_the_pipeline_makes(watched):
+    """Pipelines read from the arguments of `scheduler.step` what they may give it, such as eta."""
+    pipe = tiny.tiny_sd()
+    made = workload(pipe, eta=1.0).generated(Example("a cat", 3))
+    call = {"num_inference_steps": 6, "height": 64, "width": 64, "output_type": "latent"}
+    generator = torch.Generator().manual_seed(3)
+    wanted = pipe("a cat", eta=1.0, generator=generator, **call).images
+    assert torch.equal(made.latents, wanted) and made.draws_noise
+    plain = workload(pipe).generated(Example("a cat", 3))
+    assert not plain.draws_noise and not torch.equal(plain.latents, wanted)
+    assert (plain.steps, plain.calls) == (6, 6)
+    if watched == "fit":
+        seen = []
+        own = pipe.scheduler.step
+        with Fit((0, 2), 6).watching(pipe.scheduler, [wanted] * 6):
+            seen += inspect.signature(pipe.scheduler.step).parameters
+        assert seen == [*inspect.signature(own).parameters]
+
+
+def test_nothing_is_fitted_under_a_sampler_that_draws_noise():
+    tuned = tuned_tiny(tiny.tiny_sd(), eta=1.0, minutes=1e-9)
+    assert not any("fitted" in row.name for row in tuned.rows)
+
+
+def test_a_fit_brings_the_latents_nearer(tmp_path):
+    """Under a solver of the second order too, whose past it must not disturb."""
+    pipe = tiny.tiny_sd()
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    steps, computed, example = 10, (0, 1, 3, 5, 7, 9), Example("a cat", 3)
+    known = workload(pipe, num_inference_steps=steps)
+    reference = known.reference(example, False, tmp_path / "reference.safetensors")
+    fit, sampling = Fit(computed, steps), Sampling.of(pipe.scheduler)
+
+    def error(forecasts):
+        with apply_tofu(
+            pipe, StepSkipping(speedup=1.6, fitted=forecasts, rule="even", warmup_steps=1)
+        ):
+            return latents_db(known.generated(example).latents, reference.made.latents)
+
+    repeated = error(fit.forecasts(sampling))
+    still = StepSkipping(speedup=1.6, fitted=fit.forecasts(sampling), rule="even", warmup_steps=1)
+    with apply_tofu(pipe, still), fit.watching(pipe.scheduler, reference.behind):
+        known.run(example)
+    assert error(fit.forecasts(sampling)) > repeated + 3
+    assert "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize("prompt", [{"prompt": "a cat"}, ["a cat"]])
+def test_prompts_may_be_whatever_is_called_with_them(prompt):
+    pipe = tiny.tiny_sd()
+
+    def generate(given, **options):
+        return pipe(**given, **options) if isinstance(given, dict) else pipe(given, **options)
+
+    tuned = tuned_tiny(
+        pipe, prompts=[prompt, prompt], generate=generate, minutes=1e-9, num_inference_steps=6
+    )
+    assert tuned.rows
+
+
+@pytest.mark.parametrize(("passes", "why"), [(False, "did not pass"), (None, "takes no")])
+def test_fewer_steps_are_left_out_where_they_cannot_be_asked_for(passes, why):
+    pipe = tiny.tiny_sd()
+
+    def generate(prompt, generator, output_type, return_dict, **options):
+        given = {"generator": generator, "output_type": output_type, "return_dict": return_dict}
+        if passes is None:
+            given |= options
+        return pipe(prompt, num_inference_steps=6, height=64, width=64, **given)
+
+    tuned = tune(pipe, "a cat", speedup=2.0, generate=generate, minutes=1e-9, progress=False)
+    assert [row.kind for row in tuned.rows] == ["default", "tuned"]
+    assert why in tuned.about["left out, fewer steps"]
+
+
+def test_fewer_steps_are_counted_by_calls():
+    """Heun's calls are one less than twice the steps."""
+    pipe = tiny.tiny_sd()
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    tuned = tuned_tiny(pipe, minutes=1e-9)
+    row = tuned.rows[-1]
+    assert row.kind == "fewer steps"
+    steps = int(row.name.split()[0])
+    assert row.flops == pytest.approx((2 * 10 - 1) / (2 * steps - 1))
+
+
+def test_options_are_told_apart_by_what_they_hold():
+    picture = torch.zeros(3, 64, 64)
+    other = picture.clone()
+    other[1, 30, 30] = 1
+    assert module.described(picture) == module.described(picture.clone()) != module.described(other)
+    assert module.described({"a": [picture]}) != module.described({"a": [other]})
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "red"))
+    assert (
+        module.described(first)
+        == module.described(second)
+        != module.described(Image.new("RGB", (8, 8), "blue"))
+    )
+    assert " at 0x" not in module.described(lambda: 1)
+    assert module.described(torch.zeros(2, dtype=torch.bfloat16))
+
+
+def test_the_same_prompts_kept_apart_otherwise_are_another_search(tmp_path):
+    pipe = tiny.tiny_sd()
+    options = {"folder": tmp_path, "minutes": 1e-9, "num_inference_steps": 6}
+    tuned_tiny(pipe, prompts=["a", "b"], held_out=["c"], **options)
+    with pytest.raises(ValueError, match="another search: its prompts searched on"):
+        tuned_tiny(pipe, prompts=["a"], held_out=["b", "c"], **options)
+
+
+def test_a_compiled_denoiser_is_refused():
+    pipe = tiny.tiny_sd()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with pytest.raises(ValueError, match="tune first, then compile"):
+        tuned_tiny(pipe)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        '{"type": "Tuned", "version": 1}',
+        '{"type": "Tuned", "version": 1, "data": {"choices": [], "rows": [], "denoisers": [], "about": {}}}',
+        '{"type": "Tuned", "version": 1, "data": {"choices": [{"speedup": 2, "configs": [{"type": "X"}]}]}}',
+        '{"type": "Tuned", "version": 9, "data": {}}',
+    ],
+)
+def test_files_that_hold_nothing_tuned_are_refused_in_words(tmp_path, text):
+    (tmp_path / "tuned.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tuned.json holds .* tune again"):
+        Tuned.load(tmp_path)
+
+
+def test_a_speedup_that_is_none_is_refused(found):
+    pipe, tuned, _ = found
+    for speedup in (0, -1, 0.5, float("nan")):
+        with pytest.raises(ValueError, match="below 1 or no number"):
+            apply_tofu(pipe, tuned, speedup=speedup)
 
 
 def test_decibels():

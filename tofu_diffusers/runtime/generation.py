@@ -339,9 +339,10 @@ class Generation:
         skipping = setup.skipping
         if skipping is not None and skipping.fitted is not None and not setup.fitted(self.sampling):
             warnings.warn(
-                f"forecasts were fitted to {len(skipping.fitted.levels)} steps from noise level "
-                f"{skipping.fitted.levels[0]:.3f} to {skipping.fitted.levels[-1]:.3f}, and these are {steps} "
-                f"others, which go by rule {skipping.rule!r}; tune with these steps and this sampler",
+                f"forecasts were fitted to {len(skipping.fitted.levels)} steps of {skipping.fitted.sampler} "
+                f"from noise level {skipping.fitted.levels[0]:.3f} to {skipping.fitted.levels[-1]:.3f}, and "
+                f"these are {steps} others, of {self.sampling.kind or 'a loop'}, which go by rule "
+                f"{skipping.rule!r}; tune with these steps and this sampler",
                 stacklevel=2,
             )
         if setup.skipping is not None:

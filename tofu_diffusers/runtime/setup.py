@@ -161,7 +161,7 @@ class Setup:
     def fitted(self, sampling: Sampling) -> FittedForecasts | None:
         """The fitted forecasts, if they are for the steps of this generation."""
         fitted = None if self.skipping is None else self.skipping.fitted
-        return fitted if fitted is not None and fitted.fits(sampling.angles) else None
+        return fitted if fitted is not None and fitted.fits(sampling) else None
 
     def forecasts(
         self, sampling: Sampling

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+
+from .sampler import Sampling
 
 POINTS = 3
 """Of the last computed predictions, how many a step is made of. A fourth changed nothing."""
@@ -26,6 +28,7 @@ class FittedForecasts:
         levels: Noise level of every step, descending: `Sampling.angles`.
         computed: The steps that are computed, the first one among them.
         weights: One to three of every step, as many as were computed by then; 0 at the first.
+        sampler: `Sampling.kind` of the scheduler.
 
     Raises:
         ValueError: if they do not go together.
@@ -34,6 +37,7 @@ class FittedForecasts:
     levels: tuple[float, ...]
     computed: tuple[int, ...]
     weights: tuple[tuple[float, ...], ...]
+    sampler: str
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(float(each) for each in self.levels))
@@ -69,10 +73,10 @@ class FittedForecasts:
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
-            if {*value} != {"levels", "computed", "weights"}:
+            if {*value} != {each.name for each in fields(cls)}:
                 found = ", ".join(map(str, value)) or "nothing"
                 raise ValueError(
-                    f"fitted forecasts have levels, computed and weights, and this has {found}"
+                    f"fitted forecasts have levels, computed, weights and sampler, and this has {found}"
                 )
             return cls(**value)
         raise TypeError(
@@ -83,11 +87,10 @@ class FittedForecasts:
         """The computed steps that a step is made of, the last one first."""
         return past_of(self.computed, step)
 
-    def fits(self, levels: Sequence[float]) -> bool:
-        """Whether a generation has these steps; others go by the rule."""
-        return len(levels) == len(self.levels) and bool(
-            np.allclose(levels, self.levels, rtol=0, atol=SAME_LEVEL)
-        )
+    def fits(self, sampling: Sampling) -> bool:
+        """Whether a generation has these steps and this sampler; others go by the rule."""
+        alike = len(sampling) == len(self.levels) and sampling.kind == self.sampler
+        return alike and np.allclose(sampling.angles, self.levels, rtol=0, atol=SAME_LEVEL)
 
 
 def past_of(computed: Sequence[int], step: int) -> tuple[int, ...]:

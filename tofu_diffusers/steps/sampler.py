@@ -25,12 +25,14 @@ class Sampling:
         first_order: Whether a step adds its own prediction and no earlier one, so that what forecasts lacked
             can be made up for. A solver of higher order takes such a prediction for a bend of the path and
             passes it on.
+        kind: Of the scheduler: its class, and what its denoiser predicts, if it says so.
     """
 
     noise: tuple[float, ...] = ()
     angles: tuple[float, ...] = ()
     sizes: tuple[float, ...] | None = None
     first_order: bool = False
+    kind: str = ""
 
     @classmethod
     def of(cls, scheduler: Any) -> Sampling:
@@ -40,7 +42,9 @@ class Sampling:
         name, order = type(scheduler).__name__, scheduler.config.get("solver_order", 1)
         first_order = order == 1 and not any(word in name for word in MULTISTEP)
         angles = noise_angles(scheduler, noise)
-        return cls(noise, angles, None if sizes is None else tuple(sizes), first_order)
+        predicts = scheduler.config.get("prediction_type")
+        kind = name if predicts is None else f"{name}, {predicts}"
+        return cls(noise, angles, None if sizes is None else tuple(sizes), first_order, kind)
 
     @classmethod
     def evenly(cls, total: int) -> Sampling:
@@ -60,7 +64,7 @@ class Sampling:
         """These steps alone."""
         at = slice(begin, begin + count)
         sizes = self.sizes and self.sizes[at]
-        return Sampling(self.noise[at], self.angles[at], sizes, self.first_order)
+        return Sampling(self.noise[at], self.angles[at], sizes, self.first_order, self.kind)
 
 
 def noise_angles(scheduler: Any, noise: tuple[float, ...]) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..steps.fitted import FittedForecasts, past_of
 from ..steps.outputs import tensors_in
+from ..steps.sampler import Sampling
 from .references import LatentsOfSteps
 
 RIDGE = 1e-4
@@ -52,10 +54,10 @@ class Fit:
         found: Tensor = torch.linalg.solve(squares + ridge, products)
         return found
 
-    def forecasts(self, levels: Sequence[float]) -> FittedForecasts:
-        """What was fitted, for generations with these noise levels."""
+    def forecasts(self, sampling: Sampling) -> FittedForecasts:
+        """What was fitted, for generations with these steps."""
         rows = [tuple(self.weights(step).tolist()) for step in range(self.total)]
-        return FittedForecasts(tuple(levels), self.computed, tuple(rows))
+        return FittedForecasts(sampling.angles, self.computed, tuple(rows), sampling.kind)
 
     @contextmanager
     def watching(self, scheduler: Any, wanted: LatentsOfSteps) -> Iterator[None]:
@@ -69,6 +71,7 @@ class Fit:
         past: list[Tensor] = []
         index = 0
 
+        @wraps(before)  # pipelines read its arguments
         def step(
             prediction: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
         ) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..steps.outputs import tensors_in
 from .trajectory import PredictionPath, followed, told_of_steps
 
+OTHER_SEED = 2**40
 EQUAL_DB, BROKEN_DB = 150.0, -50.0
 """Of latents that are the same to the bit, and of NaN: means stay numbers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
-    """A prompt and the seed of its picture."""
+    """A prompt, whatever a pipeline takes for one, and the seed of its picture."""
 
     prompt: Any
     seed: int
@@ -36,11 +37,13 @@ class Workload:
         generate: The pipeline, or what calls it; takes a prompt, `generator`, `output_type`, `return_dict`
             and the options.
         scheduler: That is told its steps.
+        denoisers: Whose calls are counted.
         options: Of every call.
     """
 
     generate: Callable[..., Any]
     scheduler: Any
+    denoisers: Sequence[nn.Module]
     options: Mapping[str, Any]
 
     def generated(self, example: Example, decoded: bool = False, **changes: Any) -> Generated:
@@ -53,29 +56,50 @@ class Workload:
         Raises:
             ValueError: if the scheduler was told no step.
         """
+        generator = torch.Generator().manual_seed(example.seed)
         last: list[Tensor] = []
+        states: list[Tensor] = []
+        calls = 0
 
         def note(prediction: Tensor, timestep: Any, after: Any) -> None:
             last[:] = tensors_in(after)[:1]
+            states.append(torch.cat([generator.get_state(), torch.get_rng_state()]))
 
-        with told_of_steps(self.scheduler, note):
-            pictures = self.run(example, decoded, **changes)
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        hooks = [each.register_forward_pre_hook(count) for each in self.denoisers]
+        try:
+            with told_of_steps(self.scheduler, note):
+                pictures = self.run(example, decoded, generator, **changes)
+        finally:
+            for hook in hooks:
+                hook.remove()
         if not last:
             raise ValueError(
                 f"{type(self.scheduler).__name__} was told no step of this generation; give a pipeline that "
                 "denoises with its own scheduler, and generate=... a function that calls it"
             )
-        return Generated(_kept(last[0]), pictures)
+        draws = not torch.equal(states[0], states[-1])
+        return Generated(_kept(last[0]), pictures, len(states), calls, draws)
 
-    def run(self, example: Example, decoded: bool = False, **changes: Any) -> Tensor | None:
+    def run(
+        self,
+        example: Example,
+        decoded: bool = False,
+        generator: torch.Generator | None = None,
+        **changes: Any,
+    ) -> Tensor | None:
         """The pictures of a generation if they are asked for, and it makes any."""
+        generator = generator or torch.Generator().manual_seed(example.seed)
         given: dict[str, Any] = {"output_type": "pt" if decoded else "latent", "return_dict": False}
         given |= {**self.options, **changes}
-        generator = torch.Generator().manual_seed(example.seed)
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-        # Some samplers draw from the global generator, which is the user's.
+        # What is not drawn from the generator is drawn from the global one, which is the user's; with another
+        # seed, or the noise of the first step would be the latents that it begins with.
         with torch.random.fork_rng(devices):
-            torch.manual_seed(example.seed)
+            torch.manual_seed(example.seed + OTHER_SEED)
             made = self.generate(example.prompt, generator=generator, **given)
         found = tensors_in(made[0]) if decoded else []
         # Sound has fewer axes.
@@ -93,17 +117,12 @@ class Workload:
         tensors = {f"behind.{step}": each for step, each in enumerate(behind)}
         tensors |= {"latents": made.latents, "products": path.products}
         tensors["levels"] = torch.tensor(path.levels, dtype=torch.float64)
+        tensors["facts"] = torch.tensor([made.steps, made.calls, int(made.draws_noise)])
         if made.pictures is not None:
             tensors["pictures"] = made.pictures
         part = file.with_suffix(".part")
         # One tensor in two places would be refused.
-        save_file(
-            {
-                name: each.clone(memory_format=torch.contiguous_format)
-                for name, each in tensors.items()
-            },
-            part,
-        )
+        save_file({name: each.clone().contiguous() for name, each in tensors.items()}, part)
         part.replace(file)
         return Reference.load(file)
 
@@ -115,10 +134,16 @@ class Generated:
     Attributes:
         latents: That its last step ended with.
         pictures: Decoded from them, values in [0, 1]; None: not asked for, or none made.
+        steps: That the scheduler was told.
+        calls: Of the denoisers.
+        draws_noise: Whether the steps drew random numbers.
     """
 
     latents: Tensor
     pictures: Tensor | None
+    steps: int
+    calls: int
+    draws_noise: bool
 
 
 @dataclass(frozen=True)
@@ -143,10 +168,11 @@ class Reference:
         with safe_open(file, framework="pt") as stored:
             names = [*stored.keys()]
             found = {name: stored.get_tensor(name) for name in names if "." not in name}
+        steps, calls, draws = found["facts"].tolist()
         return cls(
-            Generated(found["latents"], found.get("pictures")),
+            Generated(found["latents"], found.get("pictures"), steps, calls, bool(draws)),
             PredictionPath(tuple(found["levels"].tolist()), found["products"]),
-            LatentsOfSteps(file, sum("." in name for name in names)),
+            LatentsOfSteps(file, steps),
             file.stat().st_size,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -125,6 +125,7 @@ def told_of_steps(scheduler: Any, note: Callable[[Tensor, Any, Any], None]) -> I
     """Call `note` at every step of a scheduler: with the prediction, the timestep, and what it returned."""
     step, own = scheduler.step, scheduler.__dict__.get("step")
 
+    @wraps(step)  # pipelines read from its arguments whether it takes a generator
     def noted(prediction: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         after = step(prediction, timestep, *args, **kwargs)
         note(prediction, timestep, after)

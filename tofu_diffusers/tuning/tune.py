@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import time
@@ -14,13 +15,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from torch import distributed
+import torch
+from torch import Tensor, distributed
 from tqdm import tqdm
 
 from ..api import Handle, apply_tofu, denoisers_of
 from ..config import StepSkipping, TokenReduction
 from ..families import ANY
+from ..hooks.patch import compiled_alone
 from ..steps.fitted import FittedForecasts
+from ..steps.pipelines import components
 from ..steps.sampler import Sampling
 from ..steps.trajectory import Trajectory
 from ..tuned import DEFAULT, FEWER, TUNED, Measured, Tuned
@@ -120,7 +124,14 @@ def tune(
     scheduler = scheduler_without_tofu(pipe)
     searched, kept_apart = _split(prompts, held_out, seed)
     found = denoisers_of(pipe)
-    workload = Workload(pipe if generate is None else generate, scheduler, options)
+    models = [model for model, _ in found]
+    parts = [*components(pipe).values()]
+    if any(compiled_alone(each) or all(part is not each for part in parts) for each in models):
+        raise ValueError(
+            "the denoiser is compiled, and would be compiled again for every setting that is tried; tune "
+            "first, then compile"
+        )
+    workload = Workload(pipe if generate is None else generate, scheduler, models, options)
     about = {
         "pipeline": type(pipe).__name__,
         "denoisers": [type(model).__name__ for model, _ in found],
@@ -128,10 +139,10 @@ def tune(
             type(scheduler).__name__,
             {name: str(value) for name, value in scheduler.config.items() if name[0] != "_"},
         ],
-        # Without addresses in memory, which another process has otherwise.
-        "options": {name: ADDRESS.sub("", str(value)) for name, value in options.items()},
-        "prompts": [ADDRESS.sub("", str(each.prompt)) for each in (*searched, *kept_apart)],
-        "seed": seed,
+        "generate": "the pipeline" if generate is None else described(generate),
+        "options": {name: described(value) for name, value in options.items()},
+        "prompts searched on": [[described(each.prompt), each.seed] for each in searched],
+        "prompts kept apart": [[described(each.prompt), each.seed] for each in kept_apart],
     }
     if folder is None and processes() > 1:
         raise ValueError(
@@ -296,7 +307,8 @@ class Search:
         first = self.references[self.searched[0]]
         sampling = Sampling.of(self.workload.scheduler)
         each_once = len(first.behind) == len(first.path.levels) == len(sampling)
-        return denoisers == 1 and each_once and sampling.sizes is not None
+        additive = sampling.sizes is not None and not first.made.draws_noise
+        return denoisers == 1 and each_once and additive
 
     def _fit(
         self,
@@ -306,7 +318,7 @@ class Search:
         bar: tqdm[Any],
     ) -> None:
         """Fit forecasts to the best choices of steps, and add them to what was tried."""
-        levels = self.references[self.searched[0]].path.levels
+        sampling = Sampling.of(self.workload.scheduler)
         plans: list[tuple[int, float, str]] = []
         for speedup, scored in tried.items():
             ordered = sorted(scored, key=lambda each: (-each.mean_db, each.number))
@@ -318,18 +330,19 @@ class Search:
         for number, (_, speedup, plan) in enumerate(plans):
             in_time = number < len(tried) or time.monotonic() < late
             if in_time and number % processes() == rank():
-                forecasts = self._fitted(plan, levels)
+                forecasts = self._fitted(plan, sampling)
                 candidate = fitted(speedup, forecasts, trajectory)
                 scored_ = self._scored(candidate, speedup, BEHIND + number, tried[speedup])
                 if scored_ is not None:
                     found[speedup].append(scored_)
-                    bar.set_postfix_str(f"{speedup:g}x: {scored_.mean_db:.1f} dB, {candidate.name}")
+                    top = max([*tried[speedup], *found[speedup]], key=lambda each: each.mean_db)
+                    bar.set_postfix_str(f"{speedup:g}x: {top.mean_db:.1f} dB, {top.candidate.name}")
             bar.update()
         for part in gathered(found):
             for speedup, more in part.items():
                 tried[speedup] += more
 
-    def _fitted(self, plan: str, levels: Sequence[float]) -> FittedForecasts:
+    def _fitted(self, plan: str, sampling: Sampling) -> FittedForecasts:
         """The forecasts of a choice of steps, fitted to the prompts searched on, or what was kept of them."""
         kept = self.ledger.fitted(plan.replace("#", "1").replace(".", "0"))
         if kept is not None:
@@ -337,7 +350,7 @@ class Search:
         computed = [step for step, sign in enumerate(plan) if sign == "#"]
         fit = Fit(computed, len(plan))
         # With weights of nothing the last computed prediction is handed on.
-        still = Fit(computed, len(plan)).forecasts(levels)
+        still = Fit(computed, len(plan)).forecasts(sampling)
         config = StepSkipping(
             speedup=len(plan) / len(computed),
             rule="even",
@@ -354,7 +367,7 @@ class Search:
                 fit.watching(self.workload.scheduler, behind),
             ):
                 self.workload.run(example)
-        forecasts = fit.forecasts(levels)
+        forecasts = fit.forecasts(sampling)
         self.ledger.keep_fitted(plan.replace("#", "1").replace(".", "0"), forecasts)
         return forecasts
 
@@ -425,23 +438,34 @@ class Search:
             ]
             searched = best.all_db if kind == TUNED else ()
             rows.append(measured(kind, candidate.name, speedup, scores, searched))
-        # As many calls of the denoiser, in steps of the sampler's own.
-        plan = rows[-1].plan.replace(" ", "")
-        computed, total = plan.count("#"), len(plan)
-        options = self.workload.options
-        if not computed or {"timesteps", "sigmas"} & {*options}:
-            return rows
-        asked = int(options.get("num_inference_steps", total))
-        fewer = max(1, round(asked * computed / total))
-        scores = []
+        fewer = self._fewer_steps(speedup, rows[-1].plan.replace(" ", ""))
+        return rows if fewer is None else [*rows, fewer]
+
+    def _fewer_steps(self, speedup: float, plan: str) -> Measured | None:
+        """Generations of as many steps as were computed; None: the pipeline cannot be asked for them."""
+        options, scores = self.workload.options, []
+        if "#" not in plan or {"timesteps", "sigmas"} & {*options}:
+            return None
+        asked = int(options.get("num_inference_steps", len(plan)))
+        fewer = max(1, round(asked * plan.count("#") / len(plan)))
         for n, example in enumerate(self.held_out):
             key = f"{fewer} steps/held out {n}"
             score = self.ledger.scores.get(key)
             if score is None:
-                made = self.workload.generated(example, True, num_inference_steps=fewer)
-                score = self._noted(example, made, asked / fewer, "#" * fewer, key)
+                whole = self.references[example].made
+                try:
+                    made = self.workload.generated(example, True, num_inference_steps=fewer)
+                except TypeError as error:
+                    self.left_out["fewer steps"] = (
+                        f"generate takes no num_inference_steps ({error})"
+                    )
+                    return None
+                if made.steps >= whole.steps:
+                    self.left_out["fewer steps"] = "generate did not pass num_inference_steps on"
+                    return None
+                score = self._noted(example, made, whole.calls / made.calls, "#" * made.steps, key)
             scores.append(score)
-        return [*rows, measured(FEWER, f"{fewer} steps", speedup, scores)]
+        return measured(FEWER, f"{fewer} steps", speedup, scores)
 
     @contextmanager
     def _bar(self, total: int, name: str) -> Iterator[tqdm[Any]]:
@@ -535,6 +559,21 @@ def gathered(mine: Found) -> list[Found]:
         parts = [None] * processes()
         distributed.all_gather_object(parts, mine)
     return parts
+
+
+def described(value: Any) -> str:
+    """What tells a value from others, in this process and the next."""
+    if isinstance(value, Tensor):
+        numbers = value.detach().cpu().contiguous()
+        data = numbers.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{tuple(value.shape)} {value.dtype} {hashlib.sha256(data).hexdigest()[:16]}"
+    if hasattr(value, "tobytes"):  # pictures and arrays
+        return f"{type(value).__name__} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+    if isinstance(value, dict):
+        return str({name: described(each) for name, each in value.items()})
+    if isinstance(value, (list, tuple)):
+        return str([described(each) for each in value])
+    return ADDRESS.sub("", str(value))
 
 
 def _speedups(given: float | Sequence[float]) -> list[float]:

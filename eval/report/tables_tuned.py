@@ -11,6 +11,18 @@ from eval.report.cells import interval
 from eval.report.tables_study import FAMILY, Row, ahead, circumstances
 
 FILES = {model: ROOT / "eval" / "results" / f"tuned_{model}.jsonl" for model in FAMILY}
+RIVALS = {model: ROOT / "eval" / "results" / f"rivals_{model}.jsonl" for model in FAMILY}
+MAIN = "px-25steps-n32"
+"""Of the stage at which everything is compared."""
+NAMES = {
+    "multistep-12": "12 steps, DPM-Solver++",
+    "repeat-12": "12 of 25 steps, repeated between",
+    "pab-2": "Pyramid Attention Broadcast (diffusers)",
+    "taylorseer-2": "TaylorSeer, every 2nd step (diffusers)",
+    "taylorseer-3": "TaylorSeer, every 3rd step (diffusers)",
+    "deepcache-2": "DeepCache, every 2nd step",
+    "deepcache-3": "DeepCache, every 3rd step",
+}
 WITH_TOKENS = {
     "own trajectory": "own trajectory",
     "own trajectory and ratio 0.25": "and `ratio=0.25`",
@@ -83,13 +95,35 @@ def tried_table() -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for stage, speedup, rows in groups():
         row = rows["tuned"]
-        if stage.endswith("px-25steps-n32") and row["call"]["width"] == 64:
+        if stage.endswith(MAIN) and row["call"]["width"] == 64:
             tried: dict[str, Any] = row["searched"]
             fits = [each for name, each in tried.items() if name.startswith("fitted")]
             shown = [*(tried[name] for name in WITH_TOKENS), max(fits, key=lambda each: each[1])]
             cells = (f"{db:.1f} ({flops:.2f}x)" for flops, db in shown)
             lines.append(f"| {where(row)}, {speedup:g}x {cite(row)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def rivals_table() -> str:
+    """What else makes fewer FLOPs of a pipeline, beside the tuned settings; the most FLOPs first."""
+    lines = ["| | FLOPs | PSNR, dB |", "|---|---|---|"]
+    every: list[Row] = []
+    for model, path in RIVALS.items():
+        shown: list[tuple[Row, str]] = []
+        for stage, speedup, rows in groups():
+            at = rows["tuned"]
+            if at["pipeline"] == model and stage.endswith(MAIN) and at["call"]["width"] == 64:
+                shown.append((rows["tuned"], f"tuned, `speedup={speedup:g}` {cite(rows['tuned'])}"))
+                fewer = rows["fewer steps"]
+                shown.append((fewer, f"{fewer['setting']['name']} {cite(fewer)}"))
+        for row in read(path):
+            name = NAMES.get(row["setting"]["name"], row["setting"]["name"])
+            shown.append((row, f"{name} <!-- row: {path.name}#{row['id']} -->"))
+        every += [row for row, _ in shown]
+        for row, label in sorted(shown, key=lambda each: each[0]["flops_ratio"]):
+            psnr = interval(row["metrics"]["psnr_db"], 1)
+            lines.append(f"| `{model}`, {label} | {row['flops_ratio']:.2f}x | {psnr} |")
+    return "\n".join([circumstances(every), "", *lines])
 
 
 def same(tuned: Row, default: Row) -> bool:

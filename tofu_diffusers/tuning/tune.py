@@ -182,6 +182,7 @@ class Search:
         self.progress = progress and rank() == 0
         self.references: dict[Example, Reference] = {}
         self.left_out: dict[str, str] = {}
+        self.counted: dict[str, float] = {}
         self.began = time.monotonic()
 
     def run(self, speedups: list[float], minutes: float) -> Tuned:
@@ -414,7 +415,12 @@ class Search:
             return known
         with apply_tofu(self.pipe, *candidate.configs) as handle, quiet():
             made = self.workload.generated(example, decoded)
-            flops, plan = reached(handle)
+            plan = plan_of(handle)
+            # As counting takes a while: the same settings and steps take as much for every prompt.
+            same = f"{candidate.configs} {plan}"
+            if same not in self.counted:
+                self.counted[same] = flops_of(handle)
+            flops = self.counted[same]
         return self._noted(example, made, flops, plan, key)
 
     def _noted(self, example: Example, made: Generated, flops: float, plan: str, key: str) -> Score:
@@ -530,16 +536,21 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def reached(handle: Handle) -> tuple[float, str]:
-    """How many times fewer FLOPs a generation took, and which steps it computed."""
-    found = handle.inspect()
-    steps = [step for each in found for step in each.steps]
-    plan = " ".join("".join(".#"[not step.skipped] for step in each.steps) for each in found)
+def plan_of(handle: Handle) -> str:
+    """Which steps a generation computed."""
+    return " ".join(
+        "".join(".#"[not step.skipped] for step in each.steps) for each in handle.inspect()
+    )
+
+
+def flops_of(handle: Handle) -> float:
+    """How many times fewer FLOPs a generation took."""
     if any(isinstance(each, TokenReduction) for each in handle.configs):
-        return handle.summary().speedup, plan
+        return handle.summary().speedup
     # All computed calls are alike, and nothing must be counted.
+    steps = [step for each in handle.inspect() for step in each.steps]
     calls = sum(step.calls for step in steps)
-    return calls / max(1, sum(step.calls for step in steps if not step.skipped)), plan
+    return calls / max(1, sum(step.calls for step in steps if not step.skipped))
 
 
 def rank() -> int:

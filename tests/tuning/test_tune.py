@@ -16,6 +16,7 @@ from PIL import Image
 from tests import tiny
 from tofu_diffusers import StepSkipping, Tuned, apply_tofu, remove_tofu, tune
 from tofu_diffusers.steps.sampler import Sampling
+from tofu_diffusers.tuning import search
 from tofu_diffusers.tuning import tune as module
 from tofu_diffusers.tuning.fit import Fit
 from tofu_diffusers.tuning.references import (
@@ -147,13 +148,13 @@ def test_a_folder_of_another_search_or_model_is_refused(found):
 
 def test_the_default_stays_where_the_search_is_worse_on_prompts_kept_apart(found, monkeypatch):
     pipe, _, folder = found
-    own = module.Search._compared
+    own = search.Search._compared
 
     def worse(self, speedup, best):
         rows = own(self, speedup, best)
         return [replace(row, held_out_db=(-99.0,)) if row.kind == "tuned" else row for row in rows]
 
-    monkeypatch.setattr(module.Search, "_compared", worse)
+    monkeypatch.setattr(search.Search, "_compared", worse)
     tuned = tuned_tiny(pipe, folder=folder)
     assert tuned.overfitted == (2.0,)
     assert tuned.choices[2.0] == (StepSkipping(speedup=2.0),)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
 from eval.files import write_whole
@@ -234,8 +234,8 @@ def plots(rows: Sequence[Row], folder: Path) -> Iterator[Plot]:
             yield Plot(name, speed, inline(path.read_bytes()), note)
 
 
-def page(sweep: Path, rows: Sequence[Row], folder: Path, prompts: int) -> str:
-    """The HTML; plots are written to the folder too."""
+def template(name: str) -> Template:
+    """A template of this folder."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -243,11 +243,16 @@ def page(sweep: Path, rows: Sequence[Row], folder: Path, prompts: int) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    return environment.get_template(name)
+
+
+def page(sweep: Path, rows: Sequence[Row], folder: Path, prompts: int) -> str:
+    """The HTML; plots are written to the folder too."""
     # Measured speed where there is any, else counted.
     by = "speed" if any(row["speed"] for row in rows) else "flops"
     reduced = [p for p in points(rows, "psnr_db", by) if p.kind != "unreduced"]
     columns = columns_of(rows)
-    return environment.get_template("report.html.in").render(
+    return template("report.html.in").render(
         rows=rows,
         columns=columns,
         intervals=["speed", *metric_names(rows)],

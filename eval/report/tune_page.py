@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from eval.bench.pipeline import one_batch
-from eval.report.page import THUMBNAIL, inline
+from eval.report.page import THUMBNAIL, inline, template
 from eval.report.plots import DPI, STYLES
 from eval.statistics import of_mean
 from tofu_diffusers import Tuned, apply_tofu
@@ -53,14 +51,7 @@ def page(
     tuned: Tuned, shown: Sequence[tuple[str, list[tuple[str, str]]]], about: Mapping[str, Any]
 ) -> str:
     """The HTML."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("tune.html.in").render(
+    return template("tune.html.in").render(
         tuned=tuned,
         rows=tuned.rows,
         colours={kind: colour for kind, (colour, _) in KINDS.items()},

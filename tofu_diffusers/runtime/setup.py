@@ -177,8 +177,8 @@ class Setup:
             return weights, corrections if self.corrects_steps else None
         skipped = self.skipped_steps(sampling)
         computed = [step for step in range(total) if step not in skipped]
-        known = config.trajectory is not None and total > 0
-        products = config.trajectory.at(sampling.angles) if known and config.trajectory else None
+        path = config.trajectory if config.order and total else None
+        products = None if path is None else path.at(sampling.angles)
         weights = forecast_weights(total, computed, config.order, products)
         if not self.corrects_steps or sampling.additive_sizes is None:
             return weights, None

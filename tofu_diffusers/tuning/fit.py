@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from ..steps.fitted import FittedForecasts, past_of
 from ..steps.outputs import tensors_in
 from ..steps.sampler import Sampling
 from .references import LatentsOfSteps
+from .trajectory import stepping_by
 
 RIDGE = 1e-4
 """Of the mean square of the last prediction, added to the least squares."""
@@ -67,11 +67,10 @@ class Fit:
             scheduler: That is told its steps. It must be given the last computed prediction at skipped steps.
             wanted: The unreduced latents behind every step.
         """
-        before, own = scheduler.step, scheduler.__dict__.get("step")
+        before = scheduler.step
         past: list[Tensor] = []
         index = 0
 
-        @wraps(before)  # pipelines read its arguments
         def step(
             prediction: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
         ) -> Any:
@@ -92,14 +91,8 @@ class Fit:
                 (known[0].double() + sum_).to(prediction.dtype), timestep, sample, *args, **kwargs
             )
 
-        scheduler.step = step
-        try:
+        with stepping_by(scheduler, step):
             yield
-        finally:
-            if own is None:
-                del scheduler.step
-            else:
-                scheduler.step = own
 
     def _add(self, step: int, basis: Tensor, missing: Tensor) -> None:
         rows = basis.flatten(1)

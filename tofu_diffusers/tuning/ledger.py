@@ -86,17 +86,18 @@ class Ledger:
         """Where an unreduced generation is kept."""
         return self.folder / f"reference-{number}.safetensors"
 
-    def fitted(self, key: str) -> FittedForecasts | None:
-        """Fitted forecasts that were kept."""
-        path = self._fitted_file(key)
+    def fitted(self, plan: str) -> FittedForecasts | None:
+        """The fitted forecasts of a choice of steps, if they were kept."""
+        path = self._fitted_file(plan)
         return FittedForecasts.of(json.loads(path.read_text())) if path.is_file() else None
 
-    def keep_fitted(self, key: str, fitted: FittedForecasts) -> None:
+    def keep_fitted(self, plan: str, fitted: FittedForecasts) -> None:
         """Keep fitted forecasts."""
-        path = self._fitted_file(key)
+        path = self._fitted_file(plan)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(asdict(fitted)), encoding="utf-8")
         part.replace(path)
 
-    def _fitted_file(self, key: str) -> Path:
-        return self.folder / f"fitted-{key}.json"
+    def _fitted_file(self, plan: str) -> Path:
+        signs = plan.replace("#", "1").replace(".", "0")
+        return self.folder / f"fitted-{signs}.json"

@@ -234,7 +234,7 @@ class Search:
 
     def _fitted(self, plan: str, sampling: Sampling) -> FittedForecasts:
         """The forecasts of a choice of steps, fitted to the prompts searched on, or what was kept of them."""
-        kept = self.ledger.fitted(plan.replace("#", "1").replace(".", "0"))
+        kept = self.ledger.fitted(plan)
         if kept is not None:
             return kept
         computed = [step for step, sign in enumerate(plan) if sign == "#"]
@@ -258,7 +258,7 @@ class Search:
             ):
                 self.workload.run(example)
         forecasts = fit.forecasts(sampling)
-        self.ledger.keep_fitted(plan.replace("#", "1").replace(".", "0"), forecasts)
+        self.ledger.keep_fitted(plan, forecasts)
         return forecasts
 
     def _scored(

@@ -123,15 +123,23 @@ def mean_trajectory(paths: Sequence[PredictionPath]) -> Trajectory:
 @contextmanager
 def told_of_steps(scheduler: Any, note: Callable[[Tensor, Any, Any], None]) -> Iterator[None]:
     """Call `note` at every step of a scheduler: with the prediction, the timestep, and what it returned."""
-    step, own = scheduler.step, scheduler.__dict__.get("step")
+    step = scheduler.step
 
-    @wraps(step)  # pipelines read from its arguments whether it takes a generator
     def noted(prediction: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         after = step(prediction, timestep, *args, **kwargs)
         note(prediction, timestep, after)
         return after
 
-    scheduler.step = noted
+    with stepping_by(scheduler, noted):
+        yield
+
+
+@contextmanager
+def stepping_by(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
+    """Let a function stand in for a scheduler's `step`, whose arguments it takes."""
+    before, own = scheduler.step, scheduler.__dict__.get("step")
+    # Pipelines read from its arguments what they may give it, such as a generator.
+    scheduler.step = wraps(before)(step)
     try:
         yield
     finally:

@@ -70,10 +70,14 @@ def denoiser(pipe: Any) -> ModelMixin:
     return model
 
 
-def weights_hash(model: str = "unet", home: Path | None = None) -> str:
-    """First 16 hex digits of the SHA-256 over an embedded pipeline's weight files, shared ones too."""
+def weights_hash(model: str = "unet", home: Path | None = None, *, decoder: bool = True) -> str:
+    """First 16 hex digits of the SHA-256 over an embedded pipeline's weight files, shared ones too.
+
+    decoder: with the autoencoder's, of which latents do not depend.
+    """
     digest = hashlib.sha256()
     for folder in folders_of(model, home):
         for path in sorted(folder.rglob("*.safetensors")):
-            digest.update(path.read_bytes())
+            if decoder or path.parent.name != "vae":
+                digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -103,19 +103,27 @@ def generate(pipe: Any, prompts: list[str]) -> list[Image.Image]:
 
 
 def generate_batch(
-    pipe: Any, prompts: list[str], first_seed: int, steps: int, side: int | None = None
-) -> list[Image.Image]:
-    """In one batch; the noise is drawn on the CPU, the same for every device."""
+    pipe: Any,
+    prompts: list[str],
+    first_seed: int,
+    steps: int,
+    side: int | None = None,
+    output_type: str = "pil",
+) -> Any:
+    """Pictures, or what else `output_type` asks for, in one batch.
+
+    The noise is drawn on the CPU, the same for every device.
+    """
     seeds = [torch.Generator().manual_seed(first_seed + k) for k in range(len(prompts))]
-    pictures: list[Image.Image] = pipe(
+    return pipe(
         prompts,
         num_inference_steps=steps,
         guidance_scale=GUIDANCE,
         generator=seeds,
         height=side,
         width=side,
+        output_type=output_type,
     ).images
-    return pictures
 
 
 def training(log: Path, stages: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -16,8 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+from torch import Tensor
+
 from pipelines.emoji import MODELS, data, load_pipeline, weights_hash
 from pipelines.emoji.card import GUIDANCE, SEED, generate_batch
+from pipelines.emoji.loop import save_atomic
 from pipelines.emoji.prompts import prompt_sets
 
 STEPS = 25
@@ -36,14 +41,13 @@ def generate(
     batch: int,
     until: float = math.inf,
 ) -> bool:
-    """Write the pictures of all sets into one file; what is made already lies beside it until then.
+    """Write the pictures of all sets into one file; their latents lie beside it.
 
     Picture i of all sets has seed i. They are compressed as the training pictures are.
 
     Args:
         pipe: The pipeline.
-        about: `model`, `weights_sha256`, `side`, `sampling` and `sets`: names with their prompts. Pictures
-            that were begun with another are made anew.
+        about: What `described` says. Latents that were begun with another are made anew.
         out: The file.
         batch: Pictures at a time.
         until: Of time.monotonic(), after which nothing more is begun.
@@ -51,26 +55,38 @@ def generate(
     Returns:
         Whether the time was enough.
     """
-    part = out.with_suffix(".part.npz")
-    blobs: list[bytes] = []
+    part = out.with_suffix(".part.pt")
+    # The latents are kept: they take the time, and outlast a decoder that is trained further.
+    made_with = {key: value for key, value in about.items() if key != "weights_sha256"}
+    latents: list[Tensor] = []
     if part.exists():
-        begun, made_with = data.read_pack(part)
-        if made_with == about:
-            blobs = begun
+        begun = torch.load(part, weights_only=True)
+        if begun["made_with"] == made_with:
+            latents = begun["latents"]
     prompts = [prompt for prompts in about["sets"].values() for prompt in prompts]
+    for i in range(sum(map(len, latents)), len(prompts), batch):
+        if time.monotonic() >= until:
+            return False
+        steps, side = about["sampling"]["steps"], about["side"]
+        made = generate_batch(pipe, prompts[i : i + batch], SEED + i, steps, side, "latent")
+        latents.append(made.half().cpu())
+        save_atomic({"made_with": made_with, "latents": latents}, part)
     with ThreadPoolExecutor() as pool:
-        for i in range(len(blobs), len(prompts), batch):
-            if time.monotonic() >= until:
-                return False
-            steps, side = about["sampling"]["steps"], about["side"]
-            made = generate_batch(pipe, prompts[i : i + batch], SEED + i, steps, side)
-            blobs += pool.map(data.webp, made)
-            # Whole or not at all, wherever the process is killed.
-            new = out.with_suffix(".new.npz")
-            data.pack(new, blobs, about)
-            new.replace(part)
-    part.replace(out)
+        blobs = [blob for z in latents for blob in pool.map(data.webp, decode(pipe, z))]
+    new = out.with_suffix(".new.npz")
+    data.pack(new, blobs, about)
+    new.replace(out)  # whole or not at all, wherever the process is killed
     return True
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
+    """Decode latents as the pipeline does in the end.  [B, 4, h, w]."""
+    vae = pipe.vae
+    latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    pixels = vae.decode(latents + vae.config.shift_factor).sample
+    pictures: list[Image.Image] = pipe.image_processor.postprocess(pixels)
+    return pictures
 
 
 def described(
@@ -80,6 +96,7 @@ def described(
     return {
         "model": model,
         "weights_sha256": weights_hash(model, home),
+        "latents_sha256": weights_hash(model, home, decoder=False),
         "side": side,
         "sampling": {"steps": steps, "guidance": GUIDANCE, "first_seed": SEED},
         "sets": {name: list(prompts) for name, prompts in sets.items()},

@@ -12,12 +12,12 @@ from pipelines.emoji.loop import Budget, Loop
 from pipelines.emoji.mmdit import train_mmdit
 from pipelines.emoji.text import train_text
 from pipelines.emoji.unet import train_unet
-from pipelines.emoji.vae import cache_latents, load_latents, train_vae
+from pipelines.emoji.vae import cache_latents, load_latents, train_decoder, train_vae
 
 STAGES = (
-    "vae", "text", "unet32", "unet64", "unet128", "mmdit32", "mmdit64", "mmdit128",
+    "vae", "decoder", "text", "unet32", "unet64", "unet128", "mmdit32", "mmdit64", "mmdit128",
 )  # fmt: skip
-SHARES = dict(zip(STAGES, (0.12, 0.02, 0.18, 0.14, 0.11, 0.18, 0.14, 0.11), strict=True))
+SHARES = dict(zip(STAGES, (0.08, 0.12, 0.02, 0.16, 0.13, 0.1, 0.16, 0.13, 0.1), strict=True))
 """The stages in their order, each with its part of the minutes of "all".
 
 A sample of 32 pixels costs a twentieth of one of 128, and what a thing looks like is learned there.
@@ -26,8 +26,8 @@ A sample of 32 pixels costs a twentieth of one of 128, and what a thing looks li
 # CPUs learn most in a minute from many small steps. With much smaller batches a GPU would wait for Python;
 # with more captions, too many of a batch would be of one concept, and right for each other's pictures.
 BATCHES = {
-    "cpu": dict(zip(STAGES, (4, 192, 64, 32, 8, 64, 32, 8), strict=True)),
-    "cuda": dict(zip(STAGES, (32, 384, 512, 256, 128, 512, 256, 128), strict=True)),
+    "cpu": dict(zip(STAGES, (4, 4, 192, 64, 32, 8, 64, 32, 8), strict=True)),
+    "cuda": dict(zip(STAGES, (32, 32, 384, 512, 256, 128, 512, 256, 128), strict=True)),
 }
 # For either batch: those of a CPU are near what Adam takes at all, and larger batches make up by less noise.
 RATES = {
@@ -44,6 +44,8 @@ def run_stage(stage: str, budget: Budget, emoji: Emoji, work: Path, device: torc
     if not (work / "latents.pt").exists():
         cache_latents(emoji, work, device)
     latents = load_latents(work)
+    if stage == "decoder":
+        return train_decoder(emoji, latents, work, budget, device, batch, shards)
     if stage == "text":
         # One shard: a caption is compared with every picture of the batch.
         return train_text(emoji, latents, work, budget, device, batch)

@@ -1,5 +1,7 @@
 """The autoencoder: 128x128 pixels to 32x32 latents of 4 channels, and the cache of all latents."""
 
+from __future__ import annotations
+
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 
 from pipelines.emoji import WEIGHTS
 from pipelines.emoji.data import Emoji
-from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, save_atomic
+from pipelines.emoji.loop import Budget, Loop, autocast, averaged, begin_with, save_atomic
 
 KL_WEIGHT = 2e-4
+DECODER_NOISE = 0.1
+"""At most so much is added to latents, whose standard deviation is 1, when the decoder is trained alone."""
 SIDES = (32, 64, 128)
 """Of the pictures in pixels, in the order in which denoisers are trained on them."""
 
@@ -59,29 +63,30 @@ def chroma(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
 
 
-def vae_loss(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """L1 of pixels and of their edges, squared error of coarse pixels and their colours, a small KL term.
+def picture_loss(output: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+    """L1 of pixels and of their edges, squared error of coarse pixels and their colours.
 
     L1 alone is content with the most common colour (orange for red); the square is not, and the colours
     are weighed again because a small green leaf on a red apple hardly counts among the pixels.
     """
+    l1 = F.l1_loss(output, pixels)
+    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(pixels), strict=True))
+    error = F.avg_pool2d(output - pixels, 2)
+    coarse = error.square().mean() + 4 * chroma(error).square().mean()
+    return {"loss": l1 + 0.5 * edge + 6 * coarse, "l1": l1, "coarse": coarse}
+
+
+def vae_loss(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """That of the pictures, and a small KL term."""
     with autocast(pixels.device):
         posterior = vae.encode(pixels).latent_dist
         shape, device = posterior.mean.shape, pixels.device
         noise = torch.randn(shape, generator=generator, device=device)
         output = vae.decode(posterior.mean + posterior.std * noise).sample
-    output, mean, logvar = output.float(), posterior.mean.float(), posterior.logvar.float()
-    l1 = F.l1_loss(output, pixels)
-    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(output), edges(pixels), strict=True))
-    error = F.avg_pool2d(output - pixels, 2)
-    coarse = error.square().mean() + 4 * chroma(error).square().mean()
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    losses = picture_loss(output.float(), pixels)
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-    return {
-        "loss": l1 + 0.5 * edge + 6 * coarse + KL_WEIGHT * kl,
-        "l1": l1,
-        "coarse": coarse,
-        "kl": kl,
-    }
+    return losses | {"loss": losses["loss"] + KL_WEIGHT * kl, "kl": kl}
 
 
 def train_vae(
@@ -96,7 +101,6 @@ def train_vae(
     """Trained on pictures of all sides; begins with the embedded weights, if there are any."""
     torch.manual_seed(0)
     train = torch.from_numpy(emoji.trained).nonzero().flatten().to(device)
-    test = torch.from_numpy(emoji.images[~emoji.trained])
     images = torch.from_numpy(emoji.images).to(device)
     vae = new_vae()
     begin_with(vae, WEIGHTS / "vae")
@@ -109,19 +113,60 @@ def train_vae(
         index = torch.randint(len(train), size, generator=generator, device=device)
         return vae_loss(vae, resized(to_unit(images[train[index]]), side), generator)
 
-    def evaluate() -> dict[str, float]:
-        result = {}
-        for side in SIDES:
-            errors = []
-            for part in test.split(16):
-                pixels = resized(to_unit(part).to(device), side)
-                with autocast(device):
-                    output = vae(pixels).sample.float().clamp(-1, 1)
-                errors.append((output - pixels).square().mean((1, 2, 3)))
-            result[f"psnr{side}"] = -10 * torch.cat(errors).div(4).mean().log10().item()
-        return result
+    loop.run(loss_fn, lambda: psnr(vae, emoji, device), stop_after=stop_after)
+    return loop
 
-    loop.run(loss_fn, evaluate, stop_after=stop_after)
+
+def psnr(vae: AutoencoderKL, emoji: Emoji, device: torch.device) -> dict[str, float]:
+    """Of pictures that are held out, decoded from their latents, in dB at every size."""
+    test = torch.from_numpy(emoji.images[~emoji.trained])
+    result = {}
+    for side in SIDES:
+        errors = []
+        for part in test.split(16):
+            pixels = resized(to_unit(part).to(device), side)
+            with autocast(device):
+                output = vae(pixels).sample.float().clamp(-1, 1)
+            errors.append((output - pixels).square().mean((1, 2, 3)))
+        result[f"psnr{side}"] = -10 * torch.cat(errors).div(4).mean().log10().item()
+    return result
+
+
+def train_decoder(
+    emoji: Emoji,
+    latents: Latents,
+    work: Path,
+    budget: Budget,
+    device: torch.device,
+    batch: int = 4,
+    shards: int = 1,
+    stop_after: int | None = None,
+) -> Loop:
+    """Trained further alone, whatever the denoisers have learned: the latents stay the code that they are.
+
+    A denoiser's latents are never quite those of a picture, so that some noise is added here.
+    """
+    torch.manual_seed(0)
+    train = torch.from_numpy(emoji.trained).nonzero().flatten().to(device)
+    images = torch.from_numpy(emoji.images).to(device)
+    stored = {side: z.to(device) for side, z in latents.by_side.items()}
+    vae = trained_vae(work).train()
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    loop = Loop("decoder", vae, work, budget, 1e-3, device, shards=shards)
+
+    def loss_fn(generator: torch.Generator, rng: random.Random) -> dict[str, Tensor]:
+        side = rng.choices(SIDES, (0.05, 0.25, 0.7))[0]
+        size = (batch * SIDES[-1] // side // shards,)
+        index = train[torch.randint(len(train), size, generator=generator, device=device)]
+        z = stored[side][index].float()
+        level = DECODER_NOISE * torch.rand((len(z), 1, 1, 1), generator=generator, device=device)
+        z = z + level * torch.randn(z.shape, generator=generator, device=device)
+        with autocast(device):
+            output = vae.decode(z).sample
+        return picture_loss(output.float(), resized(to_unit(images[index]), side))
+
+    loop.run(loss_fn, lambda: psnr(vae, emoji, device), stop_after=stop_after)
     return loop
 
 
@@ -145,6 +190,8 @@ def trained_vae(work: Path) -> AutoencoderKL:
     """The autoencoder of the latents in the cache."""
     vae, latents = _raw_vae(work), load_latents(work)
     standardise(vae, latents.mean, latents.std)
+    if (decoder := work / "decoder.pt").exists():
+        vae.load_state_dict(averaged(decoder))
     return vae
 
 

@@ -62,6 +62,7 @@ from pipelines.emoji.vae import (
     load_latents,
     new_vae,
     standardise,
+    train_decoder,
     train_vae,
 )
 from tests.tiny import emoji_data
@@ -402,6 +403,8 @@ def test_the_stages_resume(tiny_emoji, tmp_path):
         if name == "vae":
             return train_vae(tiny_emoji, work, budget, CPU, batch=2, stop_after=stop)
         latents = load_latents(work)
+        if name == "decoder":
+            return train_decoder(tiny_emoji, latents, work, budget, CPU, batch=2, stop_after=stop)
         if name == "text":
             return train_text(tiny_emoji, latents, work, budget, CPU, batch=4, stop_after=stop)
         train = train_unet if name.startswith("unet") else train_mmdit

@@ -6,18 +6,22 @@ import tarfile
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from eval.generate.prompts import load_prompts
 from eval.metrics.extractors import read_pictures
-from pipelines.emoji import data, gpu, load_pipeline, reference, train, weights_hash
+from pipelines.emoji import MODELS, data, gpu, load_pipeline, reference, train, weights_hash
 from pipelines.emoji import samples as emoji_samples
+from pipelines.emoji.card import generate_batch
 from pipelines.emoji.data import pack, unpack, webp
 from pipelines.emoji.loop import Loop
 from pipelines.emoji.prompts import prompt_sets
+from pipelines.emoji.vae import new_vae
 from tests.tiny import emoji_data
 
 
@@ -66,14 +70,15 @@ def test_all_of_it_in_parts_and_on_two_machines(small, packed, tmp_path, monkeyp
         stop_within(patch, "unet32")
         assert small(first) == 0
     assert "to be continued" in capsys.readouterr().out
-    assert files(first / "out") == {"vae.pt", "text.pt", "log.jsonl"}
+    assert files(first / "out") == {"vae.pt", "decoder.pt", "text.pt", "log.jsonl"}
 
     # The same machine: the stage goes on with its second step.
     with monkeypatch.context() as patch:
         stop_within(patch, "mmdit64")
         small(first)
     back = first / "out"
-    assert files(back) == {"vae.pt", "unet32.pt", "unet128.pt", "mmdit32.pt", "log.jsonl"}
+    denoisers = {"unet32.pt", "unet128.pt", "mmdit32.pt"}
+    assert files(back) == {"vae.pt", "decoder.pt", *denoisers, "log.jsonl"}
     rows = [json.loads(line) for line in (back / "log.jsonl").read_text().splitlines()]
     starts = [
         row["step"] for row in rows if (row["stage"], row.get("split")) == ("unet32", "start")
@@ -125,7 +130,6 @@ def test_what_comes_back_is_small_enough():
     from pipelines.emoji.mmdit import new_transformer
     from pipelines.emoji.text import new_text_encoder, new_tokenizer
     from pipelines.emoji.unet import new_unet
-    from pipelines.emoji.vae import new_vae
 
     def bytes_of(*modules):
         return 2 * sum(p.numel() for module in modules for p in module.parameters())
@@ -134,8 +138,8 @@ def test_what_comes_back_is_small_enough():
     unet, mmdit = new_unet(), new_transformer()
     words = 2 * 128 * 1700  # the vocabulary of the real data has so many pieces more than the tiny
     assert bytes_of(unet, text) + words < gpu.FILE_BYTES
-    # At most vae, unet32, unet128 and one of the transformer's at a time, beside the log.
-    assert bytes_of(new_vae(), unet, text, unet, mmdit) + words < gpu.ALL_BYTES - 2**20
+    # At most vae, decoder, unet32, unet128 and one of the transformer's at a time, beside the log.
+    assert bytes_of(new_vae(), new_vae(), unet, text, unet, mmdit) + words < gpu.ALL_BYTES - 2**20
 
 
 def test_too_much_to_come_back_says_so(tmp_path, monkeypatch):
@@ -161,7 +165,7 @@ def test_three_calls_have_time_for_whole_stages():
     assert list(minutes) == list(train.SHARES)
     assert {*gpu.LATER, *gpu.LATER.values()} <= {*minutes}
     # Left for a start and for what is compiled: 1.5 minutes or more of each nine.
-    assert sum(minutes[name] for name in ("vae", "text", "unet32", "unet64")) <= 7.5
+    assert sum(minutes[name] for name in ("vae", "decoder", "text", "unet32", "unet64")) <= 7.5
     assert sum(minutes[name] for name in ("unet128", "mmdit32", "mmdit64")) <= 7.5
     assert minutes["mmdit128"] <= 4.5  # and the pictures
 
@@ -330,36 +334,63 @@ def test_samples_go_on_where_they_were_stopped(packed, tmp_path, monkeypatch):
     """Whole batches are kept; what was begun with other prompts is made anew."""
     seeds, most = [], 2
 
-    def batch(pipe, prompts, first_seed, steps, side):
+    def batch(pipe, prompts, first_seed, steps, side, output_type):
+        assert output_type == "latent"
         if len(seeds) == most:
             raise KeyboardInterrupt
         seeds.append(first_seed)
-        return [Image.new("RGB", (side, side), (first_seed, 0, 0))] * len(prompts)
+        return torch.full((len(prompts), 4, side // 4, side // 4), first_seed / 10)
 
-    pipe = SimpleNamespace(set_progress_bar_config=lambda disable: None)
+    pipe = SimpleNamespace(
+        set_progress_bar_config=lambda disable: None,
+        vae=new_vae(),
+        image_processor=VaeImageProcessor(vae_scale_factor=4),
+    )
     monkeypatch.setattr(emoji_samples, "generate_batch", batch)
     monkeypatch.setattr(emoji_samples, "load_pipeline", lambda model: pipe)
     words = ["--model", "unet", "--data", str(packed), "--out", str(tmp_path), "--side", "64"]
+    captions = [*words, "--sets", "captions", "--batch", "4"]
     with pytest.raises(KeyboardInterrupt):
-        emoji_samples.main([*words, "--sets", "captions", "--batch", "4"])
+        emoji_samples.main(captions)
     assert seeds == [0, 4]
     most = 99
-    emoji_samples.main([*words, "--sets", "captions", "--batch", "4"])
+    emoji_samples.main(captions)
     pictures, about = unpack(tmp_path / "unet_64px.npz")
     prompts = about["sets"]["captions"]
     assert seeds == [*range(0, len(prompts), 4)] and len(prompts) >= 12
     assert pictures.shape == (len(prompts), 64, 64, 3)
-    assert files(tmp_path) == {"emoji.npz", "unet_64px.npz"}
+    assert (pictures[0] == pictures[3]).all() and (pictures[0] != pictures[4]).any()
+    assert files(tmp_path) == {"emoji.npz", "unet_64px.npz", "unet_64px.part.pt"}
 
+    def hashed(model, home, *, decoder=True):
+        return "trained further" if decoder else about["latents_sha256"]
+
+    with torch.no_grad():
+        pipe.vae.post_quant_conv.weight.neg_()
+    monkeypatch.setattr(emoji_samples, "weights_hash", hashed)
     seeds.clear()
+    emoji_samples.main(captions)
+    again, now = unpack(tmp_path / "unet_64px.npz")
+    assert not seeds and now["weights_sha256"] == "trained further" and (again != pictures).any()
+
     most = 1
     with pytest.raises(KeyboardInterrupt):
-        emoji_samples.main([*words, "--sets", "captions", "--batch", "4"])
+        emoji_samples.main([*captions, "--batch", "3", "--side", "32"])
     seeds.clear()
-    emoji_samples.main([*words, "--sets", "compositions", "--batch", "4"])
+    emoji_samples.main([*words, "--side", "32", "--sets", "compositions", "--batch", "4"])
     assert seeds == [0]
     with pytest.raises(SystemExit):
         emoji_samples.main([*words, "--sets", "caption"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_latents_are_decoded_as_the_pipeline_does(model):
+    pipe = load_pipeline(model)
+    pipe.set_progress_bar_config(disable=True)
+    whole, latents = (
+        generate_batch(pipe, ["a red apple"], 0, 2, 32, kind) for kind in ("pil", "latent")
+    )
+    assert np.array_equal(*(np.asarray(p[0]) for p in (whole, emoji_samples.decode(pipe, latents))))
 
 
 def test_quality_refuses_pictures_of_other_weights(judged, tmp_path, capsys):

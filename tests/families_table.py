@@ -3,30 +3,26 @@
 `python -m tests.families_table` rebuilds it; a test holds the document to it.
 """
 
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
-from tests import markdown, tiny
+from tests import markdown
 from tests.denoisers import DENOISERS, NO_DENOISERS
 from tofu_diffusers import FAMILIES, apply_tofu
 from tofu_diffusers.config import KEYS_VALUES, SCOPES
+from tofu_diffusers.families import known_family
+from tofu_diffusers.steps.outputs import tensors_in
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
 MARKS = ("<!-- families: python -m tests.families_table -->", "<!-- /families -->")
 LIST_MARKS = ("<!-- denoisers: python -m tests.families_table -->", "<!-- /denoisers -->")
-BUILDERS = {
-    "unet": (tiny.tiny_sd, tiny.tiny_sdxl),
-    "sd3": (tiny.tiny_sd3,),
-    "flux": (tiny.tiny_flux,),
-    "qwen": (tiny.tiny_qwen,),
-    "pixart": (tiny.tiny_pixart,),
-    "wan": (tiny.tiny_wan,),
-    "dit": (tiny.tiny_dit,),
-    "unet2d": (tiny.tiny_ddpm,),
-}
+CLASSES = sorted({name for family in FAMILIES.values() for name in family.classes} & {*DENOISERS})
+"""Of denoisers whose tokens are reduced."""
 SKIPPED = sorted({*DENOISERS} - {*NO_DENOISERS})
 HEADER = ("denoiser", "pipelines", "grid", *(f"`{scope}`" for scope in SCOPES), "images of a batch")
 
@@ -41,9 +37,9 @@ def runs(model: Any, inputs: dict[str, Any], scope: str, keys_values: str) -> bo
         return False
     for step in range(2):
         handle.step(step, 2)
-        out = model(**inputs)[0]
+        out = model(**inputs, return_dict=False)
     rows = handle.stats()
-    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(each).all() for each in tensors_in(out))
     assert rows and all(row["tokens_kept"] < row["tokens_in"] for row in rows)
     handle.remove()
     return True
@@ -58,33 +54,34 @@ def batches(model: Any, inputs: dict[str, Any]) -> str:
     return "one after another, unless `share_plan`" if alone else "together"
 
 
+def pipelines_of(name: str) -> list[str]:
+    """The pipelines of diffusers that take a denoiser of this class, by their source."""
+    found = set[str]()
+    for path in Path(diffusers.pipelines.__path__[0]).rglob("pipeline_*.py"):
+        text = path.read_text(encoding="utf-8")
+        if re.search(rf":[^=\n]*\b{name}\b", text):
+            found |= {*re.findall(r"^class (\w+Pipeline)\(", text, re.MULTILINE)}
+    return sorted(found, key=lambda each: (len(each), each))
+
+
 def row(name: str) -> tuple[str, ...]:
-    """One family's line."""
-    pipes = [build() for build in BUILDERS[name]]
-    model = tiny.denoisers(pipes[0])[0]
-    inputs = tiny.model_inputs(model)
-    assert FAMILIES[name].classes == (type(model).__name__,)
-    grid = FAMILIES[name].grids(model, inputs)[0]
-    sides = [str(side) for side in grid.sides if side > 1]
+    """One class's line."""
+    model, inputs = DENOISERS[name].build(), DENOISERS[name].arguments()
+    family = known_family(model)
+    assert family is not None
+    sides = [str(side) for side in family.grids(model, inputs)[0].sides if side > 1]
     scopes = (
-        ", ".join(
-            keys_values for keys_values in KEYS_VALUES if runs(model, inputs, scope, keys_values)
-        )
+        ", ".join(each for each in KEYS_VALUES if runs(model, inputs, scope, each)) or "-"
         for scope in SCOPES
     )
-    classes = ", ".join(f"`{type(pipe).__name__}`" for pipe in pipes)
-    return (
-        f"`{type(model).__name__}`",
-        classes,
-        " x ".join(sides),
-        *scopes,
-        batches(model, inputs),
-    )
+    first, *others = pipelines_of(name)
+    more = f" and {len(others)} more" if others else ""
+    return (f"`{name}`", f"`{first}`{more}", " x ".join(sides), *scopes, batches(model, inputs))
 
 
 def table() -> str:
-    """All families, as Markdown."""
-    return markdown.table(HEADER, map(row, BUILDERS))
+    """All classes, as Markdown."""
+    return markdown.table(HEADER, map(row, CLASSES))
 
 
 def denoisers() -> str:

@@ -29,12 +29,13 @@ def test_every_family_has_a_valid_profile_that_says_where_it_is_from(family):
     if "like" in data:
         own = profile(data["like"])
         assert "like" not in own
-        assert all(data[key] == own[key] for key in ("tokens", "speedup", "weights"))
+        assert all(data[key] == own[key] for key in ("speedup", "weights"))
 
 
-def test_a_family_without_a_profile_is_told_how_to_get_one():
-    with pytest.raises(ValueError, match=r"'fluxx' has no profile; add profiles/fluxx.json"):
-        profile("fluxx")
+def test_a_family_without_a_file_borrows_a_profile_and_the_summary_says_so():
+    assert profile("flux") == {**profile("sd3"), "like": "sd3"}
+    config = resolve(TokenReduction(ratio=0.5), "flux")
+    assert origin("flux", config).startswith(" (default profile, that of sd3, ")
 
 
 OPTIONS = {

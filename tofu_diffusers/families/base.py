@@ -60,8 +60,8 @@ class Family(ABC):
     ids_name: ClassVar[str | None] = None
     """Name of the root's tensor from which `grids` reads numbers; None: shapes are enough. Reading it waits
     for the device and cannot be traced, so it is done once a generation."""
-    output_index: ClassVar[int | None] = None
-    """Where the image tokens stand in what a block returns; None: they are all it returns."""
+    output_index: ClassVar[int] = 0
+    """Where the image tokens stand in what a block returns, if that is a tuple."""
     guidance_in_batch: ClassVar[bool] = True
     """Whether pipelines put the branches of guidance into one batch; else each has its own call."""
     conditional_first: ClassVar[bool] = False
@@ -74,6 +74,8 @@ class Family(ABC):
     """Whether positions have no batch axis, so that all rows of a call must keep the same tokens."""
     args_between_blocks: ClassVar[tuple[str, ...]] = ()
     """Arguments of the root that, when given, act between blocks of a run."""
+    keys_values_refused: ClassVar[tuple[str, ...]] = ()
+    """Choices of keys_values that its attentions cannot be given ("fresh", "cached")."""
     blocks_are_attentions: ClassVar[bool] = False
     """Whether a block is nothing but an attention, so that scope "attention" is scope "block"."""
 
@@ -106,6 +108,17 @@ class Family(ABC):
         Raises:
             ValueError: if this block's normalisation is not known.
         """
+
+    def around(self, grids: dict[int, TokenGrid], named: Kwargs) -> dict[int, TokenGrid]:
+        """Those grids, and others that differ by what stands around the image in this call (text).
+
+        With `ids_name`, `grids` is read once a generation and this at every call, from shapes alone.
+        """
+        return grids
+
+    def widths(self, attention: Any) -> tuple[int, int]:
+        """Channels of the tokens that a self-attention is given, and of its keys."""
+        return int(attention.to_q.in_features), int(attention.to_k.out_features)
 
     def example(self, model: nn.Module) -> Kwargs | None:
         """Arguments of one forward at the model's own sample size, batch 2, on the meta device.
@@ -186,12 +199,12 @@ class Family(ABC):
 
     def output(self, out: Any) -> Tensor:
         """The image tokens in what a block returned.  -> [B, N, C]."""
-        tokens: Tensor = out if self.output_index is None else out[self.output_index]
+        tokens: Tensor = out[self.output_index] if isinstance(out, tuple) else out
         return tokens
 
     def with_output(self, out: Any, x: Tensor, kwargs: Kwargs) -> Any:
         """What a block returned, with other image tokens; `kwargs` are the block's arguments."""
-        if self.output_index is None:
+        if not isinstance(out, tuple):
             return x
         return tuple(x if i == self.output_index else part for i, part in enumerate(out))
 
@@ -215,6 +228,27 @@ def gather_rows(x: Tensor, positions: Tensor) -> Tensor:
     x = x.expand(positions.shape[0], *x.shape[1:])
     index = positions.view(*positions.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
     return torch.gather(x, 1, index)
+
+
+def cut_mask(mask: Tensor, tokens: int, positions: Tensor) -> Tensor:
+    """A mask for the tokens at these positions, and for all that stands in front of them.
+
+    Args:
+        mask: [B, S] or [B, 1, 1 or S, S], of which the last `tokens` belong to a sequence of tokens.
+        tokens: How many there are.
+        positions: [B, M] among them.
+
+    Returns:
+        [B, S - tokens + M] or [B, 1, 1 or the same, the same].
+    """
+    front = torch.arange(mask.shape[-1] - tokens, device=positions.device)
+    index = torch.cat([front.expand(len(positions), -1), positions + len(front)], dim=1)
+    mask = mask.expand(len(positions), *mask.shape[1:])
+    if mask.ndim == 2:
+        return mask.gather(1, index)
+    if mask.shape[-2] > 1:
+        mask = mask.gather(-2, index[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
+    return mask.gather(-1, index[:, None, None].expand(-1, 1, mask.shape[-2], -1))
 
 
 FAMILIES: dict[str, Family] = {}

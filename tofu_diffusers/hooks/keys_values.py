@@ -98,16 +98,34 @@ class SdpaPatch(TorchFunctionMode):
         self.calls += 1
         if self.skip:
             named["query"] = named["query"][:, :, : -self.skip]
+            mask = named.get("attn_mask")
+            if mask is not None and mask.shape[-2] > 1:  # a row a query
+                named["attn_mask"] = mask[..., : -self.skip, :]
         elif self.calls == 1 and self.keys is not None and self.values is not None:
             tokens = self.keys.shape[1] if self.kept is None else self.kept.shape[1]
             mask = named.get("attn_mask")
             if self.kept is not None and mask is not None:
-                # Image tokens come last and are all seen alike.
-                seen = mask[..., -1:].expand(*mask.shape[:-1], self.keys.shape[1])
-                named["attn_mask"] = torch.cat([mask[..., :-tokens], seen], dim=-1)
+                named["attn_mask"] = self._mask_of_all(mask, named["key"].shape[2] - tokens)
             named["key"] = self._remember(named["key"], self.keys, tokens)
             named["value"] = self._remember(named["value"], self.values, tokens)
         return func(**named)
+
+    def _mask_of_all(self, mask: Tensor, others: int) -> Tensor:
+        """A mask for the keys of all tokens, of which the image's are the last.  [.., Q or 1, S].
+
+        others: Keys in front of the image's.
+        """
+        assert self.keys is not None and self.kept is not None
+        tokens = self.keys.shape[1]
+        if mask.shape[-1] == others + tokens:  # the family gave all columns, and all rows
+            if mask.shape[-2] == 1:
+                return mask
+            front = torch.arange(others, device=mask.device).expand(self.kept.shape[0], -1)
+            rows = torch.cat([front, self.kept + others], dim=1)[:, None, :, None]
+            return mask.gather(-2, rows.expand(*mask.shape[:-2], -1, mask.shape[-1]))
+        # The attention made it of what it was given: image tokens are all seen alike.
+        seen = mask[..., -1:].expand(*mask.shape[:-1], tokens)
+        return torch.cat([mask[..., : -self.kept.shape[1]], seen], dim=-1)
 
     def _remember(self, rows: Tensor, cache: Tensor, tokens: int) -> Tensor:
         """Write the image rows of [B, H, S, D] to the cache; put all it holds in their place."""

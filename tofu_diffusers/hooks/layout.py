@@ -289,7 +289,7 @@ class Layout:
                         stack,
                         name,
                         depth,
-                        width_of(attention, "to_q", "in_features"),
+                        self.family.widths(attention)[0],
                         None,
                     )
                     for attribute, attention in attentions.items()
@@ -326,7 +326,7 @@ class Layout:
             # Where only the product is looked at (rotary, cached), it does not matter who projects.
             if not self.family.rotary or keys_values == "fresh":
                 check_unfused(attention, f"{name}.{attribute}", keys_values)
-            width = width_of(attention, "to_k", "out_features")
+            width = self.family.widths(attention)[1]
             found[attribute] = {
                 key: Projection(f"{name}.{attribute}.{key}", stack.resolution, width)
                 for key in ("to_k", "to_v")
@@ -338,10 +338,4 @@ class Layout:
     def _width(self, block: nn.Module) -> int:
         attentions = self.family.attentions(block)
         attention: Any = next(iter(attentions.values())) if attentions else block.attn1
-        return width_of(attention, "to_q", "in_features")
-
-
-def width_of(attention: nn.Module, projection: str, side: str) -> int:
-    """Channels that a projection takes ("in_features") or gives ("out_features")."""
-    width: Any = getattr(getattr(attention, projection), side)
-    return int(width)
+        return self.family.widths(attention)[0]

@@ -4,7 +4,8 @@
     speedup   the type and options of what was measured best at two times fewer FLOPs, whatever it is
 
 Each names the committed result it was chosen from; without one it is provisional. A family without a trained
-model at hand names the one whose profile it borrows (`like`).
+model at hand has no file and borrows the profile of `BORROWED`, or a file with `like`, which names another
+and holds what is its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 from ..config import CONFIGS, Config, TokenReduction
 
+BORROWED = "sd3"
+"""Whose profile families without one take: a transformer's, trained by flow matching, as most are."""
 MEMORYLESS: Mapping[str, Any] = {"method": "tofu"}
 """Options of TokenReduction where there is no past to use: one call alone, or few steps."""
 
@@ -25,11 +28,9 @@ MEMORYLESS: Mapping[str, Any] = {"method": "tofu"}
 def profile(family: str) -> Mapping[str, Any]:
     """Read a family's profile: `weights`, `tokens` and `speedup`; with `like`, those of that family."""
     path = files(__package__) / f"{family}.json"
-    if not path.is_file():
-        raise ValueError(
-            f"family {family!r} has no profile; add profiles/{family}.json, or name one by 'like'"
-        )
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    data: dict[str, Any] = {"like": BORROWED}
+    if path.is_file():
+        data = json.loads(path.read_text(encoding="utf-8"))
     if "like" in data:
         return {**profile(data["like"]), **data}
     return data

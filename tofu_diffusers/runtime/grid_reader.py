@@ -46,8 +46,8 @@ class GridReader:
         ids: Tensor = named[family.ids_name]
         if not torch.compiler.is_compiling():
             if self.known is None or ids is not self._ids:
-                self.known, self._ids = family.grids(model, named), ids
-            return self.known
+                self.known, self._ids = family.grids(None, {family.ids_name: ids}), ids
+            return family.around(self.known, named)
         if not call.step_known:
             raise RuntimeError(
                 f"a compiled {type(model).__name__} must be told its steps, or it cannot be known which "
@@ -55,9 +55,9 @@ class GridReader:
                 "apply tofu to the whole pipeline"
             )
         if self.known is not None:
-            return self.known
+            return family.around(self.known, named)
         call.all_tokens, self.deferred = True, ids
-        return {0: TokenGrid(1, ids.shape[-2])}
+        return family.around({0: TokenGrid(1, ids.shape[-2])}, named)
 
     def resolve(self, computed_steps: int) -> int | None:
         """Read what was deferred; until then all tokens are computed.

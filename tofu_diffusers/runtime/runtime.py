@@ -94,7 +94,8 @@ class Runtime:
             self._check_ratios()
         # 3  Make room, where this branch is new or its latents have another shape.
         call.open_span = None
-        shape = (*[each.shape for each in latents], str(sample.device))
+        totals = [grid.total for grid in call.grids.values()]
+        shape = (*[each.shape for each in latents], str(sample.device), *totals)
         if call.shapes.get(call.cfg_branch) != shape:
             self.caches.allocate(call, sample)
             # Caches made now (guidance began or ended on the way) are empty, where others hold a past.
@@ -177,7 +178,8 @@ class Runtime:
         if remove == 0 or call.all_tokens:
             return None
         branches = call.branches_in_batch
-        cache, of_images, of_batch = site.plan_cache, str(remove), f"{remove}/{branches}"
+        cache, of_images = site.plan_cache, str(remove)
+        of_batch = self._of_batch(grid, remove)
         if of_batch not in cache.plans:
             if of_images not in cache.plans:
                 cache.plans[of_images] = self._make_plan(site, metric, remove, importance)
@@ -213,8 +215,16 @@ class Runtime:
 
     def removed_by(self, site: Site) -> Tensor | None:
         """Positions [B, N - K] that the site's plan removes, where the attentions are given those too."""
-        remove = self.tokens_removed(self.call.grids[site.resolution], site.ratio)
-        return site.plan_cache.removed.get(f"{remove}/{self.call.branches_in_batch}")
+        grid = self.call.grids[site.resolution]
+        remove = self.tokens_removed(grid, site.ratio)
+        return site.plan_cache.removed.get(self._of_batch(grid, remove))
+
+    def _of_batch(self, grid: TokenGrid, remove: int) -> str:
+        """The key of a plan for all rows of this call, with as many tokens around the grid as it has."""
+        key = f"{remove}/{self.call.branches_in_batch}"
+        # The branches of guidance may have texts of different lengths in calls of their own.
+        around = grid.text_before or grid.text_after
+        return f"{key}/{grid.text_before}/{grid.text_after}" if around else key
 
     def update_cache(self, site: Site) -> UpdateCache | None:
         """The site's cached updates of this branch, if its unmerge has any."""

@@ -11,6 +11,7 @@ A recipe declares what is its model's own and runs:
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,7 +85,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     try:
         _check_out(args.out, VIDEO_TYPES if recipe.video else IMAGE_TYPES)
-        _check_options(args, recipe.family)
+        check_options(args, recipe.family)
         if args.offload and not on_gpu:
             raise ValueError("--offload empties a GPU, and torch sees none here; leave it out")
     except ValueError as error:
@@ -157,7 +158,9 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 
 def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=recipe.description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m pipelines.{Path(sys.argv[0]).stem}",
+        description=recipe.description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--model", default=recipe.model, help="hub name or local folder (%(default)s)"
@@ -165,7 +168,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     apple = "a photograph of a red apple on a wooden table"
     parser.add_argument("--prompt", default=apple, help="(%(default)s)")
     add_choices(parser)
-    pixels = _whole(recipe.multiple, recipe.multiple)
+    pixels = whole(recipe.multiple, recipe.multiple)
     for name in ("height", "width"):
         parser.add_argument(f"--{name}", type=pixels, help="in pixels; default: the model's own")
     if recipe.video:
@@ -173,11 +176,11 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
             "--frames",
             dest="num_frames",
             metavar="FRAMES",
-            type=_whole(1, recipe.video.step),
+            type=whole(1, recipe.video.step),
             default=recipe.video.frames,
             help="length of the video (%(default)s)",
         )
-    parser.add_argument("--steps", type=_whole(1), default=recipe.steps, help="(%(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=recipe.steps, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument(
         "--offload",
@@ -193,7 +196,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     return parser
 
 
-def _whole(start: int, step: int = 1) -> Callable[[str], int]:
+def whole(start: int, step: int = 1) -> Callable[[str], int]:
     """A reader of the whole numbers start, start + step, start + 2 step and so on."""
 
     def number(text: str) -> int:  # argparse says "invalid number value" where it is none
@@ -229,8 +232,12 @@ def _check_out(out: Path, types: Sequence[str]) -> None:
         raise ValueError(f"--out {out} cannot be written; choose a file in a folder of your own")
 
 
-def _check_options(args: argparse.Namespace, family: str) -> None:
-    """Refuse what `apply_tofu` would refuse of these options, but before the model is loaded."""
+def check_options(args: argparse.Namespace, family: str) -> None:
+    """Refuse what `apply_tofu` would refuse of these options, but before the model is loaded.
+
+    Raises:
+        ValueError: if they do not go together.
+    """
     options = chosen(args)
     kind = StepSkipping if "speedup" in options else TokenReduction
     for name in options:

@@ -415,9 +415,10 @@ AMBIGUOUS = [
     ((StepSkipping(), TokenReduction(), StepSkipping()), {}, ValueError,
      ("two StepSkipping", "one of each type")),
     ((TokenReduction(),), {"speedup": 2.0}, ValueError,
-     ("'speedup'", "StepSkipping", "given are TokenReduction", "say it inside")),
+     ("'speedup'", "StepSkipping", "given are TokenReduction", "give StepSkipping(speedup=2.0) beside it")),
     ((StepSkipping(),), {"ratio": 0.5}, ValueError,
-     ("'ratio'", "TokenReduction", "given are StepSkipping", "say it inside")),
+     ("'ratio'", "TokenReduction", "given are StepSkipping", "give TokenReduction(ratio=0.5) beside it")),
+    (([TokenReduction(), StepSkipping()],), {}, TypeError, ("not a list", "one after another")),
     ((TokenReduction(), StepSkipping()), {"warmup_steps": 2}, ValueError,
      ("'warmup_steps'", "TokenReduction and StepSkipping", "say it inside")),
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -96,6 +98,87 @@ def test_a_copy_with_changes_is_validated_again():
         StepSkipping().replace(speedpu=2.0)
     with pytest.raises(ValueError, match="unknown option of TokenReduction 'rule'"):
         TokenReduction().replace(rule="late")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_none_is_a_value_only_where_it_is_the_default(kind):
+    defaults = {each.name: each.default for each in dataclasses.fields(kind)}
+    for name in kind.whole_numbers:
+        if defaults[name] is None:
+            kind(**{name: None})
+            continue
+        with pytest.raises(TypeError, match=f"{name} must be a whole number, not None"):
+            kind(**{name: None})
+    for name in kind.whole_numbers:
+        with pytest.raises(ValueError, match=name):
+            kind(**{name: 10**30})
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        (TokenReduction, {"memory_limit": math.nan}, "memory_limit nan GiB must be above 0"),
+        (StepSkipping, {"memory_limit": math.nan}, "memory_limit nan GiB must be above 0"),
+        (TokenReduction, {"method_options": 3}, "method_options are options by name"),
+        (TokenReduction, {"method_options": ["age"]}, "method_options are options by name"),
+        (TokenReduction, {"method_options": None}, "method_options are options by name"),
+        (
+            TokenReduction,
+            {"resolutions": 0},
+            r"resolutions are whole numbers, such as \(0, 1\), not 0",
+        ),
+        (TokenReduction, {"resolutions": b"x"}, "resolutions are whole numbers"),
+        (TokenReduction, {"schedule": [[0, 1], [0.5]]}, "schedule: points must be pairs"),
+        (TokenReduction, {"depth_schedule": "a"}, "depth_schedule: unknown schedule kind 'a'"),
+        (
+            TokenReduction,
+            {"schedule": {"kind": "linear", "start": "x"}},
+            "schedule: points must be",
+        ),
+        (
+            TokenReduction,
+            {"schedule": {"kind": "linear", "stop": 1}},
+            "a schedule has no 'stop'; it has",
+        ),
+        (TokenReduction, {"family": []}, r"family must be a name or None, not \[\]"),
+        (StepSkipping, {"family": True}, "family must be a name or None, not True"),
+        (TokenReduction, {"corrector": 1.0}, "corrector must be True or False, not 1.0"),
+        (TokenReduction, {"share_plan": None}, "share_plan must be True or False, not None"),
+        (StepSkipping, {"speedup": 10**400}, "speedup inf is below 1 or no number"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(kind, options, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        kind(**options)
+
+
+def test_numbers_of_other_libraries_are_saved():
+    config = TokenReduction(
+        ratio=np.float32(0.5), warmup_steps=np.int64(3), memory_limit=Fraction(1, 2), method="tome"
+    )
+    assert TokenReduction.from_json(config.to_json()) == config
+    with pytest.raises(TypeError, match="abstract"):
+        Config()
+
+
+@pytest.mark.parametrize("version", [True, 1.0, "1", 0, 2])
+def test_only_the_version_that_is_read_is_read(version):
+    text = json.dumps({"type": "TokenReduction", "version": version, "data": {}})
+    with pytest.raises(ValueError, match="reads version 1; ") as caught:
+        TokenReduction.from_json(text)
+    assert ("update" in str(caught.value)) == (version == 2)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = TokenReduction(ratio=0.5).save(tmp_path)
+    for content in (
+        b"\xff\xfe",
+        b"{",
+        b'{"type": "TokenReduction", "version": 1, "data": {}, "ratio": 1}',
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"token_reduction\.json: "):
+            TokenReduction.load(tmp_path)
 
 
 def test_unreadable_configs(tmp_path):

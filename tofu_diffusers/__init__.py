@@ -1,4 +1,4 @@
-"""Fewer latent tokens for any diffusers pipeline: one call to apply, one call to remove.
+"""Skip denoising steps, or reduce the tokens inside them: one call to apply, one call to remove.
 
 >>> from tofu_diffusers import apply_tofu, remove_tofu
 >>> handle = apply_tofu(pipe, ratio=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from types import TracebackType
 from typing import Any
@@ -233,9 +234,14 @@ class Handle:
             where no tokens are reduced.
 
         Raises:
+            IndexError: if the pipeline has fewer denoisers.
             RuntimeError: if the handle was removed.
         """
         self._check()
+        if not 0 <= denoiser < len(self._generations):
+            raise IndexError(
+                f"denoiser {denoiser} is not one of {len(self._generations)}; count from 0"
+            )
         generation = self._generations[denoiser][1]
         steps, grids = max(1, len(generation.history)), generation.runtime.call.grids
         return {
@@ -255,9 +261,13 @@ class Handle:
 
         Raises:
             RuntimeError: if the handle was removed.
+            TypeError: if a number is no whole number.
             ValueError: if the step is not one of the total.
         """
         self._check()
+        for name, value in (("index", index), ("total", total), ("cfg_branches", cfg_branches)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise TypeError(f"{name} must be a whole number, not {value!r}")
         if not 0 <= index < total:
             raise ValueError(f"step {index} is not one of {total} steps; count from 0")
         if cfg_branches < 1:
@@ -326,7 +336,7 @@ def _of_tuned(
             f"{len(tuned)} configurations are given, one of them tuned; tuned settings stand alone, change "
             "them by options"
         )
-    tuned[0].check_fits([type(each).__name__ for each, _ in _denoisers(target, None, True)[1]])
+    tuned[0].check_fits(target, [each for each, _ in _denoisers(target, None, True)[1]])
     return tuned[0].configs(speedup), None
 
 
@@ -339,10 +349,11 @@ def _asked(
     """The configurations that were asked for; none where the family's profile says of which type."""
     for each in configs:
         if not isinstance(each, Config):
-            raise TypeError(
-                f"apply_tofu takes TokenReduction and StepSkipping, not {each!r}; name a number: ratio=0.5 "
-                "(tokens) or speedup=2.0"
-            )
+            what, way = repr(each), "name a number: ratio=0.5 (tokens) or speedup=2.0"
+            if isinstance(each, list | tuple):
+                what = f"a {type(each).__name__}"
+                way = "give them one after another: apply_tofu(pipe, first, second)"
+            raise TypeError(f"apply_tofu takes TokenReduction and StepSkipping, not {what}; {way}")
     kinds = [type(each) for each in configs]
     if len({*kinds}) < len(kinds):
         raise ValueError(f"two {kinds[0].__name__} are given; give one of each type at most")
@@ -357,9 +368,12 @@ def _asked(
             owners = [kind for kind in known[name] if kind in kinds]
             if len(owners) != 1:
                 whose = " and ".join(kind.__name__ for kind in known[name])
+                way = "say it inside the one that you mean"
+                if not owners:
+                    way = f"give {known[name][0].__name__}({name}={value!r}) beside it"
                 raise ValueError(
                     f"option {name!r} is one of {whose}, and given are "
-                    f"{' and '.join(kind.__name__ for kind in kinds)}; say it inside the one that you mean"
+                    f"{' and '.join(kind.__name__ for kind in kinds)}; {way}"
                 )
             changes[owners[0]][name] = value
         return tuple(each.replace(**changes[type(each)]) for each in configs)
@@ -467,7 +481,9 @@ def _attached(model: nn.Module, like: Setup) -> Generation:
     still = [
         each.replace(speedup=1) if isinstance(each, StepSkipping) else each for each in configs
     ]
-    return apply_tofu(model, *still)._generations[0][1]
+    generation = apply_tofu(model, *still)._generations[0][1]
+    generation.silent = True
+    return generation
 
 
 def _ways(wanted: tuple[Config, ...], family: str) -> list[tuple[Config, ...]]:
@@ -478,14 +494,14 @@ def _ways(wanted: tuple[Config, ...], family: str) -> list[tuple[Config, ...]]:
     reduction, skipping = in_force(full)
     ways = [full]
     asked = next((each for each in wanted if isinstance(each, TokenReduction)), None)
-    if asked is None or asked.is_resolved or skipping is not None or not reduction:
+    if asked is None or asked.is_resolved or not reduction:
         return ways
     try:
         memoryless: TokenReduction = asked.replace(**MEMORYLESS)
     except ValueError:  # its options ask for a past themselves, or for more than this method can do
         return ways
     if reduction.needs_steps and not memoryless.needs_steps:
-        ways.append((memoryless,))
+        ways.append((memoryless, *(() if skipping is None else (skipping,))))
     return ways
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import numbers
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,7 +24,7 @@ from .tokens.unmerges import UNMERGES
 SCOPES = ("attention", "block", "span")
 KEYS_VALUES = ("dropped", "fresh", "cached")
 SHARES = ("block", "stack", "resolution")
-MAX_SEED = 2**63 - 1
+MAX_WHOLE = 2**63 - 1
 VERSION = 1
 """Of the JSON form."""
 
@@ -38,30 +40,39 @@ def one_of(what: str, value: object, valid: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ABC):
     """What both workflows have: `TokenReduction` and `StepSkipping` derive from it."""
 
     file_name: ClassVar[str]
     whole_numbers: ClassVar[Mapping[str, int]]
-    """Fields that are whole numbers or None, with the least value of each."""
+    """Fields that are whole numbers (or None, where that is the default), with the least value of each."""
 
     memory_limit: float | None = field(default=None, kw_only=True)
     family: str | None = field(default=None, kw_only=True)
 
+    @abstractmethod
     def resolved(self, profile: Mapping[str, Any]) -> Config:
         """Take the options that are not given from a profile's fields."""
-        raise NotImplementedError
 
-    def _check_numbers(self) -> None:
+    def _check_common(self) -> None:
+        """Check whole numbers and what both types have."""
+        optional = {each.name for each in fields(self) if each.default is None}
         for name, least in self.whole_numbers.items():
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name not in optional:
                 object.__setattr__(self, name, _whole_number(name, value, least))
-        limit = self.memory_limit
-        if limit is not None:
-            _check_number("memory_limit", limit)
-            if limit <= 0:
-                raise ValueError(f"memory_limit {limit} GiB must be above 0; None sets no limit")
+        if self.memory_limit is not None:
+            limit = _number("memory_limit", self.memory_limit)
+            if not limit > 0:
+                raise ValueError(f"memory_limit {limit:g} GiB must be above 0; None sets no limit")
+            object.__setattr__(self, "memory_limit", limit)
+        if not isinstance(self.family, str | None):
+            raise TypeError(f"family must be a name or None, not {self.family!r}")
+
+    def _check_flags(self, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
 
     def replace(self: AnyConfig, **changes: Any) -> AnyConfig:
         """Copy the configuration with some fields changed, and validate it again."""
@@ -101,19 +112,23 @@ class Config:
             ) from error
         if not isinstance(state, dict):
             raise ValueError(f"a {cls.__name__} is a JSON object, not a {type(state).__name__}")
-        kind, version = state.get("type"), state.get("version")
+        if unknown := sorted({*state} - {"type", "version", "data"}):
+            raise ValueError(
+                f'a {cls.__name__} has "type", "version" and "data", and the text also '
+                f'{", ".join(map(repr, unknown))}; options stand under "data"'
+            )
+        kind, version, data = (state.get(name) for name in ("type", "version", "data"))
         if kind != cls.__name__:
+            holds = "names no type" if kind is None else f"holds a {kind}"
+            raise ValueError(f"the text {holds}, not a {cls.__name__}; read it with its own type")
+        if type(version) is not int or version != VERSION:
+            later = type(version) is int and version > VERSION
             raise ValueError(
-                f"the text holds a {kind}, not a {cls.__name__}; read it with its own type"
+                f"the text has version {version!r} of {cls.__name__}, and this reads version {VERSION}; "
+                + ("update tofu_diffusers" if later else f"write it anew with {cls.__name__}.save")
             )
-        if version != VERSION:
-            raise ValueError(
-                f"the text has version {version} of {cls.__name__}, and this reads version {VERSION}; "
-                "update tofu_diffusers"
-            )
-        if not isinstance(state.get("data"), dict):
+        if not isinstance(data, dict):
             raise ValueError(f'the text has no options of a {cls.__name__} under "data"')
-        data = dict(state["data"])
         cls.check_field_names(data)
         return cls(**data)
 
@@ -130,13 +145,17 @@ class Config:
 
         Raises:
             FileNotFoundError: if the folder holds none of this type.
+            ValueError: if the file is damaged, of another type or of another version.
         """
         path = Path(folder) / cls.file_name
         if not path.is_file():
             raise FileNotFoundError(
                 f"no {cls.file_name} in {folder}; write one with {cls.__name__}.save"
             )
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -219,14 +238,22 @@ class TokenReduction(Config):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_number("ratio", self.ratio)
-        if not 0.0 <= self.ratio < 1.0:
+        ratio = _number("ratio", self.ratio)
+        if not 0.0 <= ratio < 1.0:
             raise ValueError(
-                f"ratio {self.ratio} is outside [0, 1): it is the fraction of tokens removed, 0.5 halves them"
+                f"ratio {ratio} is outside [0, 1): it is the fraction of tokens removed, 0.5 halves them"
             )
-        object.__setattr__(self, "ratio", float(self.ratio))
-        object.__setattr__(self, "schedule", Schedule.of(self.schedule))
-        object.__setattr__(self, "depth_schedule", Schedule.of(self.depth_schedule))
+        object.__setattr__(self, "ratio", ratio)
+        for name in ("schedule", "depth_schedule"):
+            try:
+                object.__setattr__(self, name, Schedule.of(getattr(self, name)))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
+        if not isinstance(self.method_options, Mapping):
+            raise TypeError(
+                "method_options are options by name, such as {'source': 'change'}, not "
+                f"{self.method_options!r}"
+            )
         # As JSON has them, so that a configuration read back is equal.
         options = {name: _plain(value) for name, value in dict(self.method_options).items()}
         object.__setattr__(self, "method_options", options)
@@ -240,14 +267,13 @@ class TokenReduction(Config):
         for name, valid in choices.items():
             if getattr(self, name) is not None:
                 one_of(name, getattr(self, name), valid)
-        for name in ("corrector", "share_plan"):
-            if getattr(self, name) not in (True, False, None):
-                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        self._check_numbers()
-        if self.seed > MAX_SEED:
-            raise ValueError(f"seed {self.seed} is above {MAX_SEED}, the largest of 64 bits")
+        self._check_flags("share_plan", *(["corrector"] if self.corrector is not None else []))
+        self._check_common()
         if self.resolutions is not None:
-            numbers = tuple(_whole_number("resolutions", each, 0) for each in self.resolutions)
+            given = self.resolutions
+            if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+                raise TypeError(f"resolutions are whole numbers, such as (0, 1), not {given!r}")
+            numbers = tuple(_whole_number("resolutions", each, 0) for each in given)
             object.__setattr__(self, "resolutions", numbers)
         if self.method is not None:
             for name, value in self.without_profile.items():
@@ -386,7 +412,7 @@ class StepSkipping(Config):
 
     Args:
         speedup: How many times fewer FLOPs of the denoiser: of N steps at most N / speedup are computed, but
-            never fewer than the warm-up needs. Higher is faster and drifts more; 1 skips nothing.
+            never fewer than the warm-up and one more. Higher is faster and drifts more; 1 skips nothing.
         warmup_steps: Steps at the start that are computed, the first one in any case. More drift less early
             and leave fewer for later.
         cooldown_steps: Steps at the end that are computed.
@@ -425,13 +451,8 @@ class StepSkipping(Config):
     corrector: bool = True
 
     def __post_init__(self) -> None:
-        _check_number("speedup", self.speedup)
-        if not 1.0 <= self.speedup < float("inf"):
-            raise ValueError(
-                f"speedup {self.speedup} is below 1 or no number: 2.0 halves the FLOPs, 1 skips nothing"
-            )
-        object.__setattr__(self, "speedup", float(self.speedup))
-        self._check_numbers()
+        object.__setattr__(self, "speedup", checked_speedup(self.speedup))
+        self._check_common()
         if self.order > 1:
             raise ValueError(f"order {self.order} is above 1; choose 0 (repeat) or 1 (extrapolate)")
         if self.rule is not None:
@@ -440,8 +461,7 @@ class StepSkipping(Config):
             object.__setattr__(self, "trajectory", Trajectory.of(self.trajectory))
         if self.fitted is not None:
             object.__setattr__(self, "fitted", FittedForecasts.of(self.fitted))
-        if not isinstance(self.corrector, bool):
-            raise TypeError(f"corrector must be True or False, not {self.corrector!r}")
+        self._check_flags("corrector")
 
     @property
     def is_resolved(self) -> bool:
@@ -466,9 +486,28 @@ class StepSkipping(Config):
 CONFIGS: tuple[type[Config], ...] = (TokenReduction, StepSkipping)
 
 
-def _check_number(name: str, value: object) -> None:
+def checked_speedup(value: object) -> float:
+    """A speed-up as a float.
+
+    Raises:
+        TypeError: if it is not a number.
+        ValueError: if it is below 1, infinite or NaN.
+    """
+    speedup = _number("speedup", value)
+    if not 1.0 <= speedup < math.inf:
+        raise ValueError(
+            f"speedup {speedup} is below 1 or no number: 2.0 halves the FLOPs, 1 skips nothing"
+        )
+    return speedup
+
+
+def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, not {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _plain(value: Any) -> Any:
@@ -481,6 +520,9 @@ def _plain(value: Any) -> Any:
 def _whole_number(name: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} {value} is below {least}")
-    return int(value)
+    whole = int(value)
+    if whole < least:
+        raise ValueError(f"{name} {whole} is below {least}")
+    if whole > MAX_WHOLE:
+        raise ValueError(f"{name} {whole} is above {MAX_WHOLE}, the largest of 64 bits")
+    return whole

@@ -6,12 +6,13 @@ import json
 import math
 import os
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import CONFIGS, VERSION, Config, StepSkipping
+from .config import CONFIGS, VERSION, Config, StepSkipping, checked_speedup
 
 FILE_NAME = "tuned.json"
 DEFAULT, TUNED, FEWER = "default", "tuned", "fewer steps"
@@ -73,6 +74,7 @@ class Tuned:
             speedup: None: the one that was tuned.
 
         Raises:
+            TypeError: if it is not a number.
             ValueError: if none is given and several were tuned, or it is below 1.
         """
         known = sorted(self.choices)
@@ -83,9 +85,7 @@ class Tuned:
                     f"{known[0]:g}"
                 )
             speedup = known[0]
-        asked = float(speedup)
-        if not 1 <= asked < math.inf:
-            raise ValueError(f"speedup {asked:g} is below 1 or no number: 2.0 halves the FLOPs")
+        asked = checked_speedup(speedup)
         nearest = min(known, key=lambda each: abs(math.log(each / asked)))
         if asked == nearest:
             return self.choices[nearest]
@@ -96,12 +96,25 @@ class Tuned:
             for each in self.choices[nearest]
         )
 
-    def check_fits(self, denoisers: Sequence[str]) -> None:
-        """Raise ValueError if this was tuned on other classes of denoisers."""
-        if tuple(denoisers) != self.denoisers:
+    def check_fits(self, pipe: Any, denoisers: Sequence[Any]) -> None:
+        """Raise ValueError if this was tuned on other classes of denoisers; warn of another pipeline's class.
+
+        Args:
+            pipe: The pipeline, or a denoiser alone.
+            denoisers: Its denoisers.
+        """
+        classes = tuple(type(each).__name__ for each in denoisers)
+        if classes != self.denoisers:
             raise ValueError(
                 f"this was tuned on {' and '.join(self.denoisers)}, and the pipeline has "
-                f"{' and '.join(denoisers)}; tune it: tune(pipe, prompts)"
+                f"{' and '.join(classes)}; tune it: tune(pipe, prompts)"
+            )
+        mine, its = type(pipe).__name__, self.about.get("pipeline")
+        if its is not None and its != mine and all(pipe is not each for each in denoisers):
+            warnings.warn(
+                f"this was tuned on a {its}, and is put on a {mine}, which may drift more; compare with "
+                "unreduced pictures, or tune it: tune(pipe, prompts)",
+                stacklevel=4,
             )
 
     @property
@@ -139,9 +152,15 @@ class Tuned:
         """
         path = Path(folder) / FILE_NAME
         if not path.is_file():
-            raise FileNotFoundError(
-                f"no {FILE_NAME} in {folder}; write one with tune(pipe, prompts).save(folder)"
-            )
+            way = "write one with tune(pipe, prompts).save(folder)"
+            others = [each for each in CONFIGS if (path.parent / each.file_name).is_file()]
+            if path.parent.is_file():
+                way = f"give its folder, {str(path.parent.parent)!r}"
+            elif others:
+                way = (
+                    f"it has {others[0].file_name}: give {others[0].__name__}.load({str(folder)!r})"
+                )
+            raise FileNotFoundError(f"no {FILE_NAME} in {str(folder) or 'an empty path'}; {way}")
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             kind, version = state["type"], state["version"]
@@ -168,6 +187,10 @@ class Tuned:
         }
         if not choices or not all(1 < each < math.inf for each in choices):
             raise ValueError(f"speed-ups {[*choices]}")
+        if not all(choices.values()):
+            raise ValueError("a speed-up without configurations")
+        if not isinstance(data["denoisers"], list) or not isinstance(data["about"], dict):
+            raise TypeError("denoisers must be a list, and about an object")
         numbers = ("searched_db", "held_out_db", "pixels_db")
         rows = tuple(
             Measured(**{**row, **{name: tuple(row[name]) for name in numbers}})

@@ -47,7 +47,7 @@ from tofu_diffusers import KEYS_VALUES, MERGES, METHODS, SCOPES, UNMERGES, Token
 RATIOS = (0.5, 0.25, 0.75)
 # As in every row of the grid: what the choice by change needs, and the bound of extrapolation.
 GRID = {"warmup_steps": 2, "max_age": 8}
-CORRECTED = "corrected"
+CORRECTED_SHARE = "corrected"
 """In names: unmerge "taylor" with the corrector."""
 
 
@@ -71,7 +71,7 @@ def grid(steps: int) -> Iterator[Trial]:
     corrector is there with unmerge "taylor" only; that pair is called "corrected".
     """
     for ratio, method, merge, how, scope, keys_values in itertools.product(
-        RATIOS, sorted(METHODS), [*MERGES, "own"], [*UNMERGES, CORRECTED], SCOPES, KEYS_VALUES
+        RATIOS, sorted(METHODS), [*MERGES, "own"], [*UNMERGES, CORRECTED_SHARE], SCOPES, KEYS_VALUES
     ):
         own = merge == "own"
         # Apart from ToFu's, a method's own merge is one of the others.
@@ -80,8 +80,8 @@ def grid(steps: int) -> Iterator[Trial]:
         options = {
             "method": method,
             "merge": None if own else merge,
-            "unmerge": "taylor" if how == CORRECTED else how,
-            "corrector": how == CORRECTED,
+            "unmerge": "taylor" if how == CORRECTED_SHARE else how,
+            "corrector": how == CORRECTED_SHARE,
             "scope": scope,
             "keys_values": keys_values,
             "ratio": ratio,

@@ -19,11 +19,12 @@ from PIL import Image
 
 from pipelines.emoji import MODELS, denoiser, load_pipeline
 from pipelines.emoji.sheet import sheet
-from pipelines.recipe import add_choices, chosen, given
+from pipelines.recipe import add_choices, check_options, chosen, given, whole
 from pipelines.timer import Timer
 from tofu_diffusers import Summary, apply_tofu
 
 PROMPTS = ["a red apple", "a smiling face", "a blue car"]
+FAMILIES = {"unet": "unet", "mmdit": "sd3"}
 WAYS = ({"ratio": 0.5}, {"speedup": 2.0})
 
 
@@ -103,7 +104,6 @@ def compare(pipe: Any, args: argparse.Namespace, ways: Sequence[dict[str, Any]])
             if i == 0:  # warms up
                 column.forget()
 
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "grid.png"
     rows = list(zip(*(column.pictures for column in columns), strict=True))
     labels = [[prompt, *[""] * len(ways)] for prompt in args.prompts]
@@ -153,15 +153,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("prompts", nargs="*", default=PROMPTS, help=f"default: {PROMPTS}")
     add_choices(parser, "both --ratio 0.5 and --speedup 2")
     parser.add_argument("--model", choices=sorted(MODELS), default="unet")
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=whole(1), default=25)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (%(default)s)")
     args = parser.parse_args(argv)
+    try:  # before anything is generated
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out} cannot be written ({error}); choose a folder of your own")
     ways = [chosen(args)] if given(args) else list(WAYS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
     try:
+        check_options(args, FAMILIES[args.model])
         pipe = load_pipeline(args.model, dtype).to(device)
         for options in ways:
             apply_tofu(pipe, **options).remove()  # refuse before generating

@@ -79,7 +79,7 @@ SUBJECTS = {
         folder=HERE,
         weights=WEIGHTS,
         parts=("text_encoder", "vae", "unet"),
-        stages=("vae", "text", "unet32", "unet64", "unet128"),
+        stages=("vae", "decoder", "text", "unet32", "unet64", "unet128"),
         sampler="DDIM",
         mark="<!-- figures: python -m pipelines.emoji.card -->",
     ),

@@ -903,3 +903,24 @@ def test_command_names_the_command_that_makes_missing_weights(monkeypatch, tmp_p
         main(["a red apple"])
     assert stop.value.code == 2
     assert "pipelines.emoji.train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "0"], "0 is below 1"),
+        (["--steps", "-3"], "-3 is below 1"),
+        (["--out", "FILE/x"], "cannot be written"),
+        (["--speedup", "2", "--method", "tome"], "--method is of token reduction"),
+    ],
+)
+def test_mistakes_in_the_command_are_said_before_anything_is_generated(
+    words, said, tmp_path, capsys
+):
+    from pipelines.emoji.__main__ import main
+
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["--out", str(tmp_path), *(word.replace("FILE", str(file)) for word in words)])
+    assert ended.value.code == 2 and said in capsys.readouterr().err

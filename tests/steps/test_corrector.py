@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests import tiny
 from tofu_diffusers import TokenReduction, apply_tofu
 from tofu_diffusers.steps.corrector import Corrector
-from tofu_diffusers.steps.trajectory import CORRECTED
+from tofu_diffusers.steps.trajectory import CORRECTED_SHARE
 
 STEPS = 8
 TOKENS = {
@@ -60,7 +60,7 @@ def test_what_a_token_lacked_lies_between_the_steps_that_computed_it(sizes, seed
                 if step not in runs and after < count - 1:
                     ends = (made[:, run, row, ..., token] for run in (before, after))
                     between = torch.lerp(*ends, (step - before) / (after - before))
-                    wanted = torch.lerp(wanted, between, CORRECTED)
+                    wanted = torch.lerp(wanted, between, CORRECTED_SHARE)
                 expected[:, row, ..., token] += move * wanted
     torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-4)
 

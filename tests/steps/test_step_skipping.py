@@ -26,7 +26,7 @@ from tofu_diffusers.steps.forecast import Forecaster, corrector_weights, forecas
 from tofu_diffusers.steps.rules import Steps, computed_steps
 from tofu_diffusers.steps.rules import skipped_steps as skipped_by_rule
 from tofu_diffusers.steps.sampler import Sampling, step_sizes
-from tofu_diffusers.steps.trajectory import CORRECTED, Trajectory, reach_of
+from tofu_diffusers.steps.trajectory import CORRECTED_SHARE, Trajectory, reach_of
 
 STEPS = 8
 # Computes 5 of 8 steps.
@@ -462,7 +462,7 @@ def test_a_rest_is_made_up_for_by_what_lies_between_the_steps_around_it(
                 if after < count - 1:
                     share = (step - before) / (after - before)
                     between = torch.lerp(computed[call, before], computed[call, after], share)
-                    wanted = torch.lerp(given, between, CORRECTED)
+                    wanted = torch.lerp(given, between, CORRECTED_SHARE)
             else:
                 wanted = computed[call, step]
                 given = past.record(str(call), (wanted,), at)[0]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tofu_diffusers.steps.trajectory import (
-    CORRECTED,
+    CORRECTED_SHARE,
     TRANSIENT,
     Trajectory,
     best_steps,
@@ -42,7 +42,7 @@ def lacking(predictions, sizes, chosen, order, corrects):
                 line = (j - i) / (end - i) * (predictions[end] - predictions[i])
                 off = off + sizes[j] * (line - there)
         if corrects and order and end < total - 1:
-            gone = (1 - CORRECTED) * gone + CORRECTED * off
+            gone = (1 - CORRECTED_SHARE) * gone + CORRECTED_SHARE * off
         error += gone @ gone
     return error
 

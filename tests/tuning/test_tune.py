@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 from PIL import Image
 
 from tests import tiny
-from tofu_diffusers import StepSkipping, Tuned, apply_tofu, remove_tofu, tune
+from tofu_diffusers import StepSkipping, TokenReduction, Tuned, apply_tofu, remove_tofu, tune
 from tofu_diffusers.steps.sampler import Sampling
 from tofu_diffusers.tuning import search
 from tofu_diffusers.tuning import tune as module
@@ -384,6 +388,49 @@ def test_files_that_hold_nothing_tuned_are_refused_in_words(tmp_path, text):
     (tmp_path / "tuned.json").write_text(text)
     with pytest.raises(ValueError, match=r"tuned.json holds .* tune again"):
         Tuned.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"denoisers": "UNet2DConditionModel"}, "denoisers must be a list"),
+        ({"about": 5}, "about an object"),
+        ({"choices": [{"speedup": 2.0, "configs": []}]}, "a speed-up without configurations"),
+    ],
+)
+def test_damaged_parts_of_a_tuned_file_are_named(found, tmp_path, change, said):
+    path = found[1].save(tmp_path)
+    state = json.loads(path.read_text())
+    state["data"] |= change
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=rf"tuned.json holds no tuned settings .*{said}"):
+        Tuned.load(tmp_path)
+
+
+def test_a_folder_that_holds_something_else_says_what_to_give(found, tmp_path):
+    pipe = tiny.tiny_sd()
+    path = found[1].save(tmp_path / "tuned")
+    with pytest.raises(FileNotFoundError, match=f"give its folder, {str(path.parent)!r}"):
+        apply_tofu(pipe, path)
+    TokenReduction(ratio=0.5).save(tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match=r"give TokenReduction\.load\("):
+        apply_tofu(pipe, str(tmp_path / "other"))
+    with pytest.raises(FileNotFoundError, match="in an empty path"):
+        apply_tofu(pipe, "")
+
+
+def test_another_class_of_pipelines_around_such_a_denoiser_is_warned_of(found):
+    pipe, tuned = found[0], found[1]
+    other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    with pytest.warns(UserWarning, match="put on a StableDiffusionImg2ImgPipeline"):
+        apply_tofu(other, tuned, speedup=2.0).remove()
+
+
+@pytest.mark.parametrize("name", ["search.json", "scores.jsonl"])
+def test_a_damaged_search_is_named(tmp_path, name):
+    (tmp_path / name).write_text("{\n")
+    with pytest.raises(ValueError, match=rf"{name} is damaged .* delete it"):
+        tune(tiny.tiny_sd(), PROMPTS, folder=tmp_path, num_inference_steps=10, progress=False)
 
 
 def test_a_speedup_that_is_none_is_refused(found):

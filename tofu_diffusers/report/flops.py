@@ -63,31 +63,35 @@ def _counted(
     settings: Iterable[tuple[str, ...]],
     attached: Callable[[nn.Module], Generation],
 ) -> dict[tuple[str, ...], int]:
-    call = runtime.call
-    counts = {}
+    call, reduction = runtime.call, runtime.setup.reduction
     copy = attached(twin)
     copy.runtime.reader.fixed = call.grids
     copy.runtime.takes_what_it_can = runtime.takes_what_it_can
     # Not known yet: then all tokens were computed, however many there are.
     branches = max(1, int(call.cfg_branches))
-    with torch.no_grad():
-        # Computed steps make the evidence and fill the caches that reduced steps read.
-        for step in range(WHOLE):
-            copy.set_step(step, TOTAL, branches)
-            _set(copy.runtime, None)
+
+    def forward(step: int, setting: tuple[str, ...]) -> int:
+        copy.set_step(step, TOTAL, branches)
+        _set(copy.runtime, setting)
+        with FlopCounterMode(display=False) as counter:
             twin(**inputs)
-        for setting in settings:
-            copy.set_step(WHOLE, TOTAL, branches)
-            _set(copy.runtime, setting)
-            with FlopCounterMode(display=False) as counter:
-                twin(**inputs)
-            counts[setting] = int(counter.get_total_flops())
+        return int(counter.get_total_flops())
+
+    unreduced = ("0.0",) * len(runtime.setup.sites)
+    reduced = {*settings} - {unreduced}
+    with torch.no_grad():
+        counts = {unreduced: forward(0, unreduced)}
+        # Computed steps make the evidence and fill the caches that reduced steps read, if they read any.
+        if reduced and reduction is not None and reduction.needs_steps:
+            for step in range(1, WHOLE):
+                forward(step, unreduced)
+        for setting in reduced:
+            counts[setting] = forward(WHOLE, setting)
     return counts
 
 
-def _set(runtime: Runtime, setting: tuple[str, ...] | None) -> None:
-    """Give the copy's sites the ratios of a setting; None: all tokens are computed."""
+def _set(runtime: Runtime, setting: tuple[str, ...]) -> None:
+    """Give the copy's sites the ratios of a setting."""
     runtime.call.skip = False
-    sites = runtime.setup.sites
-    for site, ratio in zip(sites, setting or ["0.0"] * len(sites), strict=True):
+    for site, ratio in zip(runtime.setup.sites, setting, strict=True):
         site.ratio = ratio

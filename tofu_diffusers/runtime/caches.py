@@ -103,9 +103,12 @@ class Caches:
         """Raise MemoryError if so many bytes are more than `memory_limit`."""
         limit = self.setup.memory_limit
         if limit is not None and needed > limit * GIB:
+            ways = ["raise it"]
+            if self.setup.reduction is not None:
+                ways += ["use keys_values 'fresh' or 'dropped', or unmerge 'copy'"]
             raise MemoryError(
                 f"caches need {needed / GIB:.3g} GiB, above memory_limit {limit:g} GiB; "
-                "raise it, use keys_values 'fresh' or 'dropped', unmerge 'copy', or a smaller batch"
+                f"{', '.join(ways)}, or take a smaller batch"
             )
 
     def allocate(self, call: Call, sample: Tensor) -> None:

@@ -32,7 +32,7 @@ class Call:
         cfg_branches: How many branches of guidance a batch holds, as a string; "0": not known yet.
         told_by_pipeline: Whether a pipeline calls, whose scheduler tells its steps.
         conditional_first: Whether the conditional rows stand before the others.
-        number: How many calls of this step came before.
+        number: How many calls of this step there were, the running one among them.
         cfg_branch: Which of the step's calls this is, the key of what is remembered.
         images, branches_in_batch: The batch holds so many images, each so many times.
         per_block: Whether blocks of a stack shrink one by one, because something acts between them.

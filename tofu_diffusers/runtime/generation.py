@@ -93,6 +93,7 @@ class Generation:
         schedulers: Those that may tell the steps.
         broken_off: Those whose generation was not over when another one began.
         removed: Whether tofu was taken off.
+        silent: Whether it warns of nothing, as one that only counts.
     """
 
     def __init__(self, runtime: Runtime, turn: Turn) -> None:
@@ -107,7 +108,7 @@ class Generation:
         self.compute_counts: dict[int, Tensor] = {}
         self.schedulers: list[Reference] = []
         self.broken_off: list[Reference] = []
-        self.removed = False
+        self.removed = self.silent = False
         self._timestep: Any = None
         self._trimmed = self._history_is_old = False
         self._apply_settings()
@@ -247,7 +248,7 @@ class Generation:
     @property
     def has_past(self) -> bool:
         """Whether a call can build on earlier ones: its step is known, and steps are not few."""
-        return self.runtime.call.step_known and len(self.sampling) > FEW_STEPS
+        return self.runtime.call.step_known and self._steps_to_compute > FEW_STEPS
 
     def steps(self) -> list[StepRecord]:
         """The steps of the last generation, the running one included."""
@@ -258,6 +259,15 @@ class Generation:
         return current if current and self._history_is_old else self.history + current
 
     # ---- parts of the above --------------------------------------------------------------------
+
+    @property
+    def _steps_to_compute(self) -> int:
+        """How many steps of the generation are not skipped."""
+        return len(self.sampling) - len(self.runtime.setup.skipped_steps(self.sampling))
+
+    def _warn(self, text: str) -> None:
+        if not self.silent:
+            warnings.warn(text, stacklevel=3)
 
     @property
     def _told_by_hand(self) -> bool:
@@ -329,46 +339,52 @@ class Generation:
         self._apply_settings()
 
     def _warn_of_few(self) -> None:
-        setup, steps = self.runtime.setup, len(self.sampling)
-        if steps <= FEW_STEPS and setup.warmup_steps and not setup.has_stand_in:
-            warnings.warn(
-                f"{steps} steps, of which {min(steps, setup.warmup_steps)} compute all tokens: little is "
-                "left to save; with so few steps choose a method and unmerge without memory (method='tofu')",
-                stacklevel=2,
+        setup, steps, computed = self.runtime.setup, len(self.sampling), self._steps_to_compute
+        if computed <= FEW_STEPS and setup.warmup_steps and not setup.has_stand_in:
+            ran = f"{steps} steps" if computed == steps else f"{computed} computed steps of {steps}"
+            self._warn(
+                f"{ran}, of which {min(computed, setup.warmup_steps)} compute all tokens: little is left to "
+                "save; with so few steps choose a method and unmerge without memory (method='tofu')"
             )
         skipping = setup.skipping
-        if skipping is not None and skipping.fitted is not None and not setup.fitted(self.sampling):
-            warnings.warn(
+        if skipping is None:
+            return
+        if skipping.fitted is not None and not setup.fitted(self.sampling):
+            self._warn(
                 f"forecasts were fitted to {len(skipping.fitted.levels)} steps of {skipping.fitted.sampler} "
                 f"from noise level {skipping.fitted.levels[0]:.3f} to {skipping.fitted.levels[-1]:.3f}, and "
                 f"these are {steps} others, of {self.sampling.kind or 'a loop'}, which go by rule "
-                f"{skipping.rule!r}; tune with these steps and this sampler",
-                stacklevel=2,
+                f"{skipping.rule!r}; tune with these steps and this sampler"
             )
-        if setup.skipping is not None:
-            computed = max(1, steps - len(setup.skipped_steps(self.sampling)))
-            if steps / computed < setup.skipping.speedup - 1e-6:
-                warnings.warn(
-                    f"speedup {setup.skipping.speedup:g} is not reached: {computed} of {steps} steps must be "
-                    f"computed ({steps / computed:.2f}x); lower warmup_steps or cooldown_steps, or ask for "
-                    "more steps",
-                    stacklevel=2,
+        computed = max(1, computed)
+        if steps / computed < skipping.speedup - 1e-6:
+            lower = [
+                f"{name} ({value})"
+                for name, value, least in (
+                    ("warmup_steps", skipping.steps_needed, 1),
+                    ("cooldown_steps", skipping.cooldown_steps, 0),
                 )
+                if value > least
+            ]
+            self._warn(
+                f"speedup {skipping.speedup:g} is not reached: {computed} of {steps} steps must be computed, "
+                f"the first one and one more at least ({steps / computed:.2f}x); "
+                + " or ".join(["ask for more steps", *(f"lower {each}" for each in lower)])
+            )
 
     def warn_of_reach(self) -> None:
         """Say so where what stands in cannot remove as many tokens as were asked for."""
         short, config = self.runtime.short_of(), self.runtime.setup.reduction
         if short and config is not None:
             why = (
-                f"{len(self.sampling)} steps have too little past"
+                f"{self._steps_to_compute} computed steps have too little past"
                 if self.sampling
                 else "there is no past"
             )
-            warnings.warn(
+            self._warn(
                 f"ratio {config.ratio:g} is not reached: {why} for the default profile, and method "
                 f"{config.method!r}, which needs none, removes {', '.join(short)}; ask for more than "
-                f"{FEW_STEPS} steps, or name a method",
-                stacklevel=2,
+                f"{FEW_STEPS} steps, or name a method"
             )
 
     def _warn_of_nothing(self) -> None:
@@ -380,21 +396,35 @@ class Generation:
         sites = [i for i, site in enumerate(setup.sites) if call.in_use(site)]
         grids = [call.grids[setup.sites[i].resolution] for i in sites]
         # While guidance is not known, all tokens are computed: it is read behind the second step.
-        first = 2 if call.cfg_branches == "0" else 0
-        for index in range(first, steps):
-            ratios = setup.settings_at(index, index, self.sampling).ratios
-            removed = (
-                setup.tokens_asked(grid.tokens, ratios[i])
-                for i, grid in zip(sites, grids, strict=True)
-            )
-            if any(removed):
+        unknown = 2 if call.cfg_branches == "0" else 0
+        computed, largest = 0, 0.0
+        for index in range(steps):
+            settings = setup.settings_at(index, computed, self.sampling)
+            computed += not settings.skip
+            if settings.skip or index < unknown:
+                continue
+            ratios = [settings.ratios[i] for i in sites]
+            if any(
+                setup.tokens_asked(grid.tokens, ratio)
+                for grid, ratio in zip(grids, ratios, strict=True)
+            ):
                 return
+            largest = max(largest, *map(float, ratios))
+        first = max(unknown, setup.warmup_steps)
+        if not largest and first + config.cooldown_steps >= computed:
+            why = (
+                f"all tokens are computed in {first} at the start and {config.cooldown_steps} at the end, of "
+                f"{computed} that are computed; ask for more steps, or lower warmup_steps or cooldown_steps"
+            )
+        elif not largest:
+            why = "schedule and depth_schedule take the ratio to 0 at every step; raise them"
+        elif all(grid.tokens < config.min_tokens for grid in grids):
+            why = f"min_tokens {config.min_tokens} leaves out all grids; lower it"
+        else:
+            why = f"ratio {largest:g} is less than one token; raise it"
         sizes = ", ".join(sorted({f"{grid.size} ({grid.tokens} tokens)" for grid in grids}))
-        warnings.warn(
-            f"ratio {config.ratio:g} removes nothing in these {steps} steps: all tokens are computed in "
-            f"{max(first, setup.warmup_steps)} at the start and {config.cooldown_steps} at the end, and "
-            f"on grids below min_tokens {config.min_tokens}, of {sizes}; ask for more steps, or lower those",
-            stacklevel=2,
+        self._warn(
+            f"ratio {config.ratio:g} removes nothing in these {steps} steps, on {sizes}: {why}"
         )
 
     def _set_index(self, index: int) -> None:

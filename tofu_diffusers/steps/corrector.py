@@ -1,4 +1,4 @@
-"""What removed tokens lacked, given back when they are computed again (unmerge "corrected")."""
+"""What removed tokens lacked, given back when they are computed again (`corrector=True`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.reference import upcast
-from .trajectory import CORRECTED
+from .trajectory import CORRECTED_SHARE
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Corrector:
         self.step_sizes = step_sizes
         self.factors = None
         if step_sizes is not None:
-            back = [CORRECTED / move for move in step_sizes[:-1]] + [0.0]
+            back = [CORRECTED_SHARE / move for move in step_sizes[:-1]] + [0.0]
             self.factors = torch.tensor([step_sizes, back])
 
     def to(self, device: torch.device) -> None:
@@ -111,9 +111,9 @@ class Corrector:
             state = self.states[cfg_branch] = CorrectorState.of(p, step)
         move, back = self.factors.index_select(1, step.long().view(1)).to(p.dtype)
         age = step - state.last
-        turn = state.step_size_moment / age.clamp(min=1.0)
+        slope = state.step_size_moment / age.clamp(min=1.0)
         missing = (
-            state.step_size_sum * state.computed + turn * (p - state.computed) - state.integrated
+            state.step_size_sum * state.computed + slope * (p - state.computed) - state.integrated
         )
         corrected = (p + back * missing).to(prediction.dtype)
         recomputed = torch.ones_like(state.last, dtype=torch.bool) if computed is None else computed

@@ -17,7 +17,7 @@ from ..kernels.reference import upcast
 from ..tokens.update_cache import clamp_cast
 from .fitted import POINTS, FittedForecasts
 from .outputs import form_of, tensors_in, with_tensors
-from .trajectory import CORRECTED, reach_of
+from .trajectory import CORRECTED_SHARE, reach_of
 
 
 @dataclass
@@ -238,7 +238,7 @@ def corrector_weights(
     before_k[..., -1] /= np.maximum(distance, 1)
     own, older, new = before_k[..., :1], before_k[..., 1:-1], before_k[..., -1:]
     last = own - older.sum(axis=-1, keepdims=True) - new
-    found = np.concatenate([own, last, older], axis=2) * (CORRECTED / move[:, None])
+    found = np.concatenate([own, last, older], axis=2) * (CORRECTED_SHARE / move[:, None])
     found[distance < 2] = 0.0
     found[:, -1] = 0.0
     return found

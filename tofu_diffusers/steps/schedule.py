@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -42,7 +42,15 @@ class Schedule:
             raise ValueError(
                 f"unknown schedule kind {self.kind!r}; choose one of {', '.join(KINDS)}"
             )
-        points = tuple((float(position), float(factor)) for position, factor in self.points)
+        try:
+            points = tuple((float(position), float(factor)) for position, factor in self.points)
+            for name in ("start", "end"):
+                object.__setattr__(self, name, float(getattr(self, name)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"points must be pairs of numbers (position, factor), start and end numbers, not "
+                f"{self.points!r}, {self.start!r}, {self.end!r}"
+            ) from error
         object.__setattr__(self, "points", points)
         if (self.kind == "explicit") != bool(points):
             raise ValueError(
@@ -86,10 +94,14 @@ class Schedule:
         if isinstance(value, str):
             return cls(value, end=1.0 if value == "constant" else 0.0)
         if isinstance(value, Mapping):
+            known = [each.name for each in fields(cls)]
+            if unknown := [name for name in value if name not in known]:
+                raise ValueError(
+                    f"a schedule has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}"
+                )
             return cls(**value)
         if isinstance(value, Sequence):
-            points: list[tuple[float, float]] = [(point[0], point[1]) for point in value]
-            return cls("explicit", points=tuple(points))
+            return cls("explicit", points=tuple(value))
         raise TypeError(
             f"a schedule is a Schedule, a name ({', '.join(KINDS)}), a mapping or a list of pairs, "
             f"not {type(value).__name__}"

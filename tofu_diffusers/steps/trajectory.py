@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-CORRECTED = 0.5
+CORRECTED_SHARE = 0.5
 """The part of what the latents lack that a computed step makes up for, see `forecast.corrector_weights`. A
 trained denoiser draws latents that went astray back by itself, so that the whole of it is too much: on both
 embedded pipelines a half was ahead of all and of nothing at 2x and beyond, of steps and of tokens."""
@@ -48,6 +48,10 @@ class Trajectory:
 
     levels: tuple[float, ...]
     points: tuple[tuple[float, ...], ...]
+
+    def __repr__(self) -> str:
+        first, *_, last = self.levels
+        return f"Trajectory({len(self.levels)} noise levels from {first:.3f} to {last:.3f})"
 
     def __post_init__(self) -> None:
         levels = tuple(float(each) for each in self.levels)
@@ -214,7 +218,7 @@ def _costs(products: Matrix, sizes: Matrix, gap: int, order: int, corrects: bool
         # Interpolated between i and the end, as corrected; there is no end behind the last step.
         next_ones = np.minimum(ends, total - 1)
         line = (placed[ends] - placed[i + 1] - i * amount) / (ends - i)
-        part = np.where(ends < total - 1, CORRECTED if corrects and order else 0.0, 0.0)
+        part = np.where(ends < total - 1, CORRECTED_SHARE if corrects and order else 0.0, 0.0)
         for d in range(1, min(gap, i) + 1) if i else (0,):
             slope = np.zeros_like(amount)
             if d and order:

@@ -30,6 +30,11 @@ class Score:
     pixels_db: float | None = None
 
 
+def damaged(path: Path, error: Exception) -> str:
+    """In words, that a file of a search cannot be read."""
+    return f"{path} is damaged ({error}); delete it, or choose another folder"
+
+
 class Ledger:
     """Scores by key, and unreduced generations by number.
 
@@ -53,7 +58,10 @@ class Ledger:
         known = self.folder / "search.json"
         about = json.loads(json.dumps(about))
         if known.is_file():
-            stored = json.loads(known.read_text(encoding="utf-8"))
+            try:
+                stored = json.loads(known.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(damaged(known, error)) from error
             for name in about:
                 if stored.get(name) != about[name]:
                     raise ValueError(
@@ -71,9 +79,12 @@ class Ledger:
         if whole != text:
             os.truncate(path, len(whole.encode()))
         for line in whole.splitlines():
-            data = json.loads(line)
-            key = data.pop("key")
-            self.scores[key] = Score(**data)
+            try:
+                data = json.loads(line)
+                key = data.pop("key")
+                self.scores[key] = Score(**data)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(damaged(path, error)) from error
 
     def add(self, key: str, score: Score) -> None:
         """Keep a score."""
@@ -89,7 +100,12 @@ class Ledger:
     def fitted(self, plan: str) -> FittedForecasts | None:
         """The fitted forecasts of a choice of steps, if they were kept."""
         path = self._fitted_file(plan)
-        return FittedForecasts.of(json.loads(path.read_text())) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return FittedForecasts.of(json.loads(path.read_text(encoding="utf-8")))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(damaged(path, error)) from error
 
     def keep_fitted(self, plan: str, fitted: FittedForecasts) -> None:
         """Keep fitted forecasts."""

@@ -214,6 +214,11 @@ def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> dict[st
 
     def projected(key: str) -> Tensor:
         first, inputs = attention()
+        if not hasattr(first, key):
+            raise ValueError(
+                f"no importance can be read from {hook.name}, whose attention has no {key} of its own; "
+                "use source 'change'"
+            )
         # The projections remember nothing of this.
         hook.probing = True
         rows: Tensor = getattr(first, key)(inputs)

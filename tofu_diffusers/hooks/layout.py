@@ -70,6 +70,25 @@ def attach_root(model: nn.Module, layouts: list[tuple[Generation, Layout]]) -> D
     return hook
 
 
+NEEDED = {
+    "fresh": "projecting the keys and values of removed tokens anew",
+    "cached": "an attention product that takes remembered keys and values",
+}
+"""What choices of keys_values need of an attention."""
+
+
+def check_keys_values(model: nn.Module, family: Family, keys_values: str) -> None:
+    """Raise ValueError if the family's attentions cannot be given this choice of keys_values."""
+    if keys_values not in family.keys_values_refused:
+        return
+    ways = [way for way in ("cached", "dropped") if way not in family.keys_values_refused]
+    raise ValueError(
+        f"keys_values {keys_values!r} needs {NEEDED[keys_values]}, and the attentions of "
+        f"{type(model).__name__} do not allow it; use "
+        + " or ".join(f"keys_values={way!r}" for way in ways)
+    )
+
+
 class Layout:
     """The sites of one denoiser under one configuration; none where no tokens are reduced.
 
@@ -88,6 +107,7 @@ class Layout:
         self._blocks: list[BlockLayout] = []
         if config is None:
             return
+        check_keys_values(model, family, str(config.keys_values))
         stacks = family.block_stacks(model)
         ordered = [block for stack in stacks for block in stack.blocks]
         count = len(ordered)

@@ -4,6 +4,7 @@ A new family needs a tiny model in tests/denoisers, which step skipping needs an
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,15 +21,21 @@ from tofu_diffusers.steps.outputs import tensors_in
 CLASSES = sorted(
     name for family in FAMILIES.values() for name in family.classes if name in DENOISERS
 )
+# Of a class that are built otherwise: changes of the tiny model's configuration.
+VARIANTS = {
+    "HunyuanVideoTransformer3DModel-token_replace": {"image_condition_type": "token_replace"},
+}
 # Norms over all tokens, or convolutions between blocks: kept tokens see more than each other there.
 MORE_THAN_ATTENTION = ("UNet2DConditionModel", "UNet2DModel")
 PRUNED = {"ratio": 0.5, "method": "tome", "merge": "prune", "share": "resolution"}
 
 
-@pytest.fixture(scope="module", params=CLASSES)
+@pytest.fixture(scope="module", params=[*CLASSES, *VARIANTS])
 def built(request):
     """(denoiser, arguments of one call of a batch of two different images, its family)"""
-    described = DENOISERS[request.param]
+    described = DENOISERS[request.param.partition("-")[0]]
+    changes = VARIANTS.get(request.param, {})
+    described = replace(described, config={**described.config, **changes})
     model = tiny.randomise(described.build())
     return model, described.arguments(), known_family(model)
 
@@ -153,7 +160,12 @@ def hide(attention, gone, image_first):
     return lambda: [hook.remove() for hook in hooks]
 
 
-IMAGE_FIRST = {"SD3Transformer2DModel"}
+IMAGE_FIRST = {
+    "HunyuanImageTransformer2DModel",
+    "HunyuanVideo15Transformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+    "SD3Transformer2DModel",
+}
 """Classes whose joint attention has the text behind the image."""
 
 

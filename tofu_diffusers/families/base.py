@@ -72,6 +72,8 @@ class Family(ABC):
     """Whether queries and keys are rotated by position, between projection and product."""
     shared_positions: ClassVar[bool] = False
     """Whether positions have no batch axis, so that all rows of a call must keep the same tokens."""
+    image_first: ClassVar[bool] = False
+    """Whether image tokens stand before the text in the product of a joint attention (rotary families)."""
     args_between_blocks: ClassVar[tuple[str, ...]] = ()
     """Arguments of the root that, when given, act between blocks of a run."""
     keys_values_refused: ClassVar[tuple[str, ...]] = ()
@@ -230,19 +232,22 @@ def gather_rows(x: Tensor, positions: Tensor) -> Tensor:
     return torch.gather(x, 1, index)
 
 
-def cut_mask(mask: Tensor, tokens: int, positions: Tensor) -> Tensor:
-    """A mask for the tokens at these positions, and for all that stands in front of them.
+def cut_mask(mask: Tensor, tokens: int, positions: Tensor, first: bool = False) -> Tensor:
+    """A mask for the tokens at these positions, and for all that stands in front of or behind them.
 
     Args:
         mask: [B, S] or [B, 1, 1 or S, S], of which the last `tokens` belong to a sequence of tokens.
         tokens: How many there are.
         positions: [B, M] among them.
+        first: Whether it is the first `tokens`.
 
     Returns:
         [B, S - tokens + M] or [B, 1, 1 or the same, the same].
     """
-    front = torch.arange(mask.shape[-1] - tokens, device=positions.device)
-    index = torch.cat([front.expand(len(positions), -1), positions + len(front)], dim=1)
+    others = torch.arange(mask.shape[-1] - tokens, device=positions.device)
+    others = others.expand(len(positions), -1)
+    both = [positions, others + tokens] if first else [others, positions + others.shape[1]]
+    index = torch.cat(both, dim=1)
     mask = mask.expand(len(positions), *mask.shape[1:])
     if mask.ndim == 2:
         return mask.gather(1, index)

@@ -70,7 +70,9 @@ class SdpaPatch(TorchFunctionMode):
     """Changes what the first attention product inside it sees (and, for `skip`, every one).
 
     Args:
-        skip: Empty queries at the end, to be dropped.
+        skip: Empty queries, to be dropped.
+        start: Where they begin; None: they are the last.
+        image_first: Whether the image's keys are the first, not the last.
         keys, values: Remembered ones of all image tokens [B, N, C], which this call's are written to.
         kept: [B, K], where in them this call's image tokens stand; None: it has all of them.
     """
@@ -78,12 +80,15 @@ class SdpaPatch(TorchFunctionMode):
     def __init__(
         self,
         skip: int = 0,
+        start: int | None = None,
         keys: Tensor | None = None,
         values: Tensor | None = None,
         kept: Tensor | None = None,
+        image_first: bool = False,
     ) -> None:
         super().__init__()
-        self.skip, self.keys, self.values, self.kept = skip, keys, values, kept
+        self.skip, self.start, self.image_first = skip, start, image_first
+        self.keys, self.values, self.kept = keys, values, kept
         self.calls = 0
 
     def __torch_function__(
@@ -97,10 +102,10 @@ class SdpaPatch(TorchFunctionMode):
         named = dict(zip(PARAMETERS, args, strict=False)) | (kwargs or {})
         self.calls += 1
         if self.skip:
-            named["query"] = named["query"][:, :, : -self.skip]
+            named["query"] = without(named["query"], self.start, self.skip)
             mask = named.get("attn_mask")
             if mask is not None and mask.shape[-2] > 1:  # a row a query
-                named["attn_mask"] = mask[..., : -self.skip, :]
+                named["attn_mask"] = without(mask, self.start, self.skip)
         elif self.calls == 1 and self.keys is not None and self.values is not None:
             tokens = self.keys.shape[1] if self.kept is None else self.kept.shape[1]
             mask = named.get("attn_mask")
@@ -111,32 +116,49 @@ class SdpaPatch(TorchFunctionMode):
         return func(**named)
 
     def _mask_of_all(self, mask: Tensor, others: int) -> Tensor:
-        """A mask for the keys of all tokens, of which the image's are the last.  [.., Q or 1, S].
+        """A mask for the keys of all tokens, of which the image's are the last, or first.  [.., Q or 1, S].
 
-        others: Keys in front of the image's.
+        others: Keys that are not of the image.
         """
         assert self.keys is not None and self.kept is not None
         tokens = self.keys.shape[1]
         if mask.shape[-1] == others + tokens:  # the family gave all columns, and all rows
             if mask.shape[-2] == 1:
                 return mask
-            front = torch.arange(others, device=mask.device).expand(self.kept.shape[0], -1)
-            rows = torch.cat([front, self.kept + others], dim=1)[:, None, :, None]
+            front, image = torch.arange(others, device=mask.device), self.kept
+            front = front.expand(image.shape[0], -1)
+            both = [image, front + tokens] if self.image_first else [front, image + others]
+            rows = torch.cat(both, dim=1)[:, None, :, None]
             return mask.gather(-2, rows.expand(*mask.shape[:-2], -1, mask.shape[-1]))
         # The attention made it of what it was given: image tokens are all seen alike.
+        kept = self.kept.shape[1]
+        if self.image_first:
+            seen = mask[..., :1].expand(*mask.shape[:-1], tokens)
+            return torch.cat([seen, mask[..., kept:]], dim=-1)
         seen = mask[..., -1:].expand(*mask.shape[:-1], tokens)
-        return torch.cat([mask[..., : -self.kept.shape[1]], seen], dim=-1)
+        return torch.cat([mask[..., :-kept], seen], dim=-1)
 
     def _remember(self, rows: Tensor, cache: Tensor, tokens: int) -> Tensor:
         """Write the image rows of [B, H, S, D] to the cache; put all it holds in their place."""
         heads, depth = rows.shape[1], rows.shape[3]
-        image = rows[:, :, -tokens:].transpose(1, 2).flatten(2).detach().to(cache.dtype)
+        others = rows.shape[2] - tokens
+        sizes = [tokens, others] if self.image_first else [others, tokens]
+        parts = list(torch.split(rows, sizes, dim=2))
+        at = 0 if self.image_first else 1
+        image = parts[at].transpose(1, 2).flatten(2).detach().to(cache.dtype)
         if self.kept is None:
             cache.copy_(image)
             return rows
         scatter_rows_(cache, self.kept, image)
-        all_rows = cache.view(*cache.shape[:2], heads, depth).transpose(1, 2).to(rows.dtype)
-        return torch.cat([rows[:, :, :-tokens], all_rows], dim=2)
+        parts[at] = cache.view(*cache.shape[:2], heads, depth).transpose(1, 2).to(rows.dtype)
+        return torch.cat(parts, dim=2)
+
+
+def without(x: Tensor, start: int | None, count: int) -> Tensor:
+    """Rows [.., S, D] without those that begin at `start`; None: without the last ones."""
+    if start is None:
+        return x[..., :-count, :]
+    return torch.cat([x[..., :start, :], x[..., start + count :, :]], dim=-2)
 
 
 def with_keys_values(here: RotaryAttentionHook, module: nn.Module, kwargs: dict[str, Any]) -> Any:
@@ -146,7 +168,7 @@ def with_keys_values(here: RotaryAttentionHook, module: nn.Module, kwargs: dict[
         RuntimeError: if the attention's product is not `scaled_dot_product_attention`.
     """
     hook, runtime = here.hook, here.hook.runtime
-    plan = hook.plan
+    plan, image_first = hook.plan, runtime.setup.family.image_first
     if runtime.setup.keys_values == "fresh":
         if plan is None:
             return here.original(module, **kwargs)
@@ -154,14 +176,16 @@ def with_keys_values(here: RotaryAttentionHook, module: nn.Module, kwargs: dict[
         x = kwargs["hidden_states"]
         kwargs = {**kwargs, "hidden_states": torch.cat([x, removed], dim=1)}
         here.skip = removed.shape[1]
-        product = SdpaPatch(skip=here.skip)
+        here.start = x.shape[1] if image_first else None
+        product = SdpaPatch(skip=here.skip, start=here.start)
     else:
         keys, values = runtime.rows_of(here.keys), runtime.rows_of(here.values)
         if keys is None or values is None:
             return here.original(module, **kwargs)
         if hook.row is not None:
             keys, values = keys[hook.row : hook.row + 1], values[hook.row : hook.row + 1]
-        product = SdpaPatch(keys=keys, values=values, kept=None if plan is None else plan.kept)
+        kept = None if plan is None else plan.kept
+        product = SdpaPatch(keys=keys, values=values, kept=kept, image_first=image_first)
     with product:
         out = here.original(module, **kwargs)
     here.skip = 0
@@ -183,6 +207,9 @@ def rotary_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def query_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Queries of the tokens that have one, empty rows for the others."""
     here: QueryHook = module.__dict__["_tofu"]
-    skip = here.rotary.skip
-    rows: Tensor = here.original(module, x[:, :-skip] if skip else x, *args, **kwargs)
-    return F.pad(rows, (0, 0, 0, skip)) if skip else rows
+    skip, start = here.rotary.skip, here.rotary.start
+    given = without(x, start, skip) if skip else x
+    rows: Tensor = here.original(module, given, *args, **kwargs)
+    if not skip or start is None:
+        return F.pad(rows, (0, 0, 0, skip)) if skip else rows
+    return torch.cat([F.pad(rows[:, :start], (0, 0, 0, skip)), rows[:, start:]], dim=1)

@@ -98,7 +98,8 @@ class RotaryAttentionHook:
 
     Args:
         keys, values: What is remembered of it (keys_values "cached").
-        skip: How many rows at the end of the query projection's input are no queries.
+        skip: How many rows of the query projection's input are no queries.
+        start: Where they begin; None: they are the last.
     """
 
     name: str
@@ -110,10 +111,11 @@ class RotaryAttentionHook:
     forward: Callable[..., Any]
     names: tuple[str, ...]
     skip: int = 0
+    start: int | None = None
 
     def forget(self) -> None:
         """Drop what belongs to one call."""
-        self.skip = 0
+        self.skip, self.start = 0, None
 
 
 @dataclass(eq=False)

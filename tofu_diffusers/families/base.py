@@ -173,15 +173,24 @@ class Family(ABC):
         """The tensors among the root's arguments whose shapes decide that of the output; one at least."""
         return [self.sample(named)]
 
-    def prediction(self, out: Tensor, grid: TokenGrid) -> Tensor:
-        """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N]."""
+    def prediction(self, out: Tensor | list[Tensor], grid: TokenGrid) -> Tensor:
+        """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N].
+
+        A list is of one a row.
+        """
+        if isinstance(out, list):
+            out = torch.stack(out)
         if self.latents_are_tokens:
             tokens = out[:, grid.text_before : grid.text_before + grid.tokens]
             return tokens.transpose(1, 2)[:, :, None, None]
         return out.unsqueeze(2) if out.ndim == 4 else out
 
-    def with_prediction(self, out: Tensor, grid: TokenGrid, maps: Tensor) -> Tensor:
+    def with_prediction(
+        self, out: Tensor | list[Tensor], grid: TokenGrid, maps: Tensor
+    ) -> Tensor | list[Tensor]:
         """What the denoiser returned with another prediction, as `prediction` gives it."""
+        if isinstance(out, list):
+            return [row.view(part.shape) for row, part in zip(maps, out, strict=True)]
         if self.latents_are_tokens:
             tokens = maps.flatten(2).transpose(1, 2)
             end = grid.text_before + grid.tokens

@@ -315,7 +315,7 @@ class Runtime:
         """The finest resolution with sites: a denoiser may have no attention on finer ones (SDXL)."""
         return min(each.resolution for each in self.setup.plan_caches)
 
-    def _maps(self, prediction: Tensor) -> Tensor:
+    def _maps(self, prediction: Tensor | list[Tensor]) -> Tensor:
         """A prediction as maps, by the finest grid."""
         return self.setup.family.prediction(prediction, self.call.grids[self._finest])
 
@@ -333,8 +333,8 @@ class Runtime:
             places = on_maps(flags, grid.row if family.latents_are_tokens else grid, maps)
             computed = places.repeat(call.branches_in_batch, 1, 1, 1, 1)
         maps = corrector.apply(call.cfg_branch, maps, computed, step)
-        first, *others = tensors_in(out)
-        return with_tensors(out, [family.with_prediction(first, grid, maps), *others])
+        corrected = tensors_in(family.with_prediction(out[0], grid, maps))
+        return with_tensors(out, [*corrected, *tensors_in(out)[len(corrected) :]])
 
     def _note_statistics(self, out: Any, statistics: TokenStatistics, step: Tensor) -> None:
         call = self.call

@@ -76,6 +76,8 @@ class Family(ABC):
     """Arguments of the root that, when given, act between blocks of a run."""
     keys_values_refused: ClassVar[tuple[str, ...]] = ()
     """Choices of keys_values that its attentions cannot be given ("fresh", "cached")."""
+    gate_names: ClassVar[tuple[str, ...]] = ()
+    """Projections of an attention, beside that of the queries, of which its output takes a row a query."""
     blocks_are_attentions: ClassVar[bool] = False
     """Whether a block is nothing but an attention, so that scope "attention" is scope "block"."""
 
@@ -176,12 +178,13 @@ class Family(ABC):
     def prediction(self, out: Tensor | list[Tensor], grid: TokenGrid) -> Tensor:
         """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N].
 
-        A list is of one a row.
+        A list is of one a row. Packed, it is of all tokens, or of those from the image's first one.
         """
         if isinstance(out, list):
             out = torch.stack(out)
         if self.latents_are_tokens:
-            tokens = out[:, grid.text_before : grid.text_before + grid.tokens]
+            start = grid.text_before if out.shape[1] == grid.total else 0
+            tokens = out[:, start : start + grid.tokens]
             return tokens.transpose(1, 2)[:, :, None, None]
         return out.unsqueeze(2) if out.ndim == 4 else out
 
@@ -193,8 +196,8 @@ class Family(ABC):
             return [row.view(part.shape) for row, part in zip(maps, out, strict=True)]
         if self.latents_are_tokens:
             tokens = maps.flatten(2).transpose(1, 2)
-            end = grid.text_before + grid.tokens
-            return torch.cat([out[:, : grid.text_before], tokens, out[:, end:]], dim=1)
+            start = grid.text_before if out.shape[1] == grid.total else 0
+            return torch.cat([out[:, :start], tokens, out[:, start + grid.tokens :]], dim=1)
         return maps.view(out.shape)
 
     def hidden(self, kwargs: Kwargs) -> Tensor:

@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..steps.outputs import tensors_in
 from ..tokens.grid import TokenGrid
-from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, gather_rows, positions_given, register_family
+from .base import BlockStack, Kwargs, register_family
+from .sequence import SequenceFamily
 
 MULTIPLE = 32
 """Texts and images are padded to a multiple of it."""
@@ -23,7 +23,7 @@ def padding(tokens: int) -> int:
 
 
 @register_family
-class ZImageFamily(Family):
+class ZImageFamily(SequenceFamily):
     """Refiner blocks on the image alone, then blocks on one sequence, the text behind the image.
 
     Blocks take their tokens as `x`, their attentions as `hidden_states`.
@@ -35,13 +35,12 @@ class ZImageFamily(Family):
     args_between_blocks = ("controlnet_block_samples",)
     conditional_first = True
     timestep_scale = None  # runs from 0 at noise to 1 at the image
-    rotary = True
+    attention_name = "attention"
+    rotary_names = ("freqs_cis",)
+    mask_names = ("attn_mask", "attention_mask")
 
     def block_stacks(self, model: Any) -> list[BlockStack]:
         return [BlockStack.of(model, "noise_refiner"), BlockStack.of(model, "layers", 1)]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attention": block.attention}
 
     def sample(self, named: Kwargs) -> Tensor:
         rows = named["x"]
@@ -75,17 +74,6 @@ class ZImageFamily(Family):
     def attention_inputs(self, block: Any, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:
         scale = 1 + block.adaLN_modulation(kwargs["adaln_input"]).unsqueeze(1).chunk(4, dim=2)[0]
         return {"attention": block.attention_norm1(x) * scale}
-
-    def slice_block_arguments(
-        self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
-    ) -> Kwargs:
-        given = positions_given(plan, removed)
-        changed = {"freqs_cis": gather_rows(kwargs["freqs_cis"], given)}
-        for name in ("attn_mask", "attention_mask"):
-            mask = kwargs.get(name)
-            if mask is not None and keys_values != "cached":
-                changed[name] = gather_rows(mask, given)
-        return {**kwargs, **changed}
 
     def hidden(self, kwargs: Kwargs) -> Tensor:
         tokens: Tensor = kwargs["x"] if "x" in kwargs else kwargs["hidden_states"]

@@ -184,5 +184,13 @@ def query_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Te
     """Queries of the tokens that have one, empty rows for the others."""
     here: QueryHook = module.__dict__["_tofu"]
     skip = here.rotary.skip
-    rows: Tensor = here.original(module, x[:, :-skip] if skip else x, *args, **kwargs)
+    rows = gate_forward(module, x, *args, **kwargs)
     return F.pad(rows, (0, 0, 0, skip)) if skip else rows
+
+
+def gate_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Rows of the tokens that have a query, and nothing for the others."""
+    here: QueryHook = module.__dict__["_tofu"]
+    skip = here.rotary.skip
+    rows: Tensor = here.original(module, x[:, :-skip] if skip else x, *args, **kwargs)
+    return rows

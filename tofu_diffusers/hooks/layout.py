@@ -16,7 +16,13 @@ from ..tuning.probes import load_probes
 from .attention import attention_forward
 from .block import block_forward, observed_block_forward
 from .denoiser import DenoiserHook, denoiser_forward
-from .keys_values import check_unfused, projection_forward, query_forward, rotary_forward
+from .keys_values import (
+    check_unfused,
+    gate_forward,
+    projection_forward,
+    query_forward,
+    rotary_forward,
+)
 from .norm import norm_forward
 from .patch import attach, detach, parameters_of, state_of, with_signature_of
 from .state import (
@@ -181,10 +187,12 @@ class Layout:
             parameters_of(attention),
         )
         if self.config.keys_values == "fresh":
-            linear: Any = attention.to_q
-            queries = QueryHook(name, rotary, linear, type(linear).forward, query_forward)
-            attach(linear, query_forward, queries)
-            root.projections.append((attention, "to_q", queries))
+            forwards = {"to_q": query_forward} | dict.fromkeys(self.family.gate_names, gate_forward)
+            for key, forward in forwards.items():
+                linear: Any = getattr(attention, key)
+                queries = QueryHook(name, rotary, linear, type(linear).forward, forward)
+                attach(linear, forward, queries)
+                root.projections.append((attention, key, queries))
         return rotary
 
     @property

@@ -118,7 +118,7 @@ class RotaryAttentionHook:
 
 @dataclass(eq=False)
 class QueryHook:
-    """State on the query projection of such an attention (keys_values "fresh")."""
+    """State on the query projection of such an attention, or one like it (keys_values "fresh")."""
 
     name: str
     rotary: RotaryAttentionHook

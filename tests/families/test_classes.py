@@ -118,12 +118,13 @@ class Unseen(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        self.calls += 1
-        if self.calls > 1:
-            return func(*args, **kwargs)
         query, key, value, *_ = args + tuple(
             kwargs[k] for k in ("query", "key", "value") if k in kwargs
         )
+        # Others may come before, of what stands in front of the image alone.
+        self.calls += key.shape[2] >= self.gone.shape[1]
+        if self.calls != 1:
+            return func(*args, **kwargs)
         mask = kwargs.pop("attn_mask", args[3] if len(args) > 3 else None)
         others = key.shape[2] - self.gone.shape[1]
         seen = F.pad(~self.gone, (0, others) if self.image_first else (others, 0), value=True)

@@ -1,4 +1,4 @@
-"""What families share whose blocks run on one sequence of image and text, all of it given to the attention."""
+"""What families share whose blocks run on one sequence of image and text, given to attentions whole."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class SequenceFamily(Family):
     attention_name: ClassVar[str]
     """What a block calls its attention."""
     rotary_names: ClassVar[tuple[str, ...]] = ("image_rotary_emb",)
-    """Arguments of blocks and attentions that are positions: [B, S, ...], or [S, ...] where rows share them."""
+    """Arguments of both that are positions: [B, S, ...], or [S, ...] where rows of the batch share them."""
     mask_names: ClassVar[tuple[str, ...]] = ("attention_mask",)
-    """Arguments of both that are masks: [B, S] or [B, 1, 1 or S, S]."""
+    """Arguments of both that are masks: [B, S] or [B, 1, 1 or S, S], maybe with other keys in front."""
 
     def attentions(self, block: Any) -> dict[str, nn.Module]:
         return {self.attention_name: getattr(block, self.attention_name)}
@@ -50,5 +50,5 @@ class SequenceFamily(Family):
         for name in self.mask_names if keys_values != "cached" else ():
             mask = kwargs.get(name)
             if mask is not None:
-                changed = {**changed, name: cut_mask(mask, mask.shape[-1], given)}
+                changed = {**changed, name: cut_mask(mask, plan.assign.shape[1], given)}
         return changed

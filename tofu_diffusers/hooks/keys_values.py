@@ -67,7 +67,7 @@ def check_unfused(attention: nn.Module, name: str, keys_values: str) -> None:
 
 
 class SdpaPatch(TorchFunctionMode):
-    """Changes what the first attention product inside it sees (and, for `skip`, every one).
+    """Changes what the first attention product of all tokens sees (and, for `skip`, every one).
 
     Args:
         skip: Empty queries at the end, to be dropped.
@@ -84,7 +84,7 @@ class SdpaPatch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.skip, self.keys, self.values, self.kept = skip, keys, values, kept
-        self.calls = 0
+        self.calls, self.entered = 0, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -101,8 +101,11 @@ class SdpaPatch(TorchFunctionMode):
             mask = named.get("attn_mask")
             if mask is not None and mask.shape[-2] > 1:  # a row a query
                 named["attn_mask"] = mask[..., : -self.skip, :]
-        elif self.calls == 1 and self.keys is not None and self.values is not None:
+        elif self.keys is not None and self.values is not None and not self.entered:
             tokens = self.keys.shape[1] if self.kept is None else self.kept.shape[1]
+            if named["key"].shape[2] < tokens:  # of what stands in front of the image, alone
+                return func(**named)
+            self.entered = True
             mask = named.get("attn_mask")
             if self.kept is not None and mask is not None:
                 named["attn_mask"] = self._mask_of_all(mask, named["key"].shape[2] - tokens)

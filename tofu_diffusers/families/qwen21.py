@@ -82,8 +82,8 @@ class QwenImage21Family(SequenceFamily):
         mask, segments = kwargs.get("attention_mask"), kwargs.get("segments")
         if mask is not None and not isinstance(mask, Tensor):
             raise ValueError(
-                "QwenImage21FlexAttnProcessor has a mask of all tokens; use QwenImage21AttnProcessor, or keep "
-                "use_kv_cache=True and let the first step compute all tokens (warmup_steps=1)"
+                "QwenImage21FlexAttnProcessor has a mask of all tokens; use QwenImage21AttnProcessor, or "
+                "keep use_kv_cache=True and let the first step compute all tokens (warmup_steps=1)"
             )
         if segments is not None and keys_values != "dropped":
             # A product a segment has no place for the keys of removed tokens; one with a mask does.

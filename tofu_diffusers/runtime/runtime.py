@@ -94,7 +94,7 @@ class Runtime:
             self._check_ratios()
         # 3  Make room, where this branch is new or its latents have another shape.
         call.open_span = None
-        totals = [grid.total for grid in call.grids.values()]
+        totals = [(grid.tokens, grid.total) for grid in call.grids.values()]
         shape = (*[each.shape for each in latents], str(sample.device), *totals)
         if call.shapes.get(call.cfg_branch) != shape:
             self.caches.allocate(call, sample)

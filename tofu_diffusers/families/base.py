@@ -76,6 +76,8 @@ class Family(ABC):
     """Arguments of the root that, when given, act between blocks of a run."""
     keys_values_refused: ClassVar[tuple[str, ...]] = ()
     """Choices of keys_values that its attentions cannot be given ("fresh", "cached")."""
+    refused_because: ClassVar[str] = ""
+    """Why not, in a few words."""
     gate_names: ClassVar[tuple[str, ...]] = ()
     """Projections of an attention, beside that of the queries, of which its output takes a row a query."""
     blocks_are_attentions: ClassVar[bool] = False
@@ -138,6 +140,10 @@ class Family(ABC):
     def refusal(self, scope: str, named: Kwargs) -> str | None:
         """Why this call cannot be run with reduced tokens in this scope, and a way out; or None."""
         return None
+
+    def computes_all(self, named: Kwargs) -> bool:
+        """Whether this call fills a cache of the denoiser's own, and must compute all tokens."""
+        return False
 
     def slice_per_token(self, kwargs: Kwargs, positions: Tensor) -> Kwargs:
         """A block's arguments for the tokens at these positions [B, M]: per-token modulation, sliced."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import TokenReduction
+from ..config import KEYS_VALUES, TokenReduction
 from ..families import BlockStack, Family, depths_of
 from ..runtime.generation import Generation
 from ..runtime.runtime import Runtime
@@ -76,6 +76,17 @@ def attach_root(model: nn.Module, layouts: list[tuple[Generation, Layout]]) -> D
     return hook
 
 
+def check_keys_values(model: nn.Module, family: Family, keys_values: str) -> None:
+    """Raise ValueError if this choice is none for the family's attentions."""
+    refused = family.keys_values_refused
+    if keys_values in refused:
+        others = " or ".join(repr(each) for each in KEYS_VALUES if each not in refused)
+        raise ValueError(
+            f"keys_values {keys_values!r} cannot be had in {type(model).__name__}: "
+            f"{family.refused_because}; use keys_values={others}"
+        )
+
+
 class Layout:
     """The sites of one denoiser under one configuration; none where no tokens are reduced.
 
@@ -94,6 +105,7 @@ class Layout:
         self._blocks: list[BlockLayout] = []
         if config is None:
             return
+        check_keys_values(model, family, str(config.keys_values))
         stacks = family.block_stacks(model)
         ordered = [block for stack in stacks for block in stack.blocks]
         count = len(ordered)

@@ -78,11 +78,12 @@ class Runtime:
             if refusal is not None:
                 raise ValueError(refusal)
             self._split_stacks(between, alone)
+        whole = setup.family.computes_all(named)
         if not call.step_known:
-            self._run_without_step()
+            self._run_without_step(whole)
         call.count(setup)
         # 1  Read images, branches of guidance and the grid.
-        call.all_tokens = False
+        call.all_tokens = whole
         self._read_batch(sample)
         call.grids = {} if setup.reduction is None else self.reader.grids(model, named, call)
         # One plan fits all rows if it is one image's, if images share it, or if only the seed decides.
@@ -241,10 +242,11 @@ class Runtime:
 
     # ---- parts of the above --------------------------------------------------------------------
 
-    def _run_without_step(self) -> None:
+    def _run_without_step(self, whole: bool) -> None:
         setup, call = self.setup, self.call
         # Some pipelines call their denoiser before or behind the steps, to fill a cache of their own.
-        beside = setup.reduction is None and call.told_by_pipeline and call.number < CALLS_LIMIT
+        beside = setup.reduction is None or whole
+        beside = beside and call.told_by_pipeline and call.number < CALLS_LIMIT
         if setup.needs and not beside:
             raise RuntimeError(
                 f"{', '.join(setup.needs)} must know the denoising step, and nobody told it: call "
@@ -289,8 +291,9 @@ class Runtime:
                 call.cfg_branches = str(batch // call.images)
             branches = int(call.cfg_branches)
             if branches == 0:
-                call.all_tokens = batch % 2 == 0
-                self.reader.deferred = sample if call.all_tokens else None
+                unknown = batch % 2 == 0
+                call.all_tokens = call.all_tokens or unknown
+                self.reader.deferred = sample if unknown else None
             branches = max(1, branches)
             call.images = batch // branches if batch % branches == 0 else batch
         call.branches_in_batch = batch // call.images if batch % call.images == 0 else 1

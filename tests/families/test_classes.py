@@ -186,7 +186,7 @@ def test_the_model_on_its_kept_tokens_is_the_model_that_cannot_see_the_others(ca
         gone = torch.ones_like(plan.assign, dtype=torch.bool).scatter(1, plan.kept, False)
         assert gone.any()
         for _, each in stack.blocks:
-            for attention in family.attentions(each).values():
+            for attention in (family.attentions(each) | family.listeners(each)).values():
                 takes_off.append(hide(attention, gone, name in IMAGE_FIRST))
     output_of(model, inputs)
     for take_off in takes_off:

@@ -76,6 +76,8 @@ class Family(ABC):
     """Arguments of the root that, when given, act between blocks of a run."""
     keys_values_refused: ClassVar[tuple[str, ...]] = ()
     """Choices of keys_values that its attentions cannot be given ("fresh", "cached")."""
+    refused_because: ClassVar[str] = ""
+    """Why not, in a few words."""
     blocks_are_attentions: ClassVar[bool] = False
     """Whether a block is nothing but an attention, so that scope "attention" is scope "block"."""
 
@@ -86,6 +88,14 @@ class Family(ABC):
     @abstractmethod
     def attentions(self, block: nn.Module) -> dict[str, nn.Module]:
         """A block's self-attention modules over image tokens, by attribute name, in order of execution."""
+
+    def listeners(self, block: nn.Module) -> dict[str, nn.Module]:
+        """A block's attentions of other streams that read image tokens as keys, by attribute name."""
+        return {}
+
+    def leaves_product_out(self, kwargs: Kwargs) -> bool:
+        """Whether an attention called so makes no product (perturbed guidance), and needs no keys."""
+        return False
 
     def norms(self, block: nn.Module) -> list[nn.GroupNorm]:
         """A block's norms whose statistics run over all tokens, and must still when some are not there."""

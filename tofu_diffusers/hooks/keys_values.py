@@ -147,6 +147,8 @@ def with_keys_values(here: RotaryAttentionHook, module: nn.Module, kwargs: dict[
     """
     hook, runtime = here.hook, here.hook.runtime
     plan = hook.plan
+    if runtime.setup.family.leaves_product_out(kwargs):
+        return here.original(module, **kwargs)
     if runtime.setup.keys_values == "fresh":
         if plan is None:
             return here.original(module, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import TokenReduction
+from ..config import KEYS_VALUES, TokenReduction
 from ..families import BlockStack, Family, depths_of
 from ..runtime.generation import Generation
 from ..runtime.runtime import Runtime
@@ -70,6 +70,17 @@ def attach_root(model: nn.Module, layouts: list[tuple[Generation, Layout]]) -> D
     return hook
 
 
+def check_keys_values(model: nn.Module, family: Family, keys_values: str) -> None:
+    """Raise ValueError if this choice is none for the family's attentions."""
+    refused = family.keys_values_refused
+    if keys_values in refused:
+        others = " or ".join(repr(each) for each in KEYS_VALUES if each not in refused)
+        raise ValueError(
+            f"keys_values {keys_values!r} cannot be had in {type(model).__name__}: "
+            f"{family.refused_because}; use keys_values={others}"
+        )
+
+
 class Layout:
     """The sites of one denoiser under one configuration; none where no tokens are reduced.
 
@@ -88,6 +99,7 @@ class Layout:
         self._blocks: list[BlockLayout] = []
         if config is None:
             return
+        check_keys_values(model, family, str(config.keys_values))
         stacks = family.block_stacks(model)
         ordered = [block for stack in stacks for block in stack.blocks]
         count = len(ordered)
@@ -145,6 +157,10 @@ class Layout:
                     )
                     attach(attention, attention_forward, state)
                 elif rotary is not None:
+                    attach(attention, rotary_forward, rotary)
+            for attribute, attention in self._listeners(laid.block).items():
+                rotary = self._attach_keys_values(root, hook, laid, attribute, attention)
+                if rotary is not None:
                     attach(attention, rotary_forward, rotary)
 
     def _attach_keys_values(
@@ -312,7 +328,7 @@ class Layout:
                     joint is None or i == len(blocks) - 1,
                     alone,
                     sites,
-                    self._projections(name, stack, attentions),
+                    self._projections(name, stack, attentions | self._listeners(block)),
                 )
             )
         return acted
@@ -334,6 +350,11 @@ class Layout:
             if keys_values == "cached":
                 self.projections += found[attribute].values()
         return found
+
+    def _listeners(self, block: nn.Module) -> dict[str, nn.Module]:
+        """The block's attentions of other streams to which removed tokens' keys and values are given."""
+        remembers = self.config.keys_values == "cached" and not self._on_attention
+        return self.family.listeners(block) if remembers else {}
 
     def _width(self, block: nn.Module) -> int:
         attentions = self.family.attentions(block)

@@ -70,14 +70,20 @@ class Family(ABC):
     """What the root's `timestep` is of the scheduler's; None: not known."""
     rotary: ClassVar[bool] = False
     """Whether queries and keys are rotated by position, between projection and product."""
+    image_first: ClassVar[bool] = False
+    """Whether, in rotary families, the text stands behind the image in the attention product."""
     shared_positions: ClassVar[bool] = False
     """Whether positions have no batch axis, so that all rows of a call must keep the same tokens."""
     args_between_blocks: ClassVar[tuple[str, ...]] = ()
     """Arguments of the root that, when given, act between blocks of a run."""
     keys_values_refused: ClassVar[tuple[str, ...]] = ()
     """Choices of keys_values that its attentions cannot be given ("fresh", "cached")."""
+    scopes_refused: ClassVar[tuple[str, ...]] = ()
+    """Scopes in which its tokens cannot shrink."""
     refused_because: ClassVar[str] = ""
-    """Why not, in a few words."""
+    """Why neither, in a few words."""
+    projections: ClassVar[tuple[str, str, str]] = ("to_q", "to_k", "to_v")
+    """Names of an attention's projections to queries, keys and values."""
     blocks_are_attentions: ClassVar[bool] = False
     """Whether a block is nothing but an attention, so that scope "attention" is scope "block"."""
 
@@ -126,9 +132,16 @@ class Family(ABC):
         """
         return grids
 
-    def widths(self, attention: Any) -> tuple[int, int]:
+    def widths(self, attention: nn.Module) -> tuple[int, int]:
         """Channels of the tokens that a self-attention is given, and of its keys."""
-        return int(attention.to_q.in_features), int(attention.to_k.out_features)
+        queries: Any
+        keys: Any
+        queries, keys = (getattr(attention, name) for name in self.projections[:2])
+        return int(queries.in_features), int(keys.out_features)
+
+    def heads(self, attention: Any) -> int:
+        """Into how many heads a self-attention's queries and keys are cut."""
+        return int(attention.heads)
 
     def example(self, model: nn.Module) -> Kwargs | None:
         """Arguments of one forward at the model's own sample size, batch 2, on the meta device.
@@ -223,6 +236,14 @@ def patch_grid(model: Any, sample: Tensor) -> dict[int, TokenGrid]:
     """The one grid of a denoiser that cuts latents [B, C, H, W] into square patches."""
     height, width = (side // model.config.patch_size for side in sample.shape[-2:])
     return {0: TokenGrid(height, width)}
+
+
+def padded_by_attention(mask: str) -> ValueError:
+    """The refusal of a mask over image tokens that an attention makes as long as what it is given."""
+    return ValueError(
+        f"keys_values 'cached' cannot be had with {mask}, which the attention would pad; "
+        "use keys_values='dropped'"
+    )
 
 
 def positions_given(plan: Plan, removed: Tensor | None) -> Tensor:

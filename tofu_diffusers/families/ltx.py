@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, gather_rows, positions_given, register_family
+from .base import (
+    BlockStack,
+    Family,
+    Kwargs,
+    gather_rows,
+    padded_by_attention,
+    positions_given,
+    register_family,
+)
 
 
 @register_family
@@ -109,10 +117,7 @@ class LTX2Family(LTXFamily):
         if mask is None:
             return kwargs
         if keys_values == "cached":
-            raise ValueError(
-                "keys_values 'cached' cannot be had with video_self_attention_mask, which the attention "
-                "would pad; use keys_values='dropped'"
-            )
+            raise padded_by_attention("video_self_attention_mask")
         seen = gather_rows(gather_rows(mask, plan.kept).mT, plan.kept).mT
         return {**kwargs, name: seen}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import KEYS_VALUES, TokenReduction
+from ..config import KEYS_VALUES, SCOPES, TokenReduction
 from ..families import BlockStack, Family, depths_of
 from ..runtime.generation import Generation
 from ..runtime.runtime import Runtime
@@ -70,15 +70,19 @@ def attach_root(model: nn.Module, layouts: list[tuple[Generation, Layout]]) -> D
     return hook
 
 
-def check_keys_values(model: nn.Module, family: Family, keys_values: str) -> None:
-    """Raise ValueError if this choice is none for the family's attentions."""
-    refused = family.keys_values_refused
-    if keys_values in refused:
-        others = " or ".join(repr(each) for each in KEYS_VALUES if each not in refused)
-        raise ValueError(
-            f"keys_values {keys_values!r} cannot be had in {type(model).__name__}: "
-            f"{family.refused_because}; use keys_values={others}"
-        )
+def check_choices(model: nn.Module, family: Family, config: TokenReduction) -> None:
+    """Raise ValueError if the family refuses what was chosen."""
+    choices = {
+        "scope": (config.scope, SCOPES, family.scopes_refused),
+        "keys_values": (config.keys_values, KEYS_VALUES, family.keys_values_refused),
+    }
+    for name, (chosen, valid, refused) in choices.items():
+        if chosen in refused:
+            others = " or ".join(repr(each) for each in valid if each not in refused)
+            raise ValueError(
+                f"{name} {chosen!r} cannot be had in {type(model).__name__}: "
+                f"{family.refused_because}; use {name}={others}"
+            )
 
 
 class Layout:
@@ -99,7 +103,7 @@ class Layout:
         self._blocks: list[BlockLayout] = []
         if config is None:
             return
-        check_keys_values(model, family, str(config.keys_values))
+        check_choices(model, family, config)
         stacks = family.block_stacks(model)
         ordered = [block for stack in stacks for block in stack.blocks]
         count = len(ordered)
@@ -186,21 +190,23 @@ class Layout:
                 attach(module, projection_forward, rows)
                 root.projections.append((attention, key, rows))
             return None
+        keys, values = projections.values()
         rotary = RotaryAttentionHook(
             name,
             attribute,
             hook,
-            projections["to_k"],
-            projections["to_v"],
+            keys,
+            values,
             type(attention).forward,
             rotary_forward,
             parameters_of(attention),
         )
         if self.config.keys_values == "fresh":
-            linear: Any = attention.to_q
+            name_of_queries = self.family.projections[0]
+            linear: Any = getattr(attention, name_of_queries)
             queries = QueryHook(name, rotary, linear, type(linear).forward, query_forward)
             attach(linear, query_forward, queries)
-            root.projections.append((attention, "to_q", queries))
+            root.projections.append((attention, name_of_queries, queries))
         return rotary
 
     @property
@@ -345,7 +351,7 @@ class Layout:
             width = self.family.widths(attention)[1]
             found[attribute] = {
                 key: Projection(f"{name}.{attribute}.{key}", stack.resolution, width)
-                for key in ("to_k", "to_v")
+                for key in self.family.projections[1:]
             }
             if keys_values == "cached":
                 self.projections += found[attribute].values()

@@ -118,7 +118,7 @@ class Runtime:
         out = caches.forecaster.forecast(call.cfg_branch, call.step, return_dict)
         if caches.corrects_tokens and caches.corrector is not None:
             # No token is computed; what the latents get is noted for when it is.
-            maps = self._maps(out[0])
+            maps = self._maps(tensors_in(out)[0])
             none = torch.zeros_like(maps[:, :1], dtype=torch.bool)
             caches.corrector.apply(call.cfg_branch, maps, none, call.step)
         return out
@@ -322,7 +322,7 @@ class Runtime:
     def _corrected(self, out: Any, corrector: Corrector, step: Tensor) -> Any:
         """What the denoiser returned, with what the tokens lack that this step computed."""
         call, family, resolution = self.call, self.setup.family, self._finest
-        grid, maps = call.grids[resolution], self._maps(out[0])
+        grid, maps = call.grids[resolution], self._maps(tensors_in(out)[0])
         if call.cfg_branch not in corrector.states:
             self.caches.require(self.caches.nbytes + CorrectorState.nbytes_for(maps))
         finest = [each for each in self.setup.plan_caches if each.resolution == resolution]
@@ -339,7 +339,7 @@ class Runtime:
     def _note_statistics(self, out: Any, statistics: TokenStatistics, step: Tensor) -> None:
         call = self.call
         with torch.no_grad():
-            maps = self._maps(out[0])
+            maps = self._maps(tensors_in(out)[0])
             first = self.conditional(maps)
             if call.cfg_branch == "0":
                 kept: dict[int, list[Tensor]] = {resolution: [] for resolution in statistics.grids}

@@ -70,14 +70,20 @@ class Family(ABC):
     """What the root's `timestep` is of the scheduler's; None: not known."""
     rotary: ClassVar[bool] = False
     """Whether queries and keys are rotated by position, between projection and product."""
+    image_first: ClassVar[bool] = False
+    """Whether, in rotary families, the text stands behind the image in the attention product."""
     shared_positions: ClassVar[bool] = False
     """Whether positions have no batch axis, so that all rows of a call must keep the same tokens."""
     args_between_blocks: ClassVar[tuple[str, ...]] = ()
     """Arguments of the root that, when given, act between blocks of a run."""
     keys_values_refused: ClassVar[tuple[str, ...]] = ()
     """Choices of keys_values that its attentions cannot be given ("fresh", "cached")."""
+    scopes_refused: ClassVar[tuple[str, ...]] = ()
+    """Scopes in which its tokens cannot shrink."""
     refused_because: ClassVar[str] = ""
-    """Why not, in a few words."""
+    """Why neither, in a few words."""
+    projections: ClassVar[tuple[str, str, str]] = ("to_q", "to_k", "to_v")
+    """Names of an attention's projections to queries, keys and values."""
     gate_names: ClassVar[tuple[str, ...]] = ()
     """Projections of an attention, beside that of the queries, of which its output takes a row a query."""
     blocks_are_attentions: ClassVar[bool] = False
@@ -90,6 +96,14 @@ class Family(ABC):
     @abstractmethod
     def attentions(self, block: nn.Module) -> dict[str, nn.Module]:
         """A block's self-attention modules over image tokens, by attribute name, in order of execution."""
+
+    def listeners(self, block: nn.Module) -> dict[str, nn.Module]:
+        """A block's attentions of other streams that read image tokens as keys, by attribute name."""
+        return {}
+
+    def leaves_product_out(self, kwargs: Kwargs) -> bool:
+        """Whether an attention called so makes no product (perturbed guidance), and needs no keys."""
+        return False
 
     def norms(self, block: nn.Module) -> list[nn.GroupNorm]:
         """A block's norms whose statistics run over all tokens, and must still when some are not there."""
@@ -120,9 +134,16 @@ class Family(ABC):
         """
         return grids
 
-    def widths(self, attention: Any) -> tuple[int, int]:
+    def widths(self, attention: nn.Module) -> tuple[int, int]:
         """Channels of the tokens that a self-attention is given, and of its keys."""
-        return int(attention.to_q.in_features), int(attention.to_k.out_features)
+        queries: Any
+        keys: Any
+        queries, keys = (getattr(attention, name) for name in self.projections[:2])
+        return int(queries.in_features), int(keys.out_features)
+
+    def heads(self, attention: Any) -> int:
+        """Into how many heads a self-attention's queries and keys are cut."""
+        return int(attention.heads)
 
     def example(self, model: nn.Module) -> Kwargs | None:
         """Arguments of one forward at the model's own sample size, batch 2, on the meta device.
@@ -181,22 +202,21 @@ class Family(ABC):
         """The tensors among the root's arguments whose shapes decide that of the output; one at least."""
         return [self.sample(named)]
 
-    def prediction(self, out: Tensor | list[Tensor], grid: TokenGrid) -> Tensor:
+    def prediction(self, out: Any, grid: TokenGrid) -> Tensor:
         """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N].
 
         A list is of one a row. Packed, it is of all tokens, or of those from the image's first one.
         """
         if isinstance(out, list):
             out = torch.stack(out)
+        tokens: Tensor = out
         if self.latents_are_tokens:
             start = grid.text_before if out.shape[1] == grid.total else 0
             tokens = out[:, start : start + grid.tokens]
             return tokens.transpose(1, 2)[:, :, None, None]
-        return out.unsqueeze(2) if out.ndim == 4 else out
+        return tokens.unsqueeze(2) if tokens.ndim == 4 else tokens
 
-    def with_prediction(
-        self, out: Tensor | list[Tensor], grid: TokenGrid, maps: Tensor
-    ) -> Tensor | list[Tensor]:
+    def with_prediction(self, out: Any, grid: TokenGrid, maps: Tensor) -> Any:
         """What the denoiser returned with another prediction, as `prediction` gives it."""
         if isinstance(out, list):
             return [row.view(part.shape) for row, part in zip(maps, out, strict=True)]
@@ -231,6 +251,14 @@ def patch_grid(model: Any, sample: Tensor) -> dict[int, TokenGrid]:
     """The one grid of a denoiser that cuts latents [B, C, H, W] into square patches."""
     height, width = (side // model.config.patch_size for side in sample.shape[-2:])
     return {0: TokenGrid(height, width)}
+
+
+def padded_by_attention(mask: str) -> ValueError:
+    """The refusal of a mask over image tokens that an attention makes as long as what it is given."""
+    return ValueError(
+        f"keys_values 'cached' cannot be had with {mask}, which the attention would pad; "
+        "use keys_values='dropped'"
+    )
 
 
 def positions_given(plan: Plan, removed: Tensor | None) -> Tensor:

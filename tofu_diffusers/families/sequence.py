@@ -29,6 +29,9 @@ class SequenceFamily(Family):
         # At the product keys are repeated for the heads that share them.
         return int(attention.to_q.in_features), int(attention.to_q.out_features)
 
+    def heads(self, attention: Any) -> int:
+        return int(getattr(attention, "num_heads", None) or attention.heads)
+
     def slice_block_arguments(
         self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
     ) -> Kwargs:

@@ -43,6 +43,11 @@ def shapes_only(arguments: dict[str, Any]) -> dict[str, Any]:
     return shapes
 
 
+def first_of(out: Any) -> Any:
+    """The prediction in what a denoiser returned: a tensor, or a list of one a row."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
 class Runtime:
     """One denoiser's setup, running call and caches, for the forwards on its modules."""
 
@@ -119,7 +124,7 @@ class Runtime:
         out = caches.forecaster.forecast(call.cfg_branch, call.step, return_dict)
         if caches.corrects_tokens and caches.corrector is not None:
             # No token is computed; what the latents get is noted for when it is.
-            maps = self._maps(out[0])
+            maps = self._maps(first_of(out))
             none = torch.zeros_like(maps[:, :1], dtype=torch.bool)
             caches.corrector.apply(call.cfg_branch, maps, none, call.step)
         return out
@@ -318,14 +323,14 @@ class Runtime:
         """The finest resolution with sites: a denoiser may have no attention on finer ones (SDXL)."""
         return min(each.resolution for each in self.setup.plan_caches)
 
-    def _maps(self, prediction: Tensor | list[Tensor]) -> Tensor:
+    def _maps(self, prediction: Any) -> Tensor:
         """A prediction as maps, by the finest grid."""
         return self.setup.family.prediction(prediction, self.call.grids[self._finest])
 
     def _corrected(self, out: Any, corrector: Corrector, step: Tensor) -> Any:
         """What the denoiser returned, with what the tokens lack that this step computed."""
         call, family, resolution = self.call, self.setup.family, self._finest
-        grid, maps = call.grids[resolution], self._maps(out[0])
+        grid, maps = call.grids[resolution], self._maps(first_of(out))
         if call.cfg_branch not in corrector.states:
             self.caches.require(self.caches.nbytes + CorrectorState.nbytes_for(maps))
         finest = [each for each in self.setup.plan_caches if each.resolution == resolution]
@@ -336,13 +341,13 @@ class Runtime:
             places = on_maps(flags, grid.row if family.latents_are_tokens else grid, maps)
             computed = places.repeat(call.branches_in_batch, 1, 1, 1, 1)
         maps = corrector.apply(call.cfg_branch, maps, computed, step)
-        corrected = tensors_in(family.with_prediction(out[0], grid, maps))
+        corrected = tensors_in(family.with_prediction(first_of(out), grid, maps))
         return with_tensors(out, [*corrected, *tensors_in(out)[len(corrected) :]])
 
     def _note_statistics(self, out: Any, statistics: TokenStatistics, step: Tensor) -> None:
         call = self.call
         with torch.no_grad():
-            maps = self._maps(out[0])
+            maps = self._maps(first_of(out))
             first = self.conditional(maps)
             if call.cfg_branch == "0":
                 kept: dict[int, list[Tensor]] = {resolution: [] for resolution in statistics.grids}

@@ -196,7 +196,11 @@ def hide(attention, gone, name):
     return lambda: [hook.remove() for hook in hooks]
 
 
-IMAGE_FIRST = {"SD3Transformer2DModel", "MochiTransformer3DModel"}
+IMAGE_FIRST = {
+    "HiDreamImageTransformer2DModel",
+    "MochiTransformer3DModel",
+    "SD3Transformer2DModel",
+}
 """Classes whose joint attention has the text behind the image."""
 
 
@@ -365,6 +369,9 @@ def row_of(inputs, image):
     text = inputs.get("encoder_hidden_states")
     if isinstance(text, torch.Tensor):  # of a video, perhaps a row for each frame
         row["encoder_hidden_states"] = text.chunk(2)[image]
+    layers = inputs.get("encoder_hidden_states_llama3")
+    if layers is not None:  # layers before rows
+        row["encoder_hidden_states_llama3"] = layers[:, image : image + 1]
     return row
 
 

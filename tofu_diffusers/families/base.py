@@ -66,8 +66,10 @@ class Family(ABC):
     """Whether pipelines put the branches of guidance into one batch; else each has its own call."""
     conditional_first: ClassVar[bool] = False
     """Whether the conditional rows stand before the unconditional ones."""
+    timestep_name: ClassVar[str] = "timestep"
+    """Name of the root's noise level."""
     timestep_scale: ClassVar[float | None] = 1.0
-    """What the root's `timestep` is of the scheduler's; None: not known."""
+    """What that is of the scheduler's; None: not known."""
     rotary: ClassVar[bool] = False
     """Whether queries and keys are rotated by position, between projection and product."""
     image_first: ClassVar[bool] = False

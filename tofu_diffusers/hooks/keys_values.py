@@ -114,11 +114,12 @@ class SdpaPatch(TorchFunctionMode):
 
     def _without_empty(self, func: Any, named: dict[str, Any]) -> Tensor:
         """The product without empty queries; where others stand behind them, their rows are 0."""
-        end = named["query"].shape[2] if self.first is None else self.first
+        whole = named["query"].shape[2]
+        end = whole if self.first is None else self.first
         begin = end - self.skip
 
         def cut(rows: Tensor) -> Tensor:
-            if end == rows.shape[2]:
+            if end == whole:
                 return rows[:, :, :begin]
             return torch.cat([rows[:, :, :begin], rows[:, :, end:]], dim=2)
 
@@ -127,7 +128,7 @@ class SdpaPatch(TorchFunctionMode):
         if mask is not None and mask.shape[-2] > 1:  # a row a query
             named["attn_mask"] = cut(mask)
         out: Tensor = func(**named)
-        if self.first is None:
+        if end == whole:
             return out
         empty = out.new_zeros(*out.shape[:2], self.skip, out.shape[3])
         return torch.cat([out[:, :, :begin], empty, out[:, :, begin:]], dim=2)

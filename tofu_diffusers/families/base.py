@@ -136,6 +136,13 @@ class Family(ABC):
         """
         return grids
 
+    def image_starts(self, named: Kwargs) -> dict[int, Tensor]:
+        """Where the image's tokens begin in each row of the batch [B], by resolution.
+
+        Left out where that is behind the grid's `text_before` in all rows.
+        """
+        return {}
+
     def widths(self, attention: nn.Module) -> tuple[int, int]:
         """Channels of the tokens that a self-attention is given, and of its keys."""
         queries: Any

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..families.base import gather_rows
 from ..kernels.reference import normalise
 from ..steps.corrector import Corrector, CorrectorState
 from ..steps.outputs import tensors_in, with_tensors
@@ -90,7 +91,10 @@ class Runtime:
         # 1  Read images, branches of guidance and the grid.
         call.all_tokens = whole
         self._read_batch(sample)
-        call.grids = {} if setup.reduction is None else self.reader.grids(model, named, call)
+        call.grids, call.starts = {}, {}
+        if setup.reduction is not None:
+            call.grids = self.reader.grids(model, named, call)
+            call.starts = setup.family.image_starts(named)
         # One plan fits all rows if it is one image's, if images share it, or if only the seed decides.
         alike = call.images == 1 or setup.reduction is None or setup.reduction.share_plan
         alike = alike or (setup.method is not None and setup.method.same_for_all)
@@ -185,12 +189,15 @@ class Runtime:
             return None
         branches = call.branches_in_batch
         cache, of_images = site.plan_cache, str(remove)
-        of_batch = self._of_batch(grid, remove)
+        of_batch = self._of_batch(site.resolution, remove)
         if of_batch not in cache.plans:
             if of_images not in cache.plans:
                 cache.plans[of_images] = self._make_plan(site, metric, remove, importance)
-            plan = cache.plans[of_images].padded(grid.text_before, grid.text_after)
-            cache.plans[of_batch] = plan.repeat(branches) if branches > 1 else plan
+            plan, starts = cache.plans[of_images], call.starts.get(site.resolution)
+            if starts is None:
+                plan = plan.padded(grid.text_before, grid.text_after)
+            plan = plan.repeat(branches) if branches > 1 else plan
+            cache.plans[of_batch] = plan if starts is None else plan.placed(starts, grid.total)
             if setup.family.rotary and setup.keys_values == "fresh":
                 cache.removed[of_batch] = cache.plans[of_batch].removed()
         return cache.plans[of_batch]
@@ -223,13 +230,16 @@ class Runtime:
         """Positions [B, N - K] that the site's plan removes, where the attentions are given those too."""
         grid = self.call.grids[site.resolution]
         remove = self.tokens_removed(grid, site.ratio)
-        return site.plan_cache.removed.get(self._of_batch(grid, remove))
+        return site.plan_cache.removed.get(self._of_batch(site.resolution, remove))
 
-    def _of_batch(self, grid: TokenGrid, remove: int) -> str:
+    def _of_batch(self, resolution: int, remove: int) -> str:
         """The key of a plan for all rows of this call, with as many tokens around the grid as it has."""
         key = f"{remove}/{self.call.branches_in_batch}"
         # The branches of guidance may have texts of different lengths in calls of their own.
+        grid = self.call.grids[resolution]
         around = grid.text_before or grid.text_after
+        if resolution in self.call.starts:
+            key = f"{key}/{self.call.cfg_branch}"
         return f"{key}/{grid.text_before}/{grid.text_after}" if around else key
 
     def update_cache(self, site: Site) -> UpdateCache | None:
@@ -359,6 +369,14 @@ class Runtime:
             elif call.cfg_branch == "1":
                 statistics.note_second(first)
 
+    def _of_image(self, x: Tensor, resolution: int) -> Tensor:
+        """The image's tokens of the conditional rows.  [I, S, ...] -> [I, N, ...]."""
+        grid, starts = self.call.grids[resolution], self.call.starts.get(resolution)
+        if starts is None:
+            return x[:, grid.text_before : grid.text_before + grid.tokens]
+        place = torch.arange(grid.tokens, device=x.device)
+        return gather_rows(x, self.conditional(starts)[:, None] + place)
+
     def _make_plan(
         self,
         site: Site,
@@ -371,8 +389,7 @@ class Runtime:
         assert method is not None and reduction is not None
         with torch.no_grad():
             grid = call.grids[site.resolution]
-            image = slice(grid.text_before, grid.text_before + grid.tokens)
-            rows = self.conditional(metric)[:, image]
+            rows = self._of_image(self.conditional(metric), site.resolution)
             age, scores = None, {}
             if caches.statistics is not None and call.step is not None:
                 age = caches.statistics.age(site.resolution, call.step)
@@ -383,7 +400,7 @@ class Runtime:
                         "has none; raise guidance_scale above 1 or use source 'change'"
                     )
             for source, score in importance(call.images).items():
-                scores[source] = score[:, image]
+                scores[source] = self._of_image(score, site.resolution)
             if reduction.share_plan and call.images > 1:
                 # Side by side, the cosine of two tokens is the mean of their cosines in every image.
                 rows = normalise(rows).transpose(0, 1).flatten(1)[None]

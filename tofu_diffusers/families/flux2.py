@@ -19,6 +19,7 @@ class Flux2Family(TextInSequenceFamily):
     classes = ("Flux2Transformer2DModel",)
     args_between_blocks = ()
     keys_values_refused = ("fresh",)
+    refused_because = "its single blocks project keys and values together with all else"
 
     def widths(self, attention: Any) -> tuple[int, int]:
         return attention.query_dim, attention.inner_dim

@@ -12,15 +12,12 @@ from .hunyuan import HunyuanFamily
 
 @register_family
 class MotifVideoFamily(HunyuanFamily):
-    """Joint blocks, then single blocks, of which the last decode: a new image attends to all of the old one.
-
-    The attention to the text is given the positions of the joint attention before it, so that these cannot
-    name removed tokens (keys_values "fresh").
-    """
+    """Joint blocks, then single ones; the last decode: a new image attends to all of the old one."""
 
     name = "motif_video"
     classes = ("MotifVideoTransformer3DModel",)
     keys_values_refused = ("fresh",)
+    refused_because = "its attention to the text rotates queries by the positions of the joint one"
 
     def block_stacks(self, model: Any) -> list[BlockStack]:
         joint, single = super().block_stacks(model)

@@ -53,5 +53,7 @@ class MochiFamily(Family):
                 2, config.max_sequence_length, config.text_embed_dim, device="meta"
             ),
             "timestep": torch.empty(2, device="meta"),
-            "encoder_attention_mask": torch.ones(2, config.max_sequence_length, dtype=torch.bool),
+            "encoder_attention_mask": torch.empty(
+                2, config.max_sequence_length, dtype=torch.bool, device="meta"
+            ),
         }

@@ -6,10 +6,12 @@ attached: what it counts is what runs. Nothing is computed and no weight is load
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as shapes_config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,10 +52,32 @@ def count(
             raise UncountedError("it was not called yet")
         inputs = shapes_only(example)
     try:
-        return _counted(weightless(model).eval(), runtime, inputs, settings, attached)
+        with without_numbers():
+            return _counted(weightless(model).eval(), runtime, inputs, settings, attached)
     except Exception as error:
         # Whatever a model does with numbers of tensors that have none.
         raise UncountedError(f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """Let a model run on the meta device that asks it for what it has not: numbers of a mask, and autocast.
+
+    Of a mask all is taken for true, as of a prompt that fills its length; torch 2.4 cannot.
+    """
+    own, flag = torch.autocast, "meta_nonzero_assume_all_nonzero"
+    patch: Any = shapes_config.patch  # type: ignore[attr-defined]
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" else own(device_type, *args, **kwargs)
+
+    full = patch(**{flag: True}) if hasattr(shapes_config, flag) else nullcontext()
+    torch.autocast = autocast  # type: ignore[assignment, misc]
+    try:
+        with full:
+            yield
+    finally:
+        torch.autocast = own  # type: ignore[misc]
 
 
 def _counted(

@@ -135,7 +135,25 @@ class HunyuanImageFamily(HunyuanFamily):
 
 @register_family
 class HunyuanVideo15Family(HunyuanFamily):
-    """HunyuanVideo15Transformer3DModel. No example: it sorts texts by their masks, which needs numbers."""
+    """HunyuanVideo15Transformer3DModel: joint blocks only."""
 
     name = "hunyuan_video_1_5"
     classes = ("HunyuanVideo15Transformer3DModel",)
+
+    def example(self, model: Any) -> Kwargs:
+        config = model.config
+        video = (2, config.in_channels, 31, 30, 53)  # 121 frames of 480 x 848 pixels
+        texts = {"": (1000, config.text_embed_dim), "_2": (256, config.text_embed_2_dim)}
+        return {
+            "hidden_states": torch.empty(video, device="meta"),
+            "timestep": torch.empty(2, device="meta"),
+            "image_embeds": torch.empty(2, 729, config.image_embed_dim, device="meta"),
+            **{
+                f"encoder_hidden_states{number}": torch.empty(2, *sides, device="meta")
+                for number, sides in texts.items()
+            },
+            **{
+                f"encoder_attention_mask{number}": torch.empty(2, length, device="meta")
+                for number, (length, _) in texts.items()
+            },
+        }

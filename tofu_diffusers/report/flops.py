@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config as shapes_config
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..hooks.patch import weightless
@@ -59,6 +60,26 @@ def count(
         raise UncountedError(f"{type(error).__name__}: {error}") from error
 
 
+class Numberless(TorchFunctionMode):
+    """Answers for tensors on the meta device: of a mask all is true, so of its opposite nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opposites: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False
+        if func is Tensor.__getitem__ and any(args[1] is each for each in self.opposites):
+            return args[0][:0]
+        out = func(*args, **(kwargs or {}))
+        if func is Tensor.__invert__ and out.is_meta and out.ndim == 1:
+            self.opposites.append(out)
+        return out
+
+
 @contextmanager
 def without_numbers() -> Iterator[None]:
     """Let a model run on the meta device that asks it for what it has not: numbers of a mask, and autocast.
@@ -74,7 +95,7 @@ def without_numbers() -> Iterator[None]:
     full = patch(**{flag: True}) if hasattr(shapes_config, flag) else nullcontext()
     torch.autocast = autocast  # type: ignore[assignment, misc]
     try:
-        with full:
+        with full, Numberless():
             yield
     finally:
         torch.autocast = own  # type: ignore[misc]

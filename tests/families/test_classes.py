@@ -209,6 +209,8 @@ IMAGE_FIRST = {
     "HunyuanImageTransformer2DModel",
     "HunyuanVideo15Transformer3DModel",
     "HunyuanVideoTransformer3DModel",
+    "JoyImageEditPlusTransformer3DModel",
+    "JoyImageEditTransformer3DModel",
     "MochiTransformer3DModel",
     "MotifVideoTransformer3DModel",
     "SD3Transformer2DModel",

@@ -10,7 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import CONFIGS, Config, StepSkipping, TokenReduction, one_of
-from .families import ANY, Family, find_family, known_classes, known_family, takes_timestep
+from .families import (
+    ANY,
+    FAMILIES,
+    Family,
+    find_family,
+    known_classes,
+    known_family,
+    takes_timestep,
+)
 from .hooks.beside import attach_beside
 from .hooks.denoiser import DenoiserHook
 from .hooks.layout import Layout, attach_root
@@ -497,7 +505,9 @@ def _ways(wanted: tuple[Config, ...], family: str) -> list[tuple[Config, ...]]:
     if asked is None or asked.is_resolved or not reduction:
         return ways
     try:
-        memoryless: TokenReduction = asked.replace(**MEMORYLESS)
+        # Some families have one scope alone, and it is not what a method named without it gets.
+        scope = reduction.scope if FAMILIES[family].scopes_refused else asked.scope
+        memoryless: TokenReduction = asked.replace(**MEMORYLESS, scope=scope)
     except ValueError:  # its options ask for a past themselves, or for more than this method can do
         return ways
     if reduction.needs_steps and not memoryless.needs_steps:

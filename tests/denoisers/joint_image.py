@@ -52,6 +52,7 @@ def _glm(noise: Noise) -> Inputs:
         "target_size": torch.tensor([[64.0, 96.0]] * 2),
         "crop_coords": torch.zeros(2, 2),
         "attention_kwargs": None,
+        "attention_mask": _words(5, 3).float(),
         "kv_caches": GlmImageKVCache(2),
     }
 

@@ -44,13 +44,13 @@ def _vace(noise: Noise) -> Inputs:
     return {
         **_wan(noise),
         "control_hidden_states": _latents(noise, 12),
-        "control_hidden_states_scale": torch.tensor([1.0, 0.5]),
+        "control_hidden_states_scale": torch.tensor([1.0, 0.5, 0.7]),
     }
 
 
 add(
     "WanVACETransformer3DModel",
-    {**COMMON, "num_layers": 4, "vace_layers": [0, 2], "vace_in_channels": 12},
+    {**COMMON, "num_layers": 4, "vace_layers": [0, 2, 3], "vace_in_channels": 12},
     _vace,
 )
 
@@ -133,13 +133,14 @@ add(
 
 
 def _sky_reels(noise: Noise) -> Inputs:
-    """Diffusion forcing: each frame has a time of its own."""
+    """Diffusion forcing: each frame has a time of its own, and sees its pair and those before."""
     return {
         **_wan(noise),
-        "timestep": torch.tensor([300, 500, 700]).repeat(2, 1),
+        "hidden_states": _latents(noise, 4, 4),
+        "timestep": torch.tensor([300, 500, 700, 900]).repeat(2, 1),
         "enable_diffusion_forcing": True,
         "fps": [1, 1],
     }
 
 
-add("SkyReelsV2Transformer3DModel", COMMON, _sky_reels)
+add("SkyReelsV2Transformer3DModel", {**COMMON, "num_frame_per_block": 2}, _sky_reels)

@@ -4,6 +4,7 @@ A new family needs a tiny model in tests/denoisers, which step skipping needs an
 """
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,15 +21,30 @@ from tofu_diffusers.steps.outputs import tensors_in
 CLASSES = sorted(
     name for family in FAMILIES.values() for name in family.classes if name in DENOISERS
 )
-# Norms over all tokens, or convolutions between blocks: kept tokens see more than each other there.
-MORE_THAN_ATTENTION = ("UNet2DConditionModel", "UNet2DModel")
+# Of a class that are built otherwise: changes of the tiny model's configuration.
+VARIANTS = {
+    "HunyuanVideoTransformer3DModel-token_replace": {"image_condition_type": "token_replace"},
+    "MotifVideoTransformer3DModel-no_decoder": {"num_decoder_layers": 0},
+}
+# Between their stacks, kept tokens see others: norms and convolutions over the grid, attention over time.
+MORE_THAN_ATTENTION = {
+    "LatteTransformer3DModel",
+    "UNet2DConditionModel",
+    "UNet2DModel",
+    "UNetMotionModel",
+    "UNetSpatioTemporalConditionModel",
+}
+# Their attention is a sum over keys, without the product that others end in.
+LINEAR = {"SanaTransformer2DModel"}
 PRUNED = {"ratio": 0.5, "method": "tome", "merge": "prune", "share": "resolution"}
 
 
-@pytest.fixture(scope="module", params=CLASSES)
+@pytest.fixture(scope="module", params=[*CLASSES, *VARIANTS])
 def built(request):
     """(denoiser, arguments of one call of a batch of two different images, its family)"""
-    described = DENOISERS[request.param]
+    described = DENOISERS[request.param.partition("-")[0]]
+    changes = VARIANTS.get(request.param, {})
+    described = replace(described, config={**described.config, **changes})
     model = tiny.randomise(described.build())
     return model, described.arguments(), known_family(model)
 
@@ -47,7 +63,8 @@ def no_gradients():
 
 def output_of(model, inputs):
     """The first of what is returned: a tensor, or a list of one a row.  -> [B, ...]"""
-    first = model(**inputs, return_dict=False)[0]
+    out = model(**inputs, return_dict=False)
+    first = out if isinstance(out, torch.Tensor) else out[0]
     return torch.stack(first) if isinstance(first, list) else first
 
 
@@ -81,12 +98,35 @@ def keys_values_of(family):
     ]
 
 
+def scope_of(family):
+    """The widest scope that it has."""
+    return next(each for each in ("block", "attention") if each not in family.scopes_refused)
+
+
+def observed(family, block):
+    """The module of a block whose tokens shrink, in that scope."""
+    if scope_of(family) == "block":
+        return block
+    return next(iter(family.attentions(block).values()))
+
+
+def refuses(model, family, scope):
+    """Whether the family refuses a scope, which it then says."""
+    if scope not in family.scopes_refused:
+        return False
+    with pytest.raises(ValueError, match=f"scope '{scope}' cannot be had .*; use scope="):
+        apply_tofu(model, ratio=0.5, method="random", scope=scope)
+    return True
+
+
 # ---- nothing to remove, and removed -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scope", ["attention", "block"])
 def test_without_anything_to_remove_and_after_removal_the_output_is_the_original(case, scope):
     model, inputs, family = case
+    if refuses(model, family, scope):
+        return
     expected = output_of(model, inputs)
     for keys_values in keys_values_of(family):
         options = {"method": "random", "scope": scope, "keys_values": keys_values}
@@ -118,15 +158,20 @@ class Unseen(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        self.calls += 1
-        if self.calls > 1:
-            return func(*args, **kwargs)
         query, key, value, *_ = args + tuple(
             kwargs[k] for k in ("query", "key", "value") if k in kwargs
         )
+        # Others may come before, of what stands in front of the image alone.
+        if key.shape[2] < self.gone.shape[1]:
+            return func(*args, **kwargs)
+        # Of the whole batch, or one of each row.
+        gone = self.gone[self.calls * len(key) : (self.calls + 1) * len(key)]
+        self.calls += 1
+        if not len(gone):
+            return func(*args, **kwargs)
         mask = kwargs.pop("attn_mask", args[3] if len(args) > 3 else None)
-        others = key.shape[2] - self.gone.shape[1]
-        seen = F.pad(~self.gone, (0, others) if self.image_first else (others, 0), value=True)
+        others = key.shape[2] - gone.shape[1]
+        seen = F.pad(~gone, (0, others) if self.image_first else (others, 0), value=True)
         seen = seen[:, None, None].expand(-1, 1, query.shape[2], -1)
         if mask is None:
             mask = seen
@@ -139,9 +184,15 @@ class Unseen(TorchFunctionMode):
         return func(query, key, value, attn_mask=mask, **kwargs)
 
 
-def hide(attention, gone, image_first):
+def hide(attention, gone, name):
     """Make an attention's calls run under `Unseen`; what takes it off again."""
-    stack = ExitStack()
+    if name in LINEAR:
+        # Rows of 0 add nothing to its sums.
+        hook = attention.to_k.register_forward_hook(
+            lambda module, args, out: out.masked_fill(gone[..., None], 0)
+        )
+        return hook.remove
+    stack, image_first = ExitStack(), name in IMAGE_FIRST
 
     def before(module, args):
         stack.enter_context(Unseen(gone, image_first))
@@ -153,8 +204,20 @@ def hide(attention, gone, image_first):
     return lambda: [hook.remove() for hook in hooks]
 
 
-IMAGE_FIRST = {"SD3Transformer2DModel"}
+IMAGE_FIRST = {
+    "HiDreamImageTransformer2DModel",
+    "HunyuanImageTransformer2DModel",
+    "HunyuanVideo15Transformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+    "JoyImageEditPlusTransformer3DModel",
+    "JoyImageEditTransformer3DModel",
+    "MochiTransformer3DModel",
+    "MotifVideoTransformer3DModel",
+    "SD3Transformer2DModel",
+}
 """Classes whose joint attention has the text behind the image."""
+READS_REMOVED = {"MotifVideoTransformer3DModel": "num_decoder_layers"}
+"""Classes whose last stack, if they have this, attends to what an earlier one left of all tokens."""
 
 
 def test_the_model_on_its_kept_tokens_is_the_model_that_cannot_see_the_others(case):
@@ -164,20 +227,20 @@ def test_the_model_on_its_kept_tokens_is_the_model_that_cannot_see_the_others(ca
     """
     model, inputs, family = case
     name = type(model).__name__
-    if name in MORE_THAN_ATTENTION:
-        pytest.skip("kept tokens see more than each other: norms or convolutions over the grid")
-    first, stacks = {}, family.block_stacks(model)
+    first, stacks, scope = {}, family.block_stacks(model), scope_of(family)
+    if name in MORE_THAN_ATTENTION or scope == "attention":
+        stacks = stacks[:1]
+    if getattr(model, READS_REMOVED.get(name, ""), 0):
+        stacks = stacks[:-1]
 
     def note(module, args, kwargs, out):
         first["left"] = family.output(out)
 
-    _, block = stacks[-1].blocks[-1]
-    hook = block.register_forward_hook(note, with_kwargs=True)
+    _, block = stacks[-1].blocks[-1 if scope == "block" else 0]
+    hook = observed(family, block).register_forward_hook(note, with_kwargs=True)
     # What one stack removed another must not keep.
     method = "tome" if len({stack.resolution for stack in stacks}) == 1 else "random"
-    _, handle = run(
-        model, inputs, **PRUNED | {"scope": "block", "unmerge": "copy", "method": method}
-    )
+    _, handle = run(model, inputs, **PRUNED | {"scope": scope, "unmerge": "copy", "method": method})
     plans, left = plans_of(handle), first["left"]
     remove_tofu(model)
     takes_off = []
@@ -186,8 +249,8 @@ def test_the_model_on_its_kept_tokens_is_the_model_that_cannot_see_the_others(ca
         gone = torch.ones_like(plan.assign, dtype=torch.bool).scatter(1, plan.kept, False)
         assert gone.any()
         for _, each in stack.blocks:
-            for attention in family.attentions(each).values():
-                takes_off.append(hide(attention, gone, name in IMAGE_FIRST))
+            for attention in (family.attentions(each) | family.listeners(each)).values():
+                takes_off.append(hide(attention, gone, name))
     output_of(model, inputs)
     for take_off in takes_off:
         take_off()
@@ -204,11 +267,13 @@ def test_fresh_keys_and_values_compute_kept_tokens_as_the_unreduced_block_would(
     model, inputs, family = case
     if "fresh" in family.keys_values_refused:
         return
-    noted = []
+    noted, scope = [], scope_of(family)
     _, block = family.block_stacks(model)[0].blocks[0]
-    hook = block.register_forward_hook(lambda module, args, out: noted.append(family.output(out)))
+    hook = observed(family, block).register_forward_hook(
+        lambda module, args, out: noted.append(family.output(out))
+    )
     output_of(model, inputs)
-    _, handle = run(model, inputs, scope="block", keys_values="fresh", **PRUNED)
+    _, handle = run(model, inputs, scope=scope, keys_values="fresh", **PRUNED)
     hook.remove()
     whole, reduced = noted
     plan = plans_of(handle)[family.block_stacks(model)[0].resolution]
@@ -220,6 +285,8 @@ def test_fresh_keys_and_values_compute_kept_tokens_as_the_unreduced_block_would(
 def test_nothing_changes_while_the_input_does_not(case, scope):
     """Own last update, own keys and values: still inputs are reproduced with half of the tokens."""
     model, inputs, family = case
+    if refuses(model, family, scope):
+        return
     expected = output_of(model, inputs)
     for keys_values in keys_values_of(family):
         options = {"ratio": 0.5, "method": "random", "unmerge": "temporal", "warmup_steps": 1}
@@ -235,7 +302,15 @@ def test_what_is_computed_shrinks(case, keys_values):
         with pytest.raises(
             ValueError, match=f"keys_values '{keys_values}'|keys_values={keys_values!r}"
         ):
-            run(model, inputs, 2, ratio=0.5, method="random", keys_values=keys_values)
+            run(
+                model,
+                inputs,
+                2,
+                ratio=0.5,
+                method="random",
+                keys_values=keys_values,
+                scope=scope_of(family),
+            )
         return
     layers = {}
     for stack in family.block_stacks(model):
@@ -251,7 +326,13 @@ def test_what_is_computed_shrinks(case, keys_values):
         for layer in layers
     ]
     handle = apply_tofu(
-        model, ratio=0.5, method="random", merge="prune", keys_values=keys_values, warmup_steps=1
+        model,
+        ratio=0.5,
+        method="random",
+        merge="prune",
+        keys_values=keys_values,
+        warmup_steps=1,
+        scope=scope_of(family),
     )
     handle.step(0, 2)
     output_of(model, inputs)
@@ -283,7 +364,7 @@ def test_images_of_a_batch_do_not_know_of_each_other(case, keys_values):
     model, inputs, family = case
     if keys_values in family.keys_values_refused:
         return
-    options = PRUNED | {"share": None, "keys_values": keys_values}
+    options = PRUNED | {"share": None, "keys_values": keys_values, "scope": scope_of(family)}
     together, _ = run(model, inputs, **options)
     for image in range(2):
         alone, _ = run(model, row_of(inputs, image), **options)
@@ -297,19 +378,26 @@ def row_of(inputs, image):
         of_batch = isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == 2
         return leaf[image : image + 1] if of_batch else leaf
 
-    return {
+    row = {
         name: value[image : image + 1]
         if isinstance(value, list) and len(value) == 2
         else tree_map(one, value)
         for name, value in inputs.items()
     }
+    text = inputs.get("encoder_hidden_states")
+    if isinstance(text, torch.Tensor):  # of a video, perhaps a row for each frame
+        row["encoder_hidden_states"] = text.chunk(2)[image]
+    layers = inputs.get("encoder_hidden_states_llama3")
+    if layers is not None:  # layers before rows
+        row["encoder_hidden_states_llama3"] = layers[:, image : image + 1]
+    return row
 
 
 def test_gradients_reach_the_latents(case):
-    model, inputs, _ = case
+    model, inputs, family = case
     with torch.enable_grad():
         first = tensors_in(inputs)[0].requires_grad_()
-        out, _ = run(model, inputs, ratio=0.5, method="tofu")
+        out, _ = run(model, inputs, ratio=0.5, method="tofu", scope=scope_of(family))
         (gradient,) = torch.autograd.grad(out.square().mean(), first)
     first.requires_grad_(False)
     assert gradient.abs().sum() > 0

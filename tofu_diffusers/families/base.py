@@ -66,16 +66,28 @@ class Family(ABC):
     """Whether pipelines put the branches of guidance into one batch; else each has its own call."""
     conditional_first: ClassVar[bool] = False
     """Whether the conditional rows stand before the unconditional ones."""
+    timestep_name: ClassVar[str] = "timestep"
+    """Name of the root's noise level."""
     timestep_scale: ClassVar[float | None] = 1.0
-    """What the root's `timestep` is of the scheduler's; None: not known."""
+    """What that is of the scheduler's; None: not known."""
     rotary: ClassVar[bool] = False
     """Whether queries and keys are rotated by position, between projection and product."""
+    image_first: ClassVar[bool] = False
+    """Whether, in rotary families, the text stands behind the image in the attention product."""
     shared_positions: ClassVar[bool] = False
     """Whether positions have no batch axis, so that all rows of a call must keep the same tokens."""
     args_between_blocks: ClassVar[tuple[str, ...]] = ()
     """Arguments of the root that, when given, act between blocks of a run."""
     keys_values_refused: ClassVar[tuple[str, ...]] = ()
     """Choices of keys_values that its attentions cannot be given ("fresh", "cached")."""
+    scopes_refused: ClassVar[tuple[str, ...]] = ()
+    """Scopes in which its tokens cannot shrink."""
+    refused_because: ClassVar[str] = ""
+    """Why neither, in a few words."""
+    projections: ClassVar[tuple[str, str, str]] = ("to_q", "to_k", "to_v")
+    """Names of an attention's projections to queries, keys and values."""
+    gate_names: ClassVar[tuple[str, ...]] = ()
+    """Projections of an attention, beside that of the queries, of which its output takes a row a query."""
     blocks_are_attentions: ClassVar[bool] = False
     """Whether a block is nothing but an attention, so that scope "attention" is scope "block"."""
 
@@ -86,6 +98,14 @@ class Family(ABC):
     @abstractmethod
     def attentions(self, block: nn.Module) -> dict[str, nn.Module]:
         """A block's self-attention modules over image tokens, by attribute name, in order of execution."""
+
+    def listeners(self, block: nn.Module) -> dict[str, nn.Module]:
+        """A block's attentions of other streams that read image tokens as keys, by attribute name."""
+        return {}
+
+    def leaves_product_out(self, kwargs: Kwargs) -> bool:
+        """Whether an attention called so makes no product (perturbed guidance), and needs no keys."""
+        return False
 
     def norms(self, block: nn.Module) -> list[nn.GroupNorm]:
         """A block's norms whose statistics run over all tokens, and must still when some are not there."""
@@ -116,9 +136,23 @@ class Family(ABC):
         """
         return grids
 
-    def widths(self, attention: Any) -> tuple[int, int]:
+    def image_starts(self, named: Kwargs) -> dict[int, Tensor]:
+        """Where the image's tokens begin in each row of the batch [B], by resolution.
+
+        Left out where that is behind the grid's `text_before` in all rows.
+        """
+        return {}
+
+    def widths(self, attention: nn.Module) -> tuple[int, int]:
         """Channels of the tokens that a self-attention is given, and of its keys."""
-        return int(attention.to_q.in_features), int(attention.to_k.out_features)
+        queries: Any
+        keys: Any
+        queries, keys = (getattr(attention, name) for name in self.projections[:2])
+        return int(queries.in_features), int(keys.out_features)
+
+    def heads(self, attention: Any) -> int:
+        """Into how many heads a self-attention's queries and keys are cut."""
+        return int(attention.heads)
 
     def example(self, model: nn.Module) -> Kwargs | None:
         """Arguments of one forward at the model's own sample size, batch 2, on the meta device.
@@ -136,6 +170,10 @@ class Family(ABC):
     def refusal(self, scope: str, named: Kwargs) -> str | None:
         """Why this call cannot be run with reduced tokens in this scope, and a way out; or None."""
         return None
+
+    def computes_all(self, named: Kwargs) -> bool:
+        """Whether this call fills a cache of the denoiser's own, and must compute all tokens."""
+        return False
 
     def slice_per_token(self, kwargs: Kwargs, positions: Tensor) -> Kwargs:
         """A block's arguments for the tokens at these positions [B, M]: per-token modulation, sliced."""
@@ -173,19 +211,28 @@ class Family(ABC):
         """The tensors among the root's arguments whose shapes decide that of the output; one at least."""
         return [self.sample(named)]
 
-    def prediction(self, out: Tensor, grid: TokenGrid) -> Tensor:
-        """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N]."""
-        if self.latents_are_tokens:
-            tokens = out[:, grid.text_before : grid.text_before + grid.tokens]
-            return tokens.transpose(1, 2)[:, :, None, None]
-        return out.unsqueeze(2) if out.ndim == 4 else out
+    def prediction(self, out: Any, grid: TokenGrid) -> Tensor:
+        """What the denoiser returned as a map.  -> [B, C, F, H, W]; packed: [B, C, 1, 1, N].
 
-    def with_prediction(self, out: Tensor, grid: TokenGrid, maps: Tensor) -> Tensor:
+        A list is of one a row. Packed, it is of all tokens, or of those from the image's first one.
+        """
+        if isinstance(out, list):
+            out = torch.stack(out)
+        tokens: Tensor = out
+        if self.latents_are_tokens:
+            start = grid.text_before if out.shape[1] == grid.total else 0
+            tokens = out[:, start : start + grid.tokens]
+            return tokens.transpose(1, 2)[:, :, None, None]
+        return tokens.unsqueeze(2) if tokens.ndim == 4 else tokens
+
+    def with_prediction(self, out: Any, grid: TokenGrid, maps: Tensor) -> Any:
         """What the denoiser returned with another prediction, as `prediction` gives it."""
+        if isinstance(out, list):
+            return [row.view(part.shape) for row, part in zip(maps, out, strict=True)]
         if self.latents_are_tokens:
             tokens = maps.flatten(2).transpose(1, 2)
-            end = grid.text_before + grid.tokens
-            return torch.cat([out[:, : grid.text_before], tokens, out[:, end:]], dim=1)
+            start = grid.text_before if out.shape[1] == grid.total else 0
+            return torch.cat([out[:, :start], tokens, out[:, start + grid.tokens :]], dim=1)
         return maps.view(out.shape)
 
     def hidden(self, kwargs: Kwargs) -> Tensor:
@@ -215,6 +262,14 @@ def patch_grid(model: Any, sample: Tensor) -> dict[int, TokenGrid]:
     return {0: TokenGrid(height, width)}
 
 
+def padded_by_attention(mask: str) -> ValueError:
+    """The refusal of a mask over image tokens that an attention makes as long as what it is given."""
+    return ValueError(
+        f"keys_values 'cached' cannot be had with {mask}, which the attention would pad; "
+        "use keys_values='dropped'"
+    )
+
+
 def positions_given(plan: Plan, removed: Tensor | None) -> Tensor:
     """Positions of what an attention is given: the kept tokens, then those of `removed`.  -> [B, M]."""
     return plan.kept if removed is None else torch.cat([plan.kept, removed], dim=1)
@@ -230,19 +285,22 @@ def gather_rows(x: Tensor, positions: Tensor) -> Tensor:
     return torch.gather(x, 1, index)
 
 
-def cut_mask(mask: Tensor, tokens: int, positions: Tensor) -> Tensor:
-    """A mask for the tokens at these positions, and for all that stands in front of them.
+def cut_mask(mask: Tensor, tokens: int, positions: Tensor, first: bool = False) -> Tensor:
+    """A mask for the tokens at these positions, and for all that stands in front of or behind them.
 
     Args:
         mask: [B, S] or [B, 1, 1 or S, S], of which the last `tokens` belong to a sequence of tokens.
         tokens: How many there are.
         positions: [B, M] among them.
+        first: Whether it is the first `tokens`.
 
     Returns:
         [B, S - tokens + M] or [B, 1, 1 or the same, the same].
     """
-    front = torch.arange(mask.shape[-1] - tokens, device=positions.device)
-    index = torch.cat([front.expand(len(positions), -1), positions + len(front)], dim=1)
+    others = torch.arange(mask.shape[-1] - tokens, device=positions.device)
+    others = others.expand(len(positions), -1)
+    both = [positions, others + tokens] if first else [others, positions + others.shape[1]]
+    index = torch.cat(both, dim=1)
     mask = mask.expand(len(positions), *mask.shape[1:])
     if mask.ndim == 2:
         return mask.gather(1, index)

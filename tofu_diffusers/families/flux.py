@@ -1,15 +1,16 @@
-"""FluxTransformer2DModel: FLUX.1, its fill, control and Kontext relatives."""
+"""FLUX.1 with its fill, control and Kontext relatives, and what else is built of its blocks."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, positions_given, register_family
+from .base import BlockStack, Family, Kwargs, cut_mask, positions_given, register_family
 
 
 @register_family
@@ -20,12 +21,19 @@ class FluxFamily(Family):
     """
 
     name = "flux"
-    classes = ("FluxTransformer2DModel",)
+    classes: ClassVar[tuple[str, ...]] = (
+        "FluxTransformer2DModel",
+        "LongCatImageTransformer2DModel",
+        "OvisImageTransformer2DModel",
+    )
     sample_name = "hidden_states"
     latents_are_tokens = True
     ids_name = "img_ids"
     output_index = 1
-    args_between_blocks = ("controlnet_block_samples", "controlnet_single_block_samples")
+    args_between_blocks: ClassVar[tuple[str, ...]] = (
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+    )
     guidance_in_batch = False
     timestep_scale = 1e-3
     rotary = True
@@ -43,10 +51,10 @@ class FluxFamily(Family):
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         ids = named["img_ids"]
         # (image, row, column) of each token; an edit's references are images 1 and up.
-        image, row, column = (ids[0] if ids.ndim == 3 else ids)[:, :3].long().T.tolist()
+        image, row, column = (ids[0] if ids.ndim == 3 else ids)[:, :3].T.tolist()
         own = [i for i, number in enumerate(image) if number == image[0]]
-        height = max(row[i] for i in own) - min(row[i] for i in own) + 1
-        width = max(column[i] for i in own) - min(column[i] for i in own) + 1
+        # Counted, not measured: some models scale them.
+        height, width = (len({places[i] for i in own}) for places in (row, column))
         if height * width != len(own):
             raise ValueError(
                 f"img_ids of {len(own)} tokens are no grid: {height} rows of {width} columns are "
@@ -62,25 +70,68 @@ class FluxFamily(Family):
         self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
     ) -> Kwargs:
         cos, sin = kwargs["image_rotary_emb"]
+        given = positions_given(plan, removed)
         # Positions have no batch axis: all rows of this call keep the same tokens.
-        image = positions_given(plan, removed)[0]
-        text = cos.shape[0] - plan.assign.shape[1]
+        image, tokens = given[0], plan.assign.shape[1]
+        text = cos.shape[0] - tokens
         rows = torch.cat([torch.arange(text, device=image.device), image + text]).to(cos.device)
-        return {**kwargs, "image_rotary_emb": (cos[rows], sin[rows])}
+        kwargs = {**kwargs, "image_rotary_emb": (cos[rows], sin[rows])}
+        return kwargs if keys_values == "cached" else cut_masks(kwargs, tokens, given)
 
     def example(self, model: Any) -> Kwargs:
-        config = model.config
-        side, text = 64, 512  # 1024 x 1024 pixels
-        row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        ids = torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1)
-        return {
-            "hidden_states": torch.empty(2, side * side, config.in_channels, device="meta"),
-            "encoder_hidden_states": torch.empty(
-                2, text, config.joint_attention_dim, device="meta"
-            ),
-            "pooled_projections": torch.empty(2, config.pooled_projection_dim, device="meta"),
-            "timestep": torch.empty(2, device="meta"),
-            "img_ids": ids.float(),
-            "txt_ids": torch.empty(text, 3, device="meta"),
-            "guidance": torch.empty(2, device="meta") if config.guidance_embeds else None,
-        }
+        config, kwargs = model.config, packed_example(model)
+        if "guidance_embeds" in config:
+            kwargs["pooled_projections"] = torch.empty(
+                2, config.pooled_projection_dim, device="meta"
+            )
+            kwargs["guidance"] = torch.empty(2, device="meta") if config.guidance_embeds else None
+        return kwargs
+
+
+class TextInSequenceFamily(FluxFamily):
+    """Single blocks are given text and image in one sequence, and return both so."""
+
+    def block_stacks(self, model: Any) -> list[BlockStack]:
+        return [
+            BlockStack.of(model, "transformer_blocks"),
+            BlockStack.of(model, "single_transformer_blocks", 1),
+        ]
+
+    def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
+        return self.around(super().grids(model, named), named)
+
+    def around(self, grids: dict[int, TokenGrid], named: Kwargs) -> dict[int, TokenGrid]:
+        text = named.get("encoder_hidden_states")
+        if text is None:
+            return grids
+        return {0: grids[0], 1: replace(grids[0], text_before=text.shape[1])}
+
+
+def cut_masks(kwargs: Kwargs, tokens: int, positions: Tensor) -> Kwargs:
+    """A block's (or attention's) arguments with its mask, wherever it stands, cut by `cut_mask`."""
+    inside = kwargs.get("joint_attention_kwargs")
+    if inside:
+        kwargs = {**kwargs, "joint_attention_kwargs": cut_masks(inside, tokens, positions)}
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return kwargs
+    return {**kwargs, "attention_mask": cut_mask(mask, tokens, positions)}
+
+
+def packed_example(model: Any, axes: int = 3) -> Kwargs:
+    """What all of these models are given for a picture of 1024 x 1024 pixels.
+
+    axes: Of the positions: picture, row, column and others.
+    """
+    config = model.config
+    side, text = 64, 512
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    zero = torch.zeros_like(row)
+    ids = torch.stack([zero, row, column, *[zero] * (axes - 3)], -1).flatten(0, 1)
+    return {
+        "hidden_states": torch.empty(2, side * side, config.in_channels, device="meta"),
+        "encoder_hidden_states": torch.empty(2, text, config.joint_attention_dim, device="meta"),
+        "timestep": torch.empty(2, device="meta"),
+        "img_ids": ids.float(),
+        "txt_ids": torch.empty(text, axes, device="meta"),
+    }

@@ -26,6 +26,6 @@ def stage_grids(model: Any, sample: Tensor) -> dict[int, TokenGrid]:
     for resolution in range(len(model.down_blocks)):
         grids[resolution] = TokenGrid(height, width)
         # The stride-2 convolution rounds odd sides up when it pads by 1, down otherwise.
-        pad = int(model.config.downsample_padding == 1)
+        pad = int(model.config.get("downsample_padding", 1) == 1)
         height, width = max(1, (height + pad) // 2), max(1, (width + pad) // 2)
     return grids

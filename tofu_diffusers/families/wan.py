@@ -1,8 +1,8 @@
-"""WanTransformer3DModel: Wan 2.1 and 2.2, text- and image-to-video."""
+"""WanTransformer3DModel: Wan 2.1 and 2.2, text- and image-to-video; and ChronoEdit, of the same blocks."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class WanFamily(Family):
     """One stack of all blocks on a (frame, row, column) grid. Wan 2.2 has two denoisers; each is one."""
 
     name = "wan"
-    classes = ("WanTransformer3DModel",)
+    classes: ClassVar[tuple[str, ...]] = ("WanTransformer3DModel", "ChronoEditTransformer3DModel")
     sample_name = "hidden_states"
     guidance_in_batch = False
     rotary = True

@@ -212,8 +212,16 @@ def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> dict[st
         inputs = runtime.setup.family.attention_inputs(module, x, named)[name]
         return first, runtime.conditional(inputs)
 
+    family = runtime.setup.family
+    queries, keys, _ = family.projections
+
     def projected(key: str) -> Tensor:
         first, inputs = attention()
+        if not hasattr(first, key):
+            raise ValueError(
+                f"no importance can be read from {hook.name}, whose attention has no {key} of its own; "
+                "use source 'change'"
+            )
         # The projections remember nothing of this.
         hook.probing = True
         rows: Tensor = getattr(first, key)(inputs)
@@ -222,9 +230,9 @@ def importance_of(module: Any, x: Tensor, named: Kwargs, images: int) -> dict[st
 
     reading = BlockReading(
         runtime.conditional(x),
-        lambda: projected("to_k"),
-        lambda: projected("to_q"),
-        lambda: int(attention()[0].heads),
+        lambda: projected(keys),
+        lambda: projected(queries),
+        lambda: family.heads(attention()[0]),
         hook.probe,
     )
     return {each.name: each.score(reading) for each in sources if each.score is not None}

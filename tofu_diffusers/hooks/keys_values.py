@@ -67,12 +67,15 @@ def check_unfused(attention: nn.Module, name: str, keys_values: str) -> None:
 
 
 class SdpaPatch(TorchFunctionMode):
-    """Changes what the first attention product inside it sees (and, for `skip`, every one).
+    """Changes what the first attention product of all tokens sees (and, for `skip`, every one).
 
     Args:
-        skip: Empty queries at the end, to be dropped.
+        skip: Empty queries at the end of the image's, to be left out.
         keys, values: Remembered ones of all image tokens [B, N, C], which this call's are written to.
         kept: [B, K], where in them this call's image tokens stand; None: it has all of them.
+        first: How many image tokens this call has, where they stand in front; None: they are the last.
+
+    Where every row of the batch has a product of its own, the first is that of each row.
     """
 
     def __init__(
@@ -81,10 +84,12 @@ class SdpaPatch(TorchFunctionMode):
         keys: Tensor | None = None,
         values: Tensor | None = None,
         kept: Tensor | None = None,
+        first: int | None = None,
     ) -> None:
         super().__init__()
         self.skip, self.keys, self.values, self.kept = skip, keys, values, kept
-        self.calls = 0
+        self.first = first
+        self.calls = self.entered = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -97,46 +102,89 @@ class SdpaPatch(TorchFunctionMode):
         named = dict(zip(PARAMETERS, args, strict=False)) | (kwargs or {})
         self.calls += 1
         if self.skip:
-            named["query"] = named["query"][:, :, : -self.skip]
-            mask = named.get("attn_mask")
-            if mask is not None and mask.shape[-2] > 1:  # a row a query
-                named["attn_mask"] = mask[..., : -self.skip, :]
-        elif self.calls == 1 and self.keys is not None and self.values is not None:
+            return self._without_empty(func, named)
+        if self.keys is not None and self.values is not None:
+            batch, rows = len(self.keys), named["key"].shape[0]
             tokens = self.keys.shape[1] if self.kept is None else self.kept.shape[1]
-            mask = named.get("attn_mask")
-            if self.kept is not None and mask is not None:
-                named["attn_mask"] = self._mask_of_all(mask, named["key"].shape[2] - tokens)
-            named["key"] = self._remember(named["key"], self.keys, tokens)
-            named["value"] = self._remember(named["value"], self.values, tokens)
+            # Others may come before, of what stands in front of the image alone.
+            if named["key"].shape[2] >= tokens and self.entered + rows <= batch:
+                self._add_remembered(named, slice(self.entered, self.entered + rows))
+                self.entered += rows
         return func(**named)
 
-    def _mask_of_all(self, mask: Tensor, others: int) -> Tensor:
-        """A mask for the keys of all tokens, of which the image's are the last.  [.., Q or 1, S].
+    def _without_empty(self, func: Any, named: dict[str, Any]) -> Tensor:
+        """The product without empty queries; where others stand behind them, their rows are 0."""
+        whole = named["query"].shape[2]
+        end = whole if self.first is None else self.first
+        begin = end - self.skip
 
-        others: Keys in front of the image's.
+        def cut(rows: Tensor) -> Tensor:
+            if end == whole:
+                return rows[:, :, :begin]
+            return torch.cat([rows[:, :, :begin], rows[:, :, end:]], dim=2)
+
+        named["query"] = cut(named["query"])
+        mask = named.get("attn_mask")
+        if mask is not None and mask.shape[-2] > 1:  # a row a query
+            named["attn_mask"] = cut(mask)
+        out: Tensor = func(**named)
+        if end == whole:
+            return out
+        empty = out.new_zeros(*out.shape[:2], self.skip, out.shape[3])
+        return torch.cat([out[:, :, :begin], empty, out[:, :, begin:]], dim=2)
+
+    def _add_remembered(self, named: dict[str, Any], rows: slice) -> None:
+        """Give the product the keys and values of all tokens, of these rows of the batch."""
+        assert self.keys is not None and self.values is not None
+        kept = None if self.kept is None else self.kept[rows]
+        tokens = self.keys.shape[1] if kept is None else kept.shape[1]
+        others, mask = named["key"].shape[2] - tokens, named.get("attn_mask")
+        if kept is not None and mask is not None:
+            named["attn_mask"] = self._mask_of_all(mask, others, kept)
+        for name, cache in (("key", self.keys), ("value", self.values)):
+            named[name] = self._remember(named[name], cache[rows], kept, others)
+
+    def _joined(self, image: Tensor, others: Tensor, dim: int) -> Tensor:
+        """Image tokens and others in the product's order."""
+        return torch.cat([others, image] if self.first is None else [image, others], dim=dim)
+
+    def _parted(self, rows: Tensor, others: int, dim: int) -> tuple[Tensor, Tensor]:
+        """(image tokens, others) of what stands in the product's order."""
+        image = rows.shape[dim] - others
+        if self.first is None:
+            return rows.narrow(dim, others, image), rows.narrow(dim, 0, others)
+        return rows.narrow(dim, 0, image), rows.narrow(dim, image, others)
+
+    def _mask_of_all(self, mask: Tensor, others: int, kept: Tensor) -> Tensor:
+        """A mask for the keys of all tokens.  [.., Q or 1, S].
+
+        others: Keys beside the image's.
         """
-        assert self.keys is not None and self.kept is not None
+        assert self.keys is not None
         tokens = self.keys.shape[1]
         if mask.shape[-1] == others + tokens:  # the family gave all columns, and all rows
             if mask.shape[-2] == 1:
                 return mask
-            front = torch.arange(others, device=mask.device).expand(self.kept.shape[0], -1)
-            rows = torch.cat([front, self.kept + others], dim=1)[:, None, :, None]
-            return mask.gather(-2, rows.expand(*mask.shape[:-2], -1, mask.shape[-1]))
+            places = torch.arange(others + tokens, device=mask.device)
+            image, beside = self._parted(places, others, 0)
+            rows = self._joined(image[kept], beside.expand(kept.shape[0], -1), 1)
+            index = rows[:, None, :, None].expand(*mask.shape[:-2], -1, mask.shape[-1])
+            return mask.gather(-2, index)
         # The attention made it of what it was given: image tokens are all seen alike.
-        seen = mask[..., -1:].expand(*mask.shape[:-1], tokens)
-        return torch.cat([mask[..., : -self.kept.shape[1]], seen], dim=-1)
+        image, beside = self._parted(mask, others, mask.ndim - 1)
+        return self._joined(image[..., :1].expand(*mask.shape[:-1], tokens), beside, mask.ndim - 1)
 
-    def _remember(self, rows: Tensor, cache: Tensor, tokens: int) -> Tensor:
+    def _remember(self, rows: Tensor, cache: Tensor, kept: Tensor | None, others: int) -> Tensor:
         """Write the image rows of [B, H, S, D] to the cache; put all it holds in their place."""
         heads, depth = rows.shape[1], rows.shape[3]
-        image = rows[:, :, -tokens:].transpose(1, 2).flatten(2).detach().to(cache.dtype)
-        if self.kept is None:
+        image, beside = self._parted(rows, others, 2)
+        image = image.transpose(1, 2).flatten(2).detach().to(cache.dtype)
+        if kept is None:
             cache.copy_(image)
             return rows
-        scatter_rows_(cache, self.kept, image)
+        scatter_rows_(cache, kept, image)
         all_rows = cache.view(*cache.shape[:2], heads, depth).transpose(1, 2).to(rows.dtype)
-        return torch.cat([rows[:, :, :-tokens], all_rows], dim=2)
+        return self._joined(all_rows, beside, 2)
 
 
 def with_keys_values(here: RotaryAttentionHook, module: nn.Module, kwargs: dict[str, Any]) -> Any:
@@ -146,24 +194,35 @@ def with_keys_values(here: RotaryAttentionHook, module: nn.Module, kwargs: dict[
         RuntimeError: if the attention's product is not `scaled_dot_product_attention`.
     """
     hook, runtime = here.hook, here.hook.runtime
-    plan = hook.plan
+    plan, family = hook.plan, runtime.setup.family
+    if family.leaves_product_out(kwargs):
+        return here.original(module, **kwargs)
     if runtime.setup.keys_values == "fresh":
         if plan is None:
             return here.original(module, **kwargs)
         removed = hook.inputs[here.attribute]
-        x = kwargs["hidden_states"]
-        kwargs = {**kwargs, "hidden_states": torch.cat([x, removed], dim=1)}
-        here.skip = removed.shape[1]
-        product = SdpaPatch(skip=here.skip)
+        x = torch.cat([family.hidden(kwargs), removed], dim=1)
+        kwargs, here.skip = family.with_hidden(kwargs, x), removed.shape[1]
+        here.end = x.shape[1] if family.image_first else None
+        product = SdpaPatch(skip=here.skip, first=here.end)
     else:
         keys, values = runtime.rows_of(here.keys), runtime.rows_of(here.values)
         if keys is None or values is None:
             return here.original(module, **kwargs)
         if hook.row is not None:
             keys, values = keys[hook.row : hook.row + 1], values[hook.row : hook.row + 1]
-        product = SdpaPatch(keys=keys, values=values, kept=None if plan is None else plan.kept)
+        tokens = keys.shape[1] if plan is None else plan.kept.shape[1]
+        product = SdpaPatch(
+            keys=keys,
+            values=values,
+            kept=None if plan is None else plan.kept,
+            first=tokens if family.image_first else None,
+        )
     with product:
         out = here.original(module, **kwargs)
+    if here.skip and isinstance(out, tuple) and family.image_first:
+        image, *others = out
+        out = (image[:, : -here.skip], *others)
     here.skip = 0
     if product.calls == 0:
         raise RuntimeError(
@@ -183,6 +242,21 @@ def rotary_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def query_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Queries of the tokens that have one, empty rows for the others."""
     here: QueryHook = module.__dict__["_tofu"]
+    skip, end = here.rotary.skip, here.rotary.end
+    rows = gate_forward(module, x, *args, **kwargs)
+    if not skip:
+        return rows
+    begin = rows.shape[1] if end is None else end - skip
+    return torch.cat([F.pad(rows[:, :begin], (0, 0, 0, skip)), rows[:, begin:]], dim=1)
+
+
+def gate_forward(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Rows of the tokens that have a query, and nothing for the others."""
+    here: QueryHook = module.__dict__["_tofu"]
     skip = here.rotary.skip
-    rows: Tensor = here.original(module, x[:, :-skip] if skip else x, *args, **kwargs)
-    return F.pad(rows, (0, 0, 0, skip)) if skip else rows
+    if skip:
+        end = here.rotary.end or x.shape[1]
+        # Where text and image are projected together, the text stands behind.
+        x = torch.cat([x[:, : end - skip], x[:, end:]], dim=1)
+    rows: Tensor = here.original(module, x, *args, **kwargs)
+    return rows

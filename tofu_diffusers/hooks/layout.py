@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import TokenReduction
+from ..config import KEYS_VALUES, SCOPES, TokenReduction
 from ..families import BlockStack, Family, depths_of
 from ..runtime.generation import Generation
 from ..runtime.runtime import Runtime
@@ -16,7 +16,13 @@ from ..tuning.probes import load_probes
 from .attention import attention_forward
 from .block import block_forward, observed_block_forward
 from .denoiser import DenoiserHook, denoiser_forward
-from .keys_values import check_unfused, projection_forward, query_forward, rotary_forward
+from .keys_values import (
+    check_unfused,
+    gate_forward,
+    projection_forward,
+    query_forward,
+    rotary_forward,
+)
 from .norm import norm_forward
 from .patch import attach, detach, parameters_of, state_of, with_signature_of
 from .state import (
@@ -70,6 +76,21 @@ def attach_root(model: nn.Module, layouts: list[tuple[Generation, Layout]]) -> D
     return hook
 
 
+def check_choices(model: nn.Module, family: Family, config: TokenReduction) -> None:
+    """Raise ValueError if the family refuses what was chosen."""
+    choices = {
+        "scope": (config.scope, SCOPES, family.scopes_refused),
+        "keys_values": (config.keys_values, KEYS_VALUES, family.keys_values_refused),
+    }
+    for name, (chosen, valid, refused) in choices.items():
+        if chosen in refused:
+            others = " or ".join(repr(each) for each in valid if each not in refused)
+            raise ValueError(
+                f"{name} {chosen!r} cannot be had in {type(model).__name__}: "
+                f"{family.refused_because}; use {name}={others}"
+            )
+
+
 class Layout:
     """The sites of one denoiser under one configuration; none where no tokens are reduced.
 
@@ -88,6 +109,7 @@ class Layout:
         self._blocks: list[BlockLayout] = []
         if config is None:
             return
+        check_choices(model, family, config)
         stacks = family.block_stacks(model)
         ordered = [block for stack in stacks for block in stack.blocks]
         count = len(ordered)
@@ -146,6 +168,10 @@ class Layout:
                     attach(attention, attention_forward, state)
                 elif rotary is not None:
                     attach(attention, rotary_forward, rotary)
+            for attribute, attention in self._listeners(laid.block).items():
+                rotary = self._attach_keys_values(root, hook, laid, attribute, attention)
+                if rotary is not None:
+                    attach(attention, rotary_forward, rotary)
 
     def _attach_keys_values(
         self,
@@ -170,21 +196,26 @@ class Layout:
                 attach(module, projection_forward, rows)
                 root.projections.append((attention, key, rows))
             return None
+        keys, values = projections.values()
         rotary = RotaryAttentionHook(
             name,
             attribute,
             hook,
-            projections["to_k"],
-            projections["to_v"],
+            keys,
+            values,
             type(attention).forward,
             rotary_forward,
             parameters_of(attention),
         )
         if self.config.keys_values == "fresh":
-            linear: Any = attention.to_q
-            queries = QueryHook(name, rotary, linear, type(linear).forward, query_forward)
-            attach(linear, query_forward, queries)
-            root.projections.append((attention, "to_q", queries))
+            forwards = {self.family.projections[0]: query_forward}
+            for key, forward in (
+                forwards | dict.fromkeys(self.family.gate_names, gate_forward)
+            ).items():
+                linear: Any = getattr(attention, key)
+                queries = QueryHook(name, rotary, linear, type(linear).forward, forward)
+                attach(linear, forward, queries)
+                root.projections.append((attention, key, queries))
         return rotary
 
     @property
@@ -312,7 +343,7 @@ class Layout:
                     joint is None or i == len(blocks) - 1,
                     alone,
                     sites,
-                    self._projections(name, stack, attentions),
+                    self._projections(name, stack, attentions | self._listeners(block)),
                 )
             )
         return acted
@@ -329,11 +360,16 @@ class Layout:
             width = self.family.widths(attention)[1]
             found[attribute] = {
                 key: Projection(f"{name}.{attribute}.{key}", stack.resolution, width)
-                for key in ("to_k", "to_v")
+                for key in self.family.projections[1:]
             }
             if keys_values == "cached":
                 self.projections += found[attribute].values()
         return found
+
+    def _listeners(self, block: nn.Module) -> dict[str, nn.Module]:
+        """The block's attentions of other streams to which removed tokens' keys and values are given."""
+        remembers = self.config.keys_values == "cached" and not self._on_attention
+        return self.family.listeners(block) if remembers else {}
 
     def _width(self, block: nn.Module) -> int:
         attentions = self.family.attentions(block)

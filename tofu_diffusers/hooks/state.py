@@ -98,7 +98,8 @@ class RotaryAttentionHook:
 
     Args:
         keys, values: What is remembered of it (keys_values "cached").
-        skip: How many rows at the end of the query projection's input are no queries.
+        skip: How many rows of the query projection's input are no queries.
+        end: Where they end; None: they are the last.
     """
 
     name: str
@@ -110,15 +111,16 @@ class RotaryAttentionHook:
     forward: Callable[..., Any]
     names: tuple[str, ...]
     skip: int = 0
+    end: int | None = None
 
     def forget(self) -> None:
         """Drop what belongs to one call."""
-        self.skip = 0
+        self.skip, self.end = 0, None
 
 
 @dataclass(eq=False)
 class QueryHook:
-    """State on the query projection of such an attention (keys_values "fresh")."""
+    """State on the query projection of such an attention, or one like it (keys_values "fresh")."""
 
     name: str
     rotary: RotaryAttentionHook

@@ -158,10 +158,16 @@ class Caches:
     def _begin_statistics(self, call: Call, sample: Tensor) -> None:
         setup = self.setup
         sources = () if setup.method is None else setup.method.sources
-        if self.statistics is not None or not call.step_known or not sources:
+        if not call.step_known or not sources:
             return
         used = {each.resolution for each in setup.plan_caches}
         grids = {resolution: grid for resolution, grid in call.grids.items() if resolution in used}
         if setup.family.latents_are_tokens:
             grids = {resolution: grid.row for resolution, grid in grids.items()}
+        # The first step of a compiled denoiser may take references for tokens of the image.
+        before = {} if self.statistics is None else self.statistics.grids
+        if {r: grid.tokens for r, grid in grids.items()} == {
+            r: grid.tokens for r, grid in before.items()
+        }:
+            return
         self.statistics = TokenStatistics(sources, call.images, grids, sample.device)

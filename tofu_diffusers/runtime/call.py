@@ -39,6 +39,7 @@ class Call:
         per_image: Whether reduced blocks run the images one by one.
         all_tokens: Whether all tokens are computed whatever the ratio, because something is not known yet.
         grids: The token grid of every resolution.
+        starts: Where the image's tokens begin in each row [B], by resolution; see `Family.image_starts`.
         open_span: Of the span that tokens have left: all tokens, the kept ones, the plan.
         shapes: Of every branch's latents, to see when they change.
         beside_rested: Whether a network beside the denoiser did not run, because the step is skipped.
@@ -62,6 +63,7 @@ class Call:
     per_image: bool = False
     all_tokens: bool = False
     grids: dict[int, TokenGrid] = field(default_factory=dict)
+    starts: dict[int, Tensor] = field(default_factory=dict)
     open_span: tuple[Tensor, Tensor, Plan | None] | None = None
     shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     beside_rested: bool = False

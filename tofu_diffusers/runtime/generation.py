@@ -228,9 +228,10 @@ class Generation:
                 # Set after `apply_tofu`, or in another pipeline around this denoiser.
                 self._follow(told_by[0], caller)
         call.told_by_pipeline = bool(told_by)
-        scale = self.runtime.setup.family.timestep_scale
+        family = self.runtime.setup.family
+        scale = family.timestep_scale
         if call.step_known and self.index == 0 and call.number == 0 and self.scheduler() and scale:
-            self._trim_to_executed(self.scheduler(), named["timestep"] / scale)
+            self._trim_to_executed(self.scheduler(), named[family.timestep_name] / scale)
 
     def end(self) -> None:
         """End a generation that was broken off, if there is one."""

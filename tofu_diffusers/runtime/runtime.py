@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..families.base import gather_rows
 from ..kernels.reference import normalise
 from ..steps.corrector import Corrector, CorrectorState
 from ..steps.outputs import tensors_in, with_tensors
@@ -41,6 +42,11 @@ def shapes_only(arguments: dict[str, Any]) -> dict[str, Any]:
 
     shapes: dict[str, Any] = tree_map(shape_only, arguments)
     return shapes
+
+
+def first_of(out: Any) -> Any:
+    """The prediction in what a denoiser returned: a tensor, or a list of one a row."""
+    return out if isinstance(out, Tensor) else out[0]
 
 
 class Runtime:
@@ -78,13 +84,17 @@ class Runtime:
             if refusal is not None:
                 raise ValueError(refusal)
             self._split_stacks(between, alone)
+        whole = setup.family.computes_all(named)
         if not call.step_known:
-            self._run_without_step()
+            self._run_without_step(whole)
         call.count(setup)
         # 1  Read images, branches of guidance and the grid.
-        call.all_tokens = False
+        call.all_tokens = whole
         self._read_batch(sample)
-        call.grids = {} if setup.reduction is None else self.reader.grids(model, named, call)
+        call.grids, call.starts = {}, {}
+        if setup.reduction is not None:
+            call.grids = self.reader.grids(model, named, call)
+            call.starts = setup.family.image_starts(named)
         # One plan fits all rows if it is one image's, if images share it, or if only the seed decides.
         alike = call.images == 1 or setup.reduction is None or setup.reduction.share_plan
         alike = alike or (setup.method is not None and setup.method.same_for_all)
@@ -94,7 +104,7 @@ class Runtime:
             self._check_ratios()
         # 3  Make room, where this branch is new or its latents have another shape.
         call.open_span = None
-        totals = [grid.total for grid in call.grids.values()]
+        totals = [(grid.tokens, grid.total) for grid in call.grids.values()]
         shape = (*[each.shape for each in latents], str(sample.device), *totals)
         if call.shapes.get(call.cfg_branch) != shape:
             self.caches.allocate(call, sample)
@@ -118,7 +128,7 @@ class Runtime:
         out = caches.forecaster.forecast(call.cfg_branch, call.step, return_dict)
         if caches.corrects_tokens and caches.corrector is not None:
             # No token is computed; what the latents get is noted for when it is.
-            maps = self._maps(out[0])
+            maps = self._maps(first_of(out))
             none = torch.zeros_like(maps[:, :1], dtype=torch.bool)
             caches.corrector.apply(call.cfg_branch, maps, none, call.step)
         return out
@@ -179,12 +189,15 @@ class Runtime:
             return None
         branches = call.branches_in_batch
         cache, of_images = site.plan_cache, str(remove)
-        of_batch = self._of_batch(grid, remove)
+        of_batch = self._of_batch(site.resolution, remove)
         if of_batch not in cache.plans:
             if of_images not in cache.plans:
                 cache.plans[of_images] = self._make_plan(site, metric, remove, importance)
-            plan = cache.plans[of_images].padded(grid.text_before, grid.text_after)
-            cache.plans[of_batch] = plan.repeat(branches) if branches > 1 else plan
+            plan, starts = cache.plans[of_images], call.starts.get(site.resolution)
+            if starts is None:
+                plan = plan.padded(grid.text_before, grid.text_after)
+            plan = plan.repeat(branches) if branches > 1 else plan
+            cache.plans[of_batch] = plan if starts is None else plan.placed(starts, grid.total)
             if setup.family.rotary and setup.keys_values == "fresh":
                 cache.removed[of_batch] = cache.plans[of_batch].removed()
         return cache.plans[of_batch]
@@ -217,13 +230,16 @@ class Runtime:
         """Positions [B, N - K] that the site's plan removes, where the attentions are given those too."""
         grid = self.call.grids[site.resolution]
         remove = self.tokens_removed(grid, site.ratio)
-        return site.plan_cache.removed.get(self._of_batch(grid, remove))
+        return site.plan_cache.removed.get(self._of_batch(site.resolution, remove))
 
-    def _of_batch(self, grid: TokenGrid, remove: int) -> str:
+    def _of_batch(self, resolution: int, remove: int) -> str:
         """The key of a plan for all rows of this call, with as many tokens around the grid as it has."""
         key = f"{remove}/{self.call.branches_in_batch}"
         # The branches of guidance may have texts of different lengths in calls of their own.
+        grid = self.call.grids[resolution]
         around = grid.text_before or grid.text_after
+        if resolution in self.call.starts:
+            key = f"{key}/{self.call.cfg_branch}"
         return f"{key}/{grid.text_before}/{grid.text_after}" if around else key
 
     def update_cache(self, site: Site) -> UpdateCache | None:
@@ -241,10 +257,11 @@ class Runtime:
 
     # ---- parts of the above --------------------------------------------------------------------
 
-    def _run_without_step(self) -> None:
+    def _run_without_step(self, whole: bool) -> None:
         setup, call = self.setup, self.call
         # Some pipelines call their denoiser before or behind the steps, to fill a cache of their own.
-        beside = setup.reduction is None and call.told_by_pipeline and call.number < CALLS_LIMIT
+        beside = setup.reduction is None or whole
+        beside = beside and call.told_by_pipeline and call.number < CALLS_LIMIT
         if setup.needs and not beside:
             raise RuntimeError(
                 f"{', '.join(setup.needs)} must know the denoising step, and nobody told it: call "
@@ -289,8 +306,9 @@ class Runtime:
                 call.cfg_branches = str(batch // call.images)
             branches = int(call.cfg_branches)
             if branches == 0:
-                call.all_tokens = batch % 2 == 0
-                self.reader.deferred = sample if call.all_tokens else None
+                unknown = batch % 2 == 0
+                call.all_tokens = call.all_tokens or unknown
+                self.reader.deferred = sample if unknown else None
             branches = max(1, branches)
             call.images = batch // branches if batch % branches == 0 else batch
         call.branches_in_batch = batch // call.images if batch % call.images == 0 else 1
@@ -315,14 +333,14 @@ class Runtime:
         """The finest resolution with sites: a denoiser may have no attention on finer ones (SDXL)."""
         return min(each.resolution for each in self.setup.plan_caches)
 
-    def _maps(self, prediction: Tensor) -> Tensor:
+    def _maps(self, prediction: Any) -> Tensor:
         """A prediction as maps, by the finest grid."""
         return self.setup.family.prediction(prediction, self.call.grids[self._finest])
 
     def _corrected(self, out: Any, corrector: Corrector, step: Tensor) -> Any:
         """What the denoiser returned, with what the tokens lack that this step computed."""
         call, family, resolution = self.call, self.setup.family, self._finest
-        grid, maps = call.grids[resolution], self._maps(out[0])
+        grid, maps = call.grids[resolution], self._maps(first_of(out))
         if call.cfg_branch not in corrector.states:
             self.caches.require(self.caches.nbytes + CorrectorState.nbytes_for(maps))
         finest = [each for each in self.setup.plan_caches if each.resolution == resolution]
@@ -333,13 +351,13 @@ class Runtime:
             places = on_maps(flags, grid.row if family.latents_are_tokens else grid, maps)
             computed = places.repeat(call.branches_in_batch, 1, 1, 1, 1)
         maps = corrector.apply(call.cfg_branch, maps, computed, step)
-        first, *others = tensors_in(out)
-        return with_tensors(out, [family.with_prediction(first, grid, maps), *others])
+        corrected = tensors_in(family.with_prediction(first_of(out), grid, maps))
+        return with_tensors(out, [*corrected, *tensors_in(out)[len(corrected) :]])
 
     def _note_statistics(self, out: Any, statistics: TokenStatistics, step: Tensor) -> None:
         call = self.call
         with torch.no_grad():
-            maps = self._maps(out[0])
+            maps = self._maps(first_of(out))
             first = self.conditional(maps)
             if call.cfg_branch == "0":
                 kept: dict[int, list[Tensor]] = {resolution: [] for resolution in statistics.grids}
@@ -350,6 +368,14 @@ class Runtime:
                 statistics.note(first, back if call.branches_in_batch > 1 else None, kept, step)
             elif call.cfg_branch == "1":
                 statistics.note_second(first)
+
+    def _of_image(self, x: Tensor, resolution: int) -> Tensor:
+        """The image's tokens of the conditional rows.  [I, S, ...] -> [I, N, ...]."""
+        grid, starts = self.call.grids[resolution], self.call.starts.get(resolution)
+        if starts is None:
+            return x[:, grid.text_before : grid.text_before + grid.tokens]
+        place = torch.arange(grid.tokens, device=x.device)
+        return gather_rows(x, self.conditional(starts)[:, None] + place)
 
     def _make_plan(
         self,
@@ -363,8 +389,7 @@ class Runtime:
         assert method is not None and reduction is not None
         with torch.no_grad():
             grid = call.grids[site.resolution]
-            image = slice(grid.text_before, grid.text_before + grid.tokens)
-            rows = self.conditional(metric)[:, image]
+            rows = self._of_image(self.conditional(metric), site.resolution)
             age, scores = None, {}
             if caches.statistics is not None and call.step is not None:
                 age = caches.statistics.age(site.resolution, call.step)
@@ -375,7 +400,7 @@ class Runtime:
                         "has none; raise guidance_scale above 1 or use source 'change'"
                     )
             for source, score in importance(call.images).items():
-                scores[source] = score[:, image]
+                scores[source] = self._of_image(score, site.resolution)
             if reduction.share_plan and call.images > 1:
                 # Side by side, the cosine of two tokens is the mean of their cosines in every image.
                 rows = normalise(rows).transpose(0, 1).flatten(1)[None]

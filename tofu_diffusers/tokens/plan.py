@@ -58,6 +58,15 @@ class Plan(NamedTuple):
             torch.cat([head, self.assign + before, tail + slots], dim=1),
         )
 
+    def placed(self, starts: Tensor, total: int) -> Plan:
+        """The same plan in sequences of so many tokens, where it begins at `starts` [B]; others are kept."""
+        slots, tokens = self.kept.shape[1], self.assign.shape[1]
+        here = starts[:, None] + torch.arange(tokens, device=starts.device)
+        everywhere = torch.arange(total, device=starts.device).expand(len(starts), -1)
+        match = everywhere.scatter(1, here, self.kept.gather(1, self.assign) + starts[:, None])
+        keep = torch.ones_like(everywhere, dtype=torch.bool).scatter(1, here, self.is_kept())
+        return make_plan(keep, match, total - tokens + slots)
+
     def rows(self, x: Tensor) -> Tensor:
         """The kept tokens of x.  [B, N, C] -> [B, K, C]."""
         return gather_rows(x, self.kept)

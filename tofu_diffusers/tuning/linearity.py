@@ -158,7 +158,7 @@ def noise_of(pipe: Any, family: Family, named: Kwargs) -> float:
     """The noise level of a call in a generation just over, as the angle of noise against signal."""
     scheduler = schedulers(pipe)[0]
     assert family.timestep_scale is not None
-    at = float(torch.as_tensor(named["timestep"]).max()) / family.timestep_scale
+    at = float(torch.as_tensor(named[family.timestep_name]).max()) / family.timestep_scale
     places = timesteps_of(scheduler)
     nearest = min(range(len(places)), key=lambda i: abs(places[i] - at))
     return Sampling.of(scheduler).angles[nearest]

@@ -19,9 +19,11 @@ def received_attention(queries: Tensor, keys: Tensor, heads: int, chunk: int = 2
 
     In chunks of queries: the N x N map is never whole.
     """
-    images, tokens, width = keys.shape
+    images, tokens, width = queries.shape
+    shared = width // keys.shape[2]  # heads of queries to one of keys
     q = queries.view(images, tokens, heads, -1).transpose(1, 2).float() * (width // heads) ** -0.5
-    k = keys.view(images, tokens, heads, -1).transpose(1, 2).float().transpose(2, 3)
+    k = keys.view(images, tokens, heads // shared, -1).transpose(1, 2).float().transpose(2, 3)
+    k = k.repeat_interleave(shared, dim=1) if shared > 1 else k
     rows = max(1, chunk // (images * heads * tokens))
     received = torch.zeros(images, tokens, device=keys.device)
     for start in range(0, tokens, rows):

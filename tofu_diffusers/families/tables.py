@@ -1,0 +1,34 @@
+"""What joint transformers share whose positions of the image are one table, without a batch axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..tokens.plan import Plan
+from .base import BlockStack, Family, Kwargs, positions_given
+
+
+class TableFamily(Family):
+    """One stack of joint blocks with an attention `attn1`; text stands first in it, and has no position."""
+
+    sample_name = "hidden_states"
+    rotary = True
+    shared_positions = True
+
+    def block_stacks(self, model: nn.Module) -> list[BlockStack]:
+        return [BlockStack.of(model, "transformer_blocks")]
+
+    def attentions(self, block: Any) -> dict[str, nn.Module]:
+        return {"attn1": block.attn1}
+
+    def slice_block_arguments(
+        self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
+    ) -> Kwargs:
+        table = kwargs.get("image_rotary_emb")
+        if table is None:
+            return kwargs
+        # All rows of this call keep the same tokens.
+        given = positions_given(plan, removed)[0]
+        return {**kwargs, "image_rotary_emb": tuple(part[given.to(part.device)] for part in table)}

@@ -58,15 +58,15 @@ add("HunyuanVideoTransformer3DModel", VIDEO, _video)
 
 def _framepack(noise: Noise) -> Inputs:
     """A window of a video with the frames that were made before it, sorted by how coarse they are."""
-    history = (1, 2, 16)
+    history = (2, 3, 16)
     first, latents, *past = torch.arange(1 + FRAMES + sum(history)).split([1, FRAMES, *history])
     return {
         **_video(noise),
         "image_embeds": noise(2, 3, 12),
         "indices_latents": latents,
-        "latents_clean": noise(2, 4, 2, 8, 12),
+        "latents_clean": noise(2, 4, 3, 8, 12),
         "indices_latents_clean": torch.cat([first, past[0]]),
-        "latents_history_2x": noise(2, 4, 2, 8, 12),
+        "latents_history_2x": noise(2, 4, 3, 8, 12),
         "indices_latents_history_2x": past[1],
         "latents_history_4x": noise(2, 4, 16, 8, 12),
         "indices_latents_history_4x": past[2],

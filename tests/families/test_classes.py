@@ -208,6 +208,7 @@ IMAGE_FIRST = {
     "HiDreamImageTransformer2DModel",
     "HunyuanImageTransformer2DModel",
     "HunyuanVideo15Transformer3DModel",
+    "HunyuanVideoFramepackTransformer3DModel",
     "HunyuanVideoTransformer3DModel",
     "JoyImageEditPlusTransformer3DModel",
     "JoyImageEditTransformer3DModel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,6 +108,47 @@ class HunyuanVideoFamily(HunyuanFamily):
             "pooled_projections": torch.empty(2, config.pooled_projection_dim, device="meta"),
             "guidance": torch.empty(2, device="meta") if config.guidance_embeds else None,
         }
+
+
+@register_family
+class FramepackFamily(HunyuanFamily):
+    """HunyuanVideoFramepackTransformer3DModel: frames made before stand before those of the window."""
+
+    name = "hunyuan_framepack"
+    classes = ("HunyuanVideoFramepackTransformer3DModel",)
+
+    def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
+        # (frames, height and width) of a token of each part, which is padded to whole ones.
+        parts = {
+            "latents_clean": (1, 2),
+            "latents_history_2x": (2, 4),
+            "latents_history_4x": (4, 8),
+        }
+        before = 0
+        for name, (depth, side) in parts.items():
+            latents = named.get(name)
+            if latents is not None and named.get(f"indices_{name}") is not None:
+                frames, height, width = latents.shape[2:]
+                before += -(-frames // depth) * -(-height // side) * -(-width // side)
+        return {0: replace(super().grids(model, named)[0], text_before=before)}
+
+    def example(self, model: Any) -> Kwargs:
+        config = model.config
+        # 33 frames of 640 x 640 pixels, and 1, 2 and 16 latents of those before.
+        frames = {"": 9, "_clean": 2, "_history_2x": 2, "_history_4x": 16}
+        kwargs: Kwargs = {
+            "timestep": torch.empty(2, device="meta"),
+            "encoder_hidden_states": torch.empty(2, 256, config.text_embed_dim, device="meta"),
+            "encoder_attention_mask": torch.empty(2, 256, device="meta"),
+            "pooled_projections": torch.empty(2, config.pooled_projection_dim, device="meta"),
+            "image_embeds": torch.empty(2, 729, config.image_proj_dim, device="meta"),
+            "guidance": torch.empty(2, device="meta") if config.guidance_embeds else None,
+        }
+        for name, count in frames.items():
+            video = torch.empty(2, config.in_channels, count, 80, 80, device="meta")
+            kwargs[f"latents{name}" if name else "hidden_states"] = video
+            kwargs[f"indices_latents{name}"] = torch.empty(count, device="meta")
+        return kwargs
 
 
 @register_family

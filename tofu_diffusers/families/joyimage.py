@@ -22,7 +22,7 @@ from .base import (
 
 @register_family
 class JoyImageFamily(Family):
-    """JoyImageEditTransformer3DModel. The noisy picture comes last in the latents, and first in the blocks."""
+    """JoyImageEditTransformer3DModel. The noisy picture is last in the latents, and first in the blocks."""
 
     name = "joyimage"
     classes = ("JoyImageEditTransformer3DModel",)
@@ -61,8 +61,10 @@ class JoyImageFamily(Family):
     ) -> Kwargs:
         image, text = kwargs["image_rotary_emb"]
         # Positions have no batch axis: all rows of this call keep the same tokens.
-        kept = plan.kept[0].to(image[0].device)
-        return {**kwargs, "image_rotary_emb": (tuple(part[kept] for part in image), text)}
+        kept = plan.kept[0]
+        # The model leaves its tables on the host, where no plan must be fetched to.
+        table = tuple(part.to(kept.device)[kept] for part in image)
+        return {**kwargs, "image_rotary_emb": (table, text)}
 
     def prediction(self, out: Tensor, grid: TokenGrid) -> Tensor:
         return out[:, -1] if out.ndim == 6 else out
@@ -82,7 +84,7 @@ class JoyImageFamily(Family):
 
 @register_family
 class JoyImagePlusFamily(JoyImageFamily):
-    """JoyImageEditPlusTransformer3DModel: patches of the noisy picture, of references of any size, padding."""
+    """JoyImageEditPlusTransformer3DModel: patches of the noisy picture, of references, and padding."""
 
     name = "joyimage_plus"
     classes = ("JoyImageEditPlusTransformer3DModel",)

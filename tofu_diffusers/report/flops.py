@@ -72,12 +72,25 @@ class Numberless(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.__bool__ and args[0].is_meta:
             return False
-        if func is Tensor.__getitem__ and any(args[1] is each for each in self.opposites):
-            return args[0][:0]
+        if func is Tensor.__setitem__ and args[0].is_meta:
+            return None
+        if func is Tensor.__getitem__:
+            if any(args[1] is each for each in self.opposites):
+                return args[0][:0]
+            args = (args[0], to_the_end(args[1]))
         out = func(*args, **(kwargs or {}))
         if func is Tensor.__invert__ and out.is_meta and out.ndim == 1:
             self.opposites.append(out)
         return out
+
+
+def to_the_end(index: Any) -> Any:
+    """An index with slices up to a tensor (the length of a prompt) made whole."""
+    if isinstance(index, tuple):
+        return tuple(to_the_end(each) for each in index)
+    if isinstance(index, slice) and isinstance(index.stop, Tensor):
+        return slice(index.start, None, index.step)
+    return index
 
 
 @contextmanager

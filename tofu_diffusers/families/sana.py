@@ -13,9 +13,10 @@ from .base import BlockStack, Family, Kwargs, patch_grid, register_family
 
 @register_family
 class SanaFamily(Family):
-    """Only attentions shrink, a small part of the whole: the feed-forward is a convolution over the grid.
+    """Only attentions shrink: the feed-forward is a convolution over the grid.
 
-    A linear attention makes one sum over its keys, so that all keys_values hold as with softmax.
+    Half of the tokens less is 7 % of the FLOPs less ("fresh"), or 14 % ("dropped", "cached"). A linear
+    attention makes one sum over its keys, so that all keys_values hold as with softmax.
     """
 
     name = "sana"

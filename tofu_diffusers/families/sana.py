@@ -25,7 +25,7 @@ class SanaFamily(Family):
     scopes_refused = ("block", "span")
     refused_because = "its feed-forward is a convolution over the whole grid"
     args_between_blocks = ("controlnet_block_samples",)
-    # Pipelines multiply it by a number of the model (`config.timestep_scale`), or make an angle of it (Sprint).
+    # Times a number of the model (`config.timestep_scale`), or an angle (Sana-Sprint).
     timestep_scale = None
 
     def block_stacks(self, model: nn.Module) -> list[BlockStack]:

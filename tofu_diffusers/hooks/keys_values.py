@@ -111,13 +111,14 @@ class SdpaPatch(TorchFunctionMode):
 
     def _without_empty(self, func: Any, named: dict[str, Any]) -> Tensor:
         """The product without empty queries; where others stand behind them, their rows are 0."""
-        end = named["query"].shape[2] if self.first is None else self.first
-        begin = end - self.skip
 
         def cut(rows: Tensor) -> Tensor:
-            if end == rows.shape[2]:
-                return rows[:, :, :begin]
-            return torch.cat([rows[:, :, :begin], rows[:, :, end:]], dim=2)
+            if self.first is None:
+                return rows[:, :, : -self.skip]
+            # How many words stand behind may not be known while this is traced.
+            return torch.cat(
+                [rows[:, :, : self.first - self.skip], rows[:, :, self.first :]], dim=2
+            )
 
         named["query"] = cut(named["query"])
         mask = named.get("attn_mask")
@@ -126,8 +127,9 @@ class SdpaPatch(TorchFunctionMode):
         out: Tensor = func(**named)
         if self.first is None:
             return out
+        kept = self.first - self.skip
         empty = out.new_zeros(*out.shape[:2], self.skip, out.shape[3])
-        return torch.cat([out[:, :, :begin], empty, out[:, :, begin:]], dim=2)
+        return torch.cat([out[:, :, :kept], empty, out[:, :, kept:]], dim=2)
 
     def _add_remembered(self, named: dict[str, Any], rows: slice) -> None:
         """Give the product the keys and values of all tokens, of these rows of the batch."""

@@ -155,10 +155,14 @@ class Caches:
     def _begin_statistics(self, call: Call, sample: Tensor) -> None:
         setup = self.setup
         sources = () if setup.method is None else setup.method.sources
-        if self.statistics is not None or not call.step_known or not sources:
+        if not call.step_known or not sources:
             return
         used = {each.resolution for each in setup.plan_caches}
         grids = {resolution: grid for resolution, grid in call.grids.items() if resolution in used}
         if setup.family.latents_are_tokens:
             grids = {resolution: grid.row for resolution, grid in grids.items()}
+        sides = {resolution: grid.sides for resolution, grid in grids.items()}
+        if self.statistics is not None and self.statistics.sides == sides:
+            return
+        # None yet, or a pipeline went on with fewer frames (ChronoEdit).
         self.statistics = TokenStatistics(sources, call.images, grids, sample.device)

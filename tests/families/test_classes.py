@@ -28,9 +28,11 @@ VARIANTS = {
 }
 # Between their stacks, kept tokens see others: norms and convolutions over the grid, attention over time.
 MORE_THAN_ATTENTION = {
+    "I2VGenXLUNet",
     "LatteTransformer3DModel",
     "UNet2DConditionModel",
     "UNet2DModel",
+    "UNet3DConditionModel",
     "UNetMotionModel",
     "UNetSpatioTemporalConditionModel",
 }

@@ -10,7 +10,10 @@ from tofu_diffusers.profiles import MEMORYLESS, fastest, origin, resolve
 def test_every_family_has_a_valid_profile_that_says_where_it_is_from(family):
     data = profile(family)
     tokens = TokenReduction(**data["tokens"]["options"])
-    assert tokens.is_resolved and tokens.scope == "block" and tokens.needs_steps
+    refused = FAMILIES[family].scopes_refused
+    assert tokens.is_resolved and tokens.needs_steps
+    assert tokens.scope == ("attention" if "block" in refused else "block")
+    assert tokens.keys_values not in FAMILIES[family].keys_values_refused
     assert data["weights"]
     workflow = fastest(family)
     assert workflow.__name__ == data["speedup"]["type"]

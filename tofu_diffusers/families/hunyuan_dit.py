@@ -28,7 +28,7 @@ class HunyuanDiTFamily(TableFamily):
         return [BlockStack.of(model, "blocks")]
 
     def splits_stacks(self, named: Kwargs) -> str | None:
-        return "skip connections"
+        return "a skip connection"
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         return patch_grid(model, self.sample(named))

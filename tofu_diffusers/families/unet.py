@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,7 +17,7 @@ class UNetFamily(BasicFamily):
     """A stack is the BasicTransformerBlocks of one Transformer2DModel; stages have a resolution each."""
 
     name = "unet"
-    classes = ("UNet2DConditionModel",)
+    classes: ClassVar[tuple[str, ...]] = ("UNet2DConditionModel",)
     sample_name = "sample"
 
     def block_stacks(self, model: Any) -> list[BlockStack]:

@@ -33,6 +33,32 @@ class UNetMotionFamily(FramesFamily, UNetFamily):
 
 
 @register_family
+class UNet3DFamily(FramesFamily, UNetFamily):
+    """The attention over space of UNets for videos; that over time, behind each, is not reduced."""
+
+    name = "unet3d"
+    classes = ("I2VGenXLUNet", "UNet3DConditionModel")
+
+    def example(self, model: Any) -> Kwargs:
+        config, frames = model.config, 16
+        size = config.sample_size if config.sample_size is not None else 32
+        height, width = (size, size) if isinstance(size, int) else size
+        video = (2, config.in_channels, frames, height, width)
+        kwargs: Kwargs = {
+            "sample": torch.empty(video, device="meta"),
+            "timestep": torch.empty((), device="meta"),
+            "encoder_hidden_states": torch.empty(2, 77, config.cross_attention_dim, device="meta"),
+        }
+        if hasattr(model, "image_latents_proj_in"):
+            kwargs["fps"] = torch.empty(2, device="meta")
+            kwargs["image_latents"] = torch.empty(video, device="meta")
+            kwargs["image_embeddings"] = torch.empty(
+                2, 1, config.cross_attention_dim, device="meta"
+            )
+        return kwargs
+
+
+@register_family
 class UNetSpatioTemporalFamily(FramesFamily, UNetFamily):
     """Blocks over space and over time by turns, each over space a stack; latents are [B, F, C, H, W]."""
 

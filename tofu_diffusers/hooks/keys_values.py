@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.overrides import TorchFunctionMode
 
 from ..tokens.gather import scatter_rows_
@@ -117,9 +118,11 @@ class SdpaPatch(TorchFunctionMode):
         whole = named["query"].shape[2]
         end = whole if self.first is None else self.first
         begin = end - self.skip
+        # How many words stand behind may not be known while this is traced.
+        last = statically_known_true(end == whole)
 
         def cut(rows: Tensor) -> Tensor:
-            if end == whole:
+            if last:
                 return rows[:, :, :begin]
             return torch.cat([rows[:, :, :begin], rows[:, :, end:]], dim=2)
 
@@ -128,7 +131,7 @@ class SdpaPatch(TorchFunctionMode):
         if mask is not None and mask.shape[-2] > 1:  # a row a query
             named["attn_mask"] = cut(mask)
         out: Tensor = func(**named)
-        if end == whole:
+        if last:
             return out
         empty = out.new_zeros(*out.shape[:2], self.skip, out.shape[3])
         return torch.cat([out[:, :, :begin], empty, out[:, :, begin:]], dim=2)

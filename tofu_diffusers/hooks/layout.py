@@ -116,6 +116,11 @@ class Layout:
         self._order = {name: i for i, (name, _) in enumerate(ordered)}
         self._depth = depths_of(stacks)
         self._count = count
+        if not count:
+            raise ValueError(
+                f"{type(model).__name__} has no site for tofu: it has no block that family "
+                f"{family.name!r} knows (its attention may work on maps); skip steps instead (speedup=2.0)"
+            )
         acted = False
         for stack in stacks:
             for span in self._spans(stack):

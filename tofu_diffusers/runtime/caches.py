@@ -164,10 +164,9 @@ class Caches:
         grids = {resolution: grid for resolution, grid in call.grids.items() if resolution in used}
         if setup.family.latents_are_tokens:
             grids = {resolution: grid.row for resolution, grid in grids.items()}
-        # The first step of a compiled denoiser may take references for tokens of the image.
-        before = {} if self.statistics is None else self.statistics.grids
-        if {r: grid.tokens for r, grid in grids.items()} == {
-            r: grid.tokens for r, grid in before.items()
-        }:
+        sides = {resolution: grid.sides for resolution, grid in grids.items()}
+        if self.statistics is not None and self.statistics.sides == sides:
             return
+        # None yet; or a pipeline went on with fewer frames (ChronoEdit), or the first step of a compiled
+        # denoiser took references for tokens of the image.
         self.statistics = TokenStatistics(sources, call.images, grids, sample.device)

@@ -50,6 +50,11 @@ class TokenStatistics:
             if source in sources
         }
 
+    @property
+    def sides(self) -> dict[int, tuple[int, int, int]]:
+        """The sides of every resolution's grid, whatever stands around it."""
+        return {resolution: grid.sides for resolution, grid in self.grids.items()}
+
     def halve(self, conditional_first: bool) -> None:
         """Take what seemed 2 I images for the two guidance branches of I, after unreduced steps."""
 

@@ -20,6 +20,7 @@ class GlmImageFamily(Family):
     name = "glm_image"
     classes = ("GlmImageTransformer2DModel",)
     sample_name = "hidden_states"
+    cache_names = ("kv_caches",)
     guidance_in_batch = False
     rotary = True
     shared_positions = True
@@ -45,7 +46,7 @@ class GlmImageFamily(Family):
     ) -> Kwargs:
         # Positions have no batch axis: all rows of this call keep the same tokens.
         given = positions_given(plan, removed)[0]
-        rotary = tuple(part[given.to(part.device)] for part in kwargs["image_rotary_emb"])
+        rotary = tuple(part.to(given.device)[given] for part in kwargs["image_rotary_emb"])
         return {**kwargs, "image_rotary_emb": rotary}
 
     def arguments_of_image(self, kwargs: Kwargs, row: int, batch: int) -> Kwargs:

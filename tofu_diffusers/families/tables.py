@@ -31,4 +31,4 @@ class TableFamily(Family):
             return kwargs
         # All rows of this call keep the same tokens.
         given = positions_given(plan, removed)[0]
-        return {**kwargs, "image_rotary_emb": tuple(part[given.to(part.device)] for part in table)}
+        return {**kwargs, "image_rotary_emb": tuple(part.to(given.device)[given] for part in table)}

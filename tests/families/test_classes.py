@@ -359,6 +359,12 @@ def test_what_is_computed_shrinks(case, keys_values):
     assert shrunk
 
 
+def test_flops_are_counted_and_fewer(case):
+    model, inputs, family = case
+    _, handle = run(model, inputs, ratio=0.5, method="random", scope=scope_of(family))
+    assert handle.summary().speedup > 1
+
+
 # ---- images of a batch --------------------------------------------------------------------------
 
 

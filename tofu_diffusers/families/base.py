@@ -60,6 +60,10 @@ class Family(ABC):
     ids_name: ClassVar[str | None] = None
     """Name of the root's tensor from which `grids` reads numbers; None: shapes are enough. Reading it waits
     for the device and cannot be traced, so it is done once a generation."""
+    read_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the root's tensors whose numbers it reads itself: shapes do not tell what it computes."""
+    cache_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the root's arguments that are objects to which it writes."""
     output_index: ClassVar[int] = 0
     """Where the image tokens stand in what a block returns, if that is a tuple."""
     guidance_in_batch: ClassVar[bool] = True

@@ -6,29 +6,21 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
-from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, patch_grid, positions_given, register_family
+from .base import Kwargs, patch_grid, register_family
+from .tables import TableFamily
 
 
 @register_family
-class GlmImageFamily(Family):
+class GlmImageFamily(TableFamily):
     """One stack of all blocks. Keys of pictures to edit are written before the steps, and read in them."""
 
     name = "glm_image"
     classes = ("GlmImageTransformer2DModel",)
-    sample_name = "hidden_states"
+    cache_names = ("kv_caches",)
     guidance_in_batch = False
-    rotary = True
-    shared_positions = True
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "transformer_blocks")]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attn1": block.attn1}
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         return patch_grid(model, self.sample(named))
@@ -39,14 +31,6 @@ class GlmImageFamily(Family):
 
     def attention_inputs(self, block: Any, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:
         return {"attn1": block.norm1(x, kwargs["encoder_hidden_states"], kwargs["temb"])[0]}
-
-    def slice_block_arguments(
-        self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
-    ) -> Kwargs:
-        # Positions have no batch axis: all rows of this call keep the same tokens.
-        given = positions_given(plan, removed)[0]
-        rotary = tuple(part[given.to(part.device)] for part in kwargs["image_rotary_emb"])
-        return {**kwargs, "image_rotary_emb": rotary}
 
     def arguments_of_image(self, kwargs: Kwargs, row: int, batch: int) -> Kwargs:
         own, layer = super().arguments_of_image(kwargs, row, batch), kwargs.get("kv_cache")

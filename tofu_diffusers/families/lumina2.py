@@ -23,6 +23,7 @@ class Lumina2Family(SequenceFamily):
     name = "lumina2"
     classes = ("Lumina2Transformer2DModel",)
     sample_name = "hidden_states"
+    read_names = ("encoder_attention_mask",)
     guidance_in_batch = False
     timestep_scale = None  # runs from 0 at noise to 1 at the image
     attention_name = "attn"

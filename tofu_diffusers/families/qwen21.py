@@ -40,6 +40,8 @@ class QwenImage21Family(SequenceFamily):
     name = "qwen21"
     classes = ("QwenImage21Transformer2DModel",)
     sample_name = "hidden_states"
+    read_names = ("img_mask", "encoder_hidden_states_mask")
+    cache_names = ("kv_cache",)
     latents_are_tokens = True
     guidance_in_batch = False
     timestep_scale = 1e-3

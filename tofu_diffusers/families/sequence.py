@@ -38,12 +38,10 @@ class SequenceFamily(Family):
         given = positions_given(plan, removed)
 
         def rows(table: Tensor) -> Tensor:
-            # Without a batch axis all rows of this call keep the same tokens.
-            return (
-                table[given[0].to(table.device)]
-                if self.shared_positions
-                else gather_rows(table, given)
-            )
+            if not self.shared_positions:
+                return gather_rows(table, given)
+            # All rows of this call keep the same tokens.
+            return table.to(given.device)[given[0]]
 
         changed = self.slice_per_token(kwargs, plan.kept)
         for name in self.rotary_names:

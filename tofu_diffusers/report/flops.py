@@ -6,19 +6,17 @@ attached: what it counts is what runs. Nothing is computed and no weight is load
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as shapes_config
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..hooks.patch import weightless
 from ..runtime.generation import FEW_STEPS, Generation
 from ..runtime.runtime import Runtime, shapes_only
+from .numberless import without_numbers
 
 WHOLE = 3  # steps before the counted one: enough evidence for any method
 TOTAL = FEW_STEPS + 1  # no warning of few steps
@@ -51,67 +49,13 @@ def count(
         example = setup.family.example(model)
         if example is None:
             raise UncountedError("it was not called yet")
-        inputs = shapes_only(example)
+        inputs = shapes_only(example, setup.family)
     try:
         with without_numbers():
             return _counted(weightless(model).eval(), runtime, inputs, settings, attached)
     except Exception as error:
         # Whatever a model does with numbers of tensors that have none.
         raise UncountedError(f"{type(error).__name__}: {error}") from error
-
-
-class Numberless(TorchFunctionMode):
-    """Answers for tensors on the meta device: of a mask all is true, so of its opposite nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.opposites: list[Tensor] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.__bool__ and args[0].is_meta:
-            return False
-        if func is Tensor.__setitem__ and args[0].is_meta:
-            return None
-        if func is Tensor.__getitem__:
-            if any(args[1] is each for each in self.opposites):
-                return args[0][:0]
-            args = (args[0], to_the_end(args[1]))
-        out = func(*args, **(kwargs or {}))
-        if func is Tensor.__invert__ and out.is_meta and out.ndim == 1:
-            self.opposites.append(out)
-        return out
-
-
-def to_the_end(index: Any) -> Any:
-    """An index with slices up to a tensor (the length of a prompt) made whole."""
-    if isinstance(index, tuple):
-        return tuple(to_the_end(each) for each in index)
-    if isinstance(index, slice) and isinstance(index.stop, Tensor):
-        return slice(index.start, None, index.step)
-    return index
-
-
-@contextmanager
-def without_numbers() -> Iterator[None]:
-    """Let a model run on the meta device that asks it for what it has not: numbers of a mask, and autocast.
-
-    Of a mask all is taken for true, as of a prompt that fills its length; torch 2.4 cannot.
-    """
-    own, flag = torch.autocast, "meta_nonzero_assume_all_nonzero"
-    patch: Any = shapes_config.patch  # type: ignore[attr-defined]
-
-    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return nullcontext() if device_type == "meta" else own(device_type, *args, **kwargs)
-
-    full = patch(**{flag: True}) if hasattr(shapes_config, flag) else nullcontext()
-    torch.autocast = autocast  # type: ignore[assignment, misc]
-    try:
-        with full, Numberless():
-            yield
-    finally:
-        torch.autocast = own  # type: ignore[misc]
 
 
 def _counted(

@@ -7,6 +7,7 @@ docs/how_it_works.md.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..families.base import gather_rows
+from ..families.base import Family, gather_rows
 from ..kernels.reference import normalise
 from ..steps.corrector import Corrector, CorrectorState
 from ..steps.outputs import tensors_in, with_tensors
@@ -31,8 +32,11 @@ from .setup import Setup
 from .sites import Projection, Site
 
 
-def shapes_only(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments with tensors on the meta device, in float32: their shapes and nothing else."""
+def shapes_only(arguments: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The same arguments with tensors on the meta device, in float32: their shapes and nothing else.
+
+    But for what the denoiser reads itself, which is on the CPU.
+    """
 
     def shape_only(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -40,7 +44,20 @@ def shapes_only(arguments: dict[str, Any]) -> dict[str, Any]:
         dtype = torch.float32 if leaf.is_floating_point() else leaf.dtype
         return torch.empty(leaf.shape, dtype=dtype, device="meta")
 
+    def copied(cache: Any) -> Any:
+        """A cache's own copy, to which nobody else writes."""
+        if isinstance(cache, Tensor) or not hasattr(cache, "__dict__"):
+            return shape_only(cache)
+        twin = copy.copy(cache)
+        vars(twin).update(tree_map(copied, vars(cache)))
+        return twin
+
     shapes: dict[str, Any] = tree_map(shape_only, arguments)
+    for name in family.cache_names:
+        shapes[name] = copied(arguments.get(name))
+    for name in family.read_names:
+        if arguments.get(name) is not None:
+            shapes[name] = arguments[name].cpu()
     return shapes
 
 
@@ -113,7 +130,7 @@ class Runtime:
             call.shapes[call.cfg_branch] = shape
             call.began_anew = True
             if call.cfg_branch == "0" and not torch.compiler.is_compiling():
-                call.inputs = shapes_only(named)
+                call.inputs = shapes_only(named, setup.family)
         if call.step is not None and call.step.device != sample.device:
             call.step = call.step.to(sample.device)
         self.caches.to(sample.device)

@@ -1,0 +1,70 @@
+"""Calls that single classes are given, beside those of their tiny models."""
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.denoisers import DENOISERS
+from tofu_diffusers import StepSkipping, apply_tofu
+
+
+def of(name):
+    return tiny.randomise(DENOISERS[name].build()), DENOISERS[name].arguments()
+
+
+@pytest.mark.parametrize("scope", ["attention", "block"])
+@pytest.mark.parametrize("keys_values", ["fresh", "cached"])
+@torch.no_grad()
+def test_a_square_image_of_hidream_has_no_padding(scope, keys_values):
+    model, inputs = of("HiDreamImageTransformer2DModel")
+    inputs["hidden_states"] = inputs["hidden_states"][..., :8]
+    (expected,) = model(**inputs, return_dict=False)
+    options = {"method": "random", "unmerge": "temporal", "warmup_steps": 1, "scope": scope}
+    handle = apply_tofu(model, ratio=0.5, keys_values=keys_values, **options)
+    for step in range(3):
+        handle.step(step, 3)
+        (found,) = model(**inputs, return_dict=False)
+    assert all(row["tokens_kept"] < row["tokens_in"] for row in handle.stats())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_texts_of_hidream_stand_between_its_blocks():
+    model, inputs = of("HiDreamImageTransformer2DModel")
+    apply_tofu(model, ratio=0.5, method="tofu", scope="span")
+    with pytest.raises(ValueError, match="scope 'span' cannot run with a text for every block"):
+        model(**inputs)
+
+
+def test_hidream_refuses_patches():
+    model, inputs = of("HiDreamImageTransformer2DModel")
+    apply_tofu(model, ratio=0.5, method="tofu")
+    with pytest.raises(ValueError, match=r"give latents \[B, C, H, W\]"):
+        model(**inputs, hidden_states_masks=torch.ones(2, 24))
+
+
+@torch.no_grad()
+def test_z_image_refuses_rows_of_other_lengths():
+    model, inputs = of("ZImageTransformer2DModel")
+    inputs["x"][1] = inputs["x"][1][..., :8]
+    apply_tofu(model, ratio=0.5, method="tofu")
+    with pytest.raises(ValueError, match="must have one size"):
+        model(**inputs)
+    with pytest.raises(ValueError, match=r"omni mode.*speedup=2.0"):
+        model(**inputs | {"x": [[each] for each in inputs["x"]]})
+    # Steps of them are skipped all the same.
+    with apply_tofu(
+        model, StepSkipping(1.5, warmup_steps=1, rule="even", corrector=False)
+    ) as handle:
+        for step in range(4):
+            handle.step(step, 4)
+            (found,) = model(**inputs, return_dict=False)
+        assert any(each.skipped for each in handle.inspect()[0].steps)
+    assert [each.shape[-1] for each in found] == [12, 8]
+
+
+def test_prx_refuses_fresh_keys_and_values():
+    model, _ = of("PRXTransformer2DModel")
+    words = r"keys_values 'fresh' cannot be had in PRXTransformer2DModel: one projection .*use keys_values="
+    with pytest.raises(ValueError, match=words):
+        apply_tofu(model, ratio=0.5, method="random", keys_values="fresh")

@@ -13,7 +13,7 @@ import torch
 
 from tests import markdown
 from tests.denoisers import DENOISERS, NO_DENOISERS
-from tofu_diffusers import FAMILIES, apply_tofu
+from tofu_diffusers import FAMILIES, apply_tofu, remove_tofu
 from tofu_diffusers.config import KEYS_VALUES, SCOPES
 from tofu_diffusers.families import known_family
 from tofu_diffusers.steps.outputs import tensors_in
@@ -33,11 +33,12 @@ def runs(model: Any, inputs: dict[str, Any], scope: str, keys_values: str) -> bo
     options = {"scope": scope, "keys_values": keys_values, "warmup_steps": 1}
     try:
         handle = apply_tofu(model, ratio=0.5, method="random", **options)
-    except ValueError:
+        for step in range(2):
+            handle.step(step, 2)
+            out = model(**inputs, return_dict=False)
+    except ValueError:  # refused in words, when applied or at the first call
+        remove_tofu(model)
         return False
-    for step in range(2):
-        handle.step(step, 2)
-        out = model(**inputs, return_dict=False)
     rows = handle.stats()
     assert all(torch.isfinite(each).all() for each in tensors_in(out))
     assert rows and all(row["tokens_kept"] < row["tokens_in"] for row in rows)
@@ -48,7 +49,10 @@ def runs(model: Any, inputs: dict[str, Any], scope: str, keys_values: str) -> bo
 @torch.no_grad()
 def batches(model: Any, inputs: dict[str, Any]) -> str:
     """How images that keep different tokens are run."""
-    with apply_tofu(model, ratio=0.5, method="tome") as handle:
+    family = known_family(model)
+    assert family is not None
+    scope = next(each for each in ("block", "attention") if each not in family.scopes_refused)
+    with apply_tofu(model, ratio=0.5, method="tome", scope=scope) as handle:
         model(**inputs)
         alone = handle.inspect()[0].per_image
     return "one after another, unless `share_plan`" if alone else "together"
@@ -59,7 +63,7 @@ def pipelines_of(name: str) -> list[str]:
     found = set[str]()
     for path in Path(diffusers.pipelines.__path__[0]).rglob("pipeline_*.py"):
         text = path.read_text(encoding="utf-8")
-        if re.search(rf":[^=\n]*\b{name}\b", text):
+        if re.search(rf"\b{name}\b", text):
             found |= {*re.findall(r"^class (\w+Pipeline)\(", text, re.MULTILINE)}
     return sorted(found, key=lambda each: (len(each), each))
 
@@ -74,9 +78,10 @@ def row(name: str) -> tuple[str, ...]:
         ", ".join(each for each in KEYS_VALUES if runs(model, inputs, scope, each)) or "-"
         for scope in SCOPES
     )
-    first, *others = pipelines_of(name)
-    more = f" and {len(others)} more" if others else ""
-    return (f"`{name}`", f"`{first}`{more}", " x ".join(sides), *scopes, batches(model, inputs))
+    pipelines = pipelines_of(name)
+    others = f" and {len(pipelines) - 1} more" if len(pipelines) > 1 else ""
+    named = f"`{pipelines[0]}`{others}" if pipelines else "-"
+    return (f"`{name}`", named, " x ".join(sides), *scopes, batches(model, inputs))
 
 
 def table() -> str:

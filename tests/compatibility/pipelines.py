@@ -34,7 +34,6 @@ from .base import (
     TRANSFORMER,
     UNET,
     Combination,
-    Refused,
     as_pipeline,
     drawn_anew,
     sd,
@@ -158,15 +157,11 @@ PIPELINES = (
         "AnimateDiff",
         unet={"SD": animate_diff},
         run=animate,
-        tokens=Refused("no denoiser of a known class"),
-        note="no family for `UNetMotionModel`",
     ),
     Combination(
         "Stable Video Diffusion",
         unet={"SVD": stable_video},
         run=film,
-        tokens=Refused("no denoiser of a known class"),
-        note="no family for `UNetSpatioTemporalConditionModel`",
     ),
     Combination(
         "FreeU",

@@ -4,8 +4,8 @@
     speedup   the type and options of what was measured best at two times fewer FLOPs, whatever it is
 
 Each names the committed result it was chosen from; without one it is provisional. A family without a trained
-model at hand has no file and borrows the profile of `BORROWED`, or a file with `like`, which names another
-and holds what is its own.
+model at hand has no file and borrows the profile of `BORROWED`; or its file names whose it borrows (`like`), and
+under `tokens` the options that are other ones.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ def profile(family: str) -> Mapping[str, Any]:
     data: dict[str, Any] = {"like": BORROWED}
     if path.is_file():
         data = json.loads(path.read_text(encoding="utf-8"))
-    if "like" in data:
-        return {**profile(data["like"]), **data}
-    return data
+    if "like" not in data:
+        return data
+    own = profile(data["like"])
+    borrowed = {**own, "like": data["like"]}
+    if "tokens" in data:
+        borrowed["tokens"] = {"result": None, "options": own["tokens"]["options"] | data["tokens"]}
+    return borrowed
 
 
 def resolve(config: Config, family: str) -> Config:

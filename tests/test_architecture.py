@@ -36,7 +36,7 @@ LAYERS = (
 )
 PIPELINES_LAYERS = (
     {"gpu_command", "recipe", "timer"},
-    {"flux", "pixart", "sd15", "sd3", "sdxl", "wan"},
+    {"cogvideox", "flux", "pixart", "sd15", "sd3", "sdxl", "wan", "z_image"},
     {"emoji.captions", "emoji.loop", "emoji.sd3", "emoji.sheet"},
     # Loads them; its other files are all named here.
     {"emoji"},

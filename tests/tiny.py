@@ -6,14 +6,18 @@ are an eighth of the image, as in the real models: 120 pixels give an odd grid o
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -38,6 +42,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
 )
 from torch import Tensor, nn
 from torch.nn import functional
@@ -50,6 +55,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -59,6 +66,7 @@ from transformers import (
 
 from pipelines.emoji.captions import held_out
 from pipelines.emoji.data import Emoji
+from tests.denoisers import DENOISERS
 
 # The constructors of diffusers draw weights that are replaced below.
 untouched_generator = torch.random.fork_rng(devices=[])
@@ -75,6 +83,8 @@ CALLS: dict[type[DiffusionPipeline], dict[str, Any]] = {
     },
     WanPipeline: {"height": 64, "width": 96, "num_frames": 5, "max_sequence_length": 16},
     QwenImagePipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
+    ZImagePipeline: {"height": 128, "width": 128, "max_sequence_length": 64},
+    CogVideoXPipeline: {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16},
     DDPMPipeline: {"output_type": "pt"},  # no latents: it draws the picture itself
 }
 
@@ -341,6 +351,47 @@ def tiny_qwen(*, num_layers: int = 3, seed: int = 0) -> QwenImagePipeline:
         vae=AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
         text_encoder=_qwen_text(len(tokenizer)),
         tokenizer=tokenizer,
+    )
+    return _finish(pipe, seed)
+
+
+@untouched_generator
+def tiny_z_image(*, seed: int = 0) -> ZImagePipeline:
+    """Z-Image: image and text in one sequence; 64 image tokens at 128 x 128 pixels."""
+    tokenizer = _qwen_tokenizer()
+    tokenizer.chat_template = "{% for each in messages %}{{ each['content'] }}{% endfor %}"
+    text = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    pipe = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(4, shift_factor=0.1),
+        text_encoder=Qwen3Model(text),
+        tokenizer=tokenizer,
+        transformer=DENOISERS["ZImageTransformer2DModel"].build(seed),
+    )
+    return _finish(pipe, seed)
+
+
+@untouched_generator
+def tiny_cogvideox(*, seed: int = 0) -> CogVideoXPipeline:
+    """CogVideoX: joint text and video; 3 frames of 4 x 6 tokens at 9 frames of 64 x 96 pixels."""
+    model = DENOISERS["CogVideoXTransformer3DModel"]
+    config = {**model.config, "in_channels": 4, "ofs_embed_dim": None, "max_text_seq_length": 16}
+    pipe = CogVideoXPipeline(
+        tokenizer=_t5_tokenizer(),
+        text_encoder=_t5(16),
+        vae=AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(8, 8, 8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+        ),
+        transformer=replace(model, config=config).build(seed),
+        scheduler=CogVideoXDDIMScheduler(),
     )
     return _finish(pipe, seed)
 

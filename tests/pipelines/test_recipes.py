@@ -14,9 +14,18 @@ from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 from PIL import Image, ImageChops
 from sentencepiece import SentencePieceTrainer
 
-from pipelines import flux, pixart, sd3, sd15, sdxl, wan
+from pipelines import cogvideox, flux, pixart, sd3, sd15, sdxl, wan, z_image
 from pipelines.recipe import Recipe, run
-from tests.tiny import tiny_flux, tiny_pixart, tiny_sd, tiny_sd3, tiny_sdxl, tiny_wan
+from tests.tiny import (
+    tiny_cogvideox,
+    tiny_flux,
+    tiny_pixart,
+    tiny_sd,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_wan,
+    tiny_z_image,
+)
 
 RECIPES = {
     "sd15": (sd15.RECIPE, tiny_sd),
@@ -25,6 +34,8 @@ RECIPES = {
     "flux": (flux.RECIPE, tiny_flux),
     "pixart": (pixart.RECIPE, tiny_pixart),
     "wan": (wan.RECIPE, tiny_wan),
+    "z_image": (z_image.RECIPE, tiny_z_image),
+    "cogvideox": (cogvideox.RECIPE, tiny_cogvideox),
 }
 every_recipe = pytest.mark.parametrize(("recipe", "build"), RECIPES.values(), ids=RECIPES)
 
@@ -58,15 +69,16 @@ def refused_unloaded(capsys: pytest.CaptureFixture[str], recipe: Recipe, *argv: 
 def test_generates_and_reports(recipe, build, tmp_path, capsys, on_cpu):
     build().save_pretrained(tmp_path / "model")
     out = tmp_path / "new" / ("video.gif" if recipe.video else "image.png")
-    argv = command(tmp_path / "model", out, *(["--frames", "5"] if recipe.video else []))
+    frames = 1 + recipe.video.step if recipe.video else 1
+    argv = command(tmp_path / "model", out, *(["--frames", str(frames)] if recipe.video else []))
     assert run(recipe, argv) == 0
     with Image.open(out) as picture:
         assert picture.size == (96, 128)
-        assert getattr(picture, "n_frames", 1) == (5 if recipe.video else 1)
+        assert getattr(picture, "n_frames", 1) == frames
     printed = capsys.readouterr().out
     assert "ratio 0.25" in printed
     assert "FLOPs" in printed
-    assert f"{out}: {'5 frames of ' if recipe.video else ''}96 x 128 pixels" in printed
+    assert f"{out}: {f'{frames} frames of ' if recipe.video else ''}96 x 128 pixels" in printed
 
     chosen = ["--method", "tome", "--merge", "prune", "--scope", "span", "--unmerge", "temporal"]
     assert run(recipe, [*argv, *chosen, "--keys-values", "cached"]) == 0
@@ -81,7 +93,8 @@ def test_a_speedup_skips_steps(recipe, build, tmp_path, capsys, on_cpu):
     out = tmp_path / ("video.gif" if recipe.video else "image.png")
     argv = ["--model", str(tmp_path / "model"), "--prompt", "a cat", "--steps", "8"]
     argv += ["--height", "128", "--width", "96", "--out", str(out), "--speedup", "1.6"]
-    assert run(recipe, [*argv, *(["--frames", "5"] if recipe.video else [])]) == 0
+    frames = ["--frames", str(1 + recipe.video.step)] if recipe.video else []
+    assert run(recipe, [*argv, *frames]) == 0
     with Image.open(out) as picture:
         assert picture.size == (96, 128)
     printed = capsys.readouterr().out

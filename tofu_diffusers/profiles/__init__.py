@@ -4,8 +4,8 @@
     speedup   the type and options of what was measured best at two times fewer FLOPs, whatever it is
 
 Each names the committed result it was chosen from; without one it is provisional. A family without a trained
-model at hand has no file and borrows the profile of `BORROWED`; or its file names whose it borrows (`like`), and
-under `tokens` the options that are other ones.
+model at hand has no file and borrows the profile of `BORROWED`; or its file names whose it borrows (`like`),
+and under `tokens` the options that are other ones.
 """
 
 from __future__ import annotations

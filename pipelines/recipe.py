@@ -243,8 +243,8 @@ def check_options(args: argparse.Namespace, family: str) -> None:
     for name in options:
         if name not in kind.field_names():
             raise ValueError(
-                f"--{name.replace('_', '-')} is of token reduction, and --speedup skips steps; leave it out, "
-                "or give --ratio instead"
+                f"--{name.replace('_', '-')} is of token reduction, and --speedup {options['speedup']:g} skips "
+                "steps; leave it out, or give --ratio instead"
             )
     resolve(kind(**options), family)
 

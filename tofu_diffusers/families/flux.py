@@ -52,7 +52,7 @@ class FluxFamily(Family):
         ids = named["img_ids"]
         # (image, row, column) of each token; an edit's references are images 1 and up.
         image, row, column = (ids[0] if ids.ndim == 3 else ids)[:, :3].T.tolist()
-        own = [i for i, number in enumerate(image) if number == image[0]]
+        own = [i for i, number in enumerate(image) if int(number) == int(image[0])]
         # Counted, not measured: some models scale them.
         height, width = (len({places[i] for i in own}) for places in (row, column))
         if height * width != len(own):

@@ -242,9 +242,10 @@ def check_options(args: argparse.Namespace, family: str) -> None:
     kind = StepSkipping if "speedup" in options else TokenReduction
     for name in options:
         if name not in kind.field_names():
+            option, speedup = f"--{name.replace('_', '-')}", options["speedup"]
             raise ValueError(
-                f"--{name.replace('_', '-')} is of token reduction, and --speedup {options['speedup']:g} skips "
-                "steps; leave it out, or give --ratio instead"
+                f"{option} is of token reduction, and --speedup {speedup:g} skips steps; leave it out, or "
+                "give --ratio instead"
             )
     resolve(kind(**options), family)
 

@@ -5,6 +5,7 @@
 
 import re
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,23 @@ def batches(model: Any, inputs: dict[str, Any]) -> str:
     return "one after another, unless `share_plan`" if alone else "together"
 
 
+@cache
+def pipeline_sources() -> list[tuple[frozenset[str], list[str]]]:
+    """Of every file of diffusers' pipelines, the words in it and the pipelines that it defines."""
+    files = Path(diffusers.pipelines.__path__[0]).rglob("pipeline_*.py")
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    return [
+        (
+            frozenset(re.findall(r"\w+", text)),
+            re.findall(r"^class (\w+Pipeline)\(", text, re.MULTILINE),
+        )
+        for text in texts
+    ]
+
+
 def pipelines_of(name: str) -> list[str]:
     """The pipelines of diffusers that take a denoiser of this class, by their source."""
-    found = set[str]()
-    for path in Path(diffusers.pipelines.__path__[0]).rglob("pipeline_*.py"):
-        text = path.read_text(encoding="utf-8")
-        if re.search(rf"\b{name}\b", text):
-            found |= {*re.findall(r"^class (\w+Pipeline)\(", text, re.MULTILINE)}
+    found = {each for words, defined in pipeline_sources() if name in words for each in defined}
     return sorted(found, key=lambda each: (len(each), each))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numbers
 import os
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
-from .config import CONFIGS, Config, StepSkipping, TokenReduction, one_of
+from .config import CONFIGS, Config, StepSkipping, TokenReduction, check_whole, one_of
 from .families import (
     ANY,
     FAMILIES,
@@ -274,8 +273,7 @@ class Handle:
         """
         self._check()
         for name, value in (("index", index), ("total", total), ("cfg_branches", cfg_branches)):
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(f"{name} must be a whole number, not {value!r}")
+            check_whole(name, value)
         if not 0 <= index < total:
             raise ValueError(f"step {index} is not one of {total} steps; count from 0")
         if cfg_branches < 1:

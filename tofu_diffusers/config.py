@@ -517,9 +517,14 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _whole_number(name: str, value: object, least: int) -> int:
+def check_whole(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a whole number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
+
+
+def _whole_number(name: str, value: Any, least: int) -> int:
+    check_whole(name, value)
     whole = int(value)
     if whole < least:
         raise ValueError(f"{name} {whole} is below {least}")

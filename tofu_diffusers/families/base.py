@@ -279,6 +279,22 @@ def positions_given(plan: Plan, removed: Tensor | None) -> Tensor:
     return plan.kept if removed is None else torch.cat([plan.kept, removed], dim=1)
 
 
+def shared_rows(table: Tensor, positions: Tensor) -> Tensor:
+    """Rows of a table of positions without a batch axis, for which all rows of a call keep the same tokens.
+
+    [N, ...], [B, M] -> [M, ...]
+    """
+    # It may be on the CPU; positions must not go there, which would wait for the device.
+    return table.to(positions.device)[positions[0]]
+
+
+def refusal_of_sizes(sizes: Sequence[Any]) -> str | None:
+    """Why pictures of these sizes cannot be one batch, and a way out; None if they are of one."""
+    if all(size == sizes[0] for size in sizes):
+        return None
+    return f"all pictures of a batch must have one size, not {sizes}; run them one after another"
+
+
 def gather_rows(x: Tensor, positions: Tensor) -> Tensor:
     """Rows along dim 1, also of a tensor that all rows of the batch share.
 

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, cut_mask, positions_given, register_family
+from .base import (
+    BlockStack,
+    Family,
+    Kwargs,
+    cut_mask,
+    positions_given,
+    register_family,
+    shared_rows,
+)
 
 
 class HunyuanFamily(Family):
@@ -48,8 +56,7 @@ class HunyuanFamily(Family):
         sliced = dict(kwargs)
         for name in ("image_rotary_emb", "freqs_cis"):
             if kwargs.get(name) is not None:
-                # Positions have no batch axis: all rows of this call keep the same tokens.
-                sliced[name] = tuple(part[given[0].to(part.device)] for part in kwargs[name])
+                sliced[name] = tuple(shared_rows(part, given) for part in kwargs[name])
         mask = kwargs.get("attention_mask")
         # HunyuanVideo 1.5 gives a mask of the text alone, to which the attention adds the image.
         if mask is not None and mask.ndim == 4 and keys_values != "cached":

@@ -16,7 +16,9 @@ from .base import (
     cut_mask,
     gather_rows,
     positions_given,
+    refusal_of_sizes,
     register_family,
+    shared_rows,
 )
 
 
@@ -60,10 +62,7 @@ class JoyImageFamily(Family):
         self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
     ) -> Kwargs:
         image, text = kwargs["image_rotary_emb"]
-        # Positions have no batch axis: all rows of this call keep the same tokens.
-        kept = plan.kept[0]
-        # The model leaves its tables on the host, where no plan must be fetched to.
-        table = tuple(part.to(kept.device)[kept] for part in image)
+        table = tuple(shared_rows(part, plan.kept) for part in image)
         return {**kwargs, "image_rotary_emb": (table, text)}
 
     def prediction(self, out: Tensor, grid: TokenGrid) -> Tensor:
@@ -98,12 +97,7 @@ class JoyImagePlusFamily(JoyImageFamily):
         return {0: TokenGrid(height, width, frames, text_after=after)}
 
     def refusal(self, scope: str, named: Kwargs) -> str | None:
-        sizes = [row[0] for row in named["shape_list"]]
-        if all(size == sizes[0] for size in sizes):
-            return None
-        return (
-            f"all pictures of a batch must have one size, not {sizes}; run them one after another"
-        )
+        return refusal_of_sizes([row[0] for row in named["shape_list"]])
 
     def slice_block_arguments(
         self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, gather_rows, positions_given, register_family
+from .base import (
+    BlockStack,
+    Family,
+    Kwargs,
+    gather_rows,
+    positions_given,
+    refusal_of_sizes,
+    register_family,
+    shared_rows,
+)
 
 
 @register_family
@@ -55,9 +64,7 @@ class QwenFamily(Family):
         self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None
     ) -> Kwargs:
         image, text = kwargs["image_rotary_emb"]
-        # Positions have no batch axis: all rows of this call keep the same tokens.
-        given = positions_given(plan, removed)[0]
-        rotary = (image[given.to(image.device)], text)
+        rotary = (shared_rows(image, positions_given(plan, removed)), text)
         return {**self.slice_per_token(kwargs, plan.kept), "image_rotary_emb": rotary}
 
     def arguments_of_image(self, kwargs: Kwargs, row: int, batch: int) -> Kwargs:
@@ -68,12 +75,7 @@ class QwenFamily(Family):
         return own
 
     def refusal(self, scope: str, named: Kwargs) -> str | None:
-        shapes = named["img_shapes"]
-        if all(shape == shapes[0] for shape in shapes):
-            return None
-        return (
-            f"all pictures of a batch must have one size, not {shapes}; run them one after another"
-        )
+        return refusal_of_sizes(named["img_shapes"])
 
     def example(self, model: Any) -> Kwargs:
         config = model.config

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..tokens.plan import Plan
-from .base import Family, Kwargs, cut_mask, gather_rows, positions_given
+from .base import Family, Kwargs, cut_mask, gather_rows, positions_given, shared_rows
 
 
 class SequenceFamily(Family):
@@ -37,16 +37,14 @@ class SequenceFamily(Family):
     ) -> Kwargs:
         given = positions_given(plan, removed)
 
-        def rows(table: Tensor) -> Tensor:
-            if not self.shared_positions:
-                return gather_rows(table, given)
-            # All rows of this call keep the same tokens.
-            return table.to(given.device)[given[0]]
-
+        rows = shared_rows if self.shared_positions else gather_rows
         changed = self.slice_per_token(kwargs, plan.kept)
         for name in self.rotary_names:
             if kwargs.get(name) is not None:
-                changed = {**changed, name: tree_map(rows, kwargs[name])}
+                changed = {
+                    **changed,
+                    name: tree_map(lambda table: rows(table, given), kwargs[name]),
+                }
         # Remembered keys are those of all tokens.
         for name in self.mask_names if keys_values != "cached" else ():
             mask = kwargs.get(name)

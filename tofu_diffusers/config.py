@@ -39,6 +39,10 @@ def one_of(what: str, value: object, valid: Iterable[str]) -> None:
         raise ValueError(f"unknown {what} {value!r}{close}; choose one of {', '.join(valid)}")
 
 
+class RatioTooHighError(ValueError):
+    """A ratio is over what its method can remove."""
+
+
 @dataclass(frozen=True)
 class Config(ABC):
     """What both workflows have: `TokenReduction` and `StepSkipping` derive from it."""
@@ -302,17 +306,18 @@ class TokenReduction(Config):
             return TokenReduction(**given | taken)
         except ValueError as error:
             names = ", ".join(f"{name} {value!r}" for name, value in taken.items())
+            way = "; name a method to start from its own options instead, such as method='tofu'"
             raise ValueError(
-                f"{error}. Not given, and so taken from the family's profile, are {names}; name a method "
-                "to start from its own options instead, such as method='tofu'"
+                f"{error}. Not given, and so taken from the family's profile, are {names}"
+                f"{'' if isinstance(error, RatioTooHighError) else way}"
             ) from error
 
     def _check_method(self) -> None:
         limit = self.make_method().max_ratio
         if self.ratio > limit:
-            raise ValueError(
+            raise RatioTooHighError(
                 f"ratio {self.ratio:g} exceeds {limit:g}, the most method {self.method!r} can remove with "
-                f"options {dict(self.method_options)}; lower the ratio or change the options"
+                f"options {dict(self.method_options)}; lower the ratio to at most that, or change the options"
             )
 
     @property

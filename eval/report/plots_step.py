@@ -32,8 +32,8 @@ BLOCK = (
     (7, "unmerge the update", "tokens/unmerge", True),
 )
 END = (
-    (8, "note which tokens\nwere computed", "tokens/statistics", True),
-    (9, "remember the output\nfor forecasts", "steps/forecast", True),
+    (8, "remember the output\nfor forecasts", "steps/forecast", True),
+    (9, "note which tokens\nwere computed", "tokens/statistics", True),
     (10, "correct what was\nforecast wrongly", "steps/corrector", True),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers import (
@@ -22,6 +23,12 @@ class ClipOnlySD3Pipeline(StableDiffusion3Pipeline):
     unless told otherwise. Attention sees them, 8 for each of the 32 real ones, and this transformer is
     trained without any.
     """
+
+    _optional_components: ClassVar[list[str]] = [
+        *StableDiffusion3Pipeline._optional_components,
+        "text_encoder_3",
+        "tokenizer_3",
+    ]
 
     def _get_t5_prompt_embeds(
         self,

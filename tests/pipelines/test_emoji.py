@@ -46,6 +46,7 @@ from pipelines.emoji.export import check_sizes, export
 from pipelines.emoji.loop import Budget, ExplicitAttention, Loop, begin_with, learning_rate
 from pipelines.emoji.mmdit import encode, new_transformer, train_mmdit
 from pipelines.emoji.scorer import FOLDER, EmojiScorer
+from pipelines.emoji.sd3 import ClipOnlySD3Pipeline
 from pipelines.emoji.text import (
     Captions,
     Rows,
@@ -488,6 +489,17 @@ def test_the_small_position_table_lies_on_the_same_positions():
         picture = large.cropped_pos_embed(32, 32).view(32, 32, channels)[::every, ::every]
         theirs = small.cropped_pos_embed(side, side).view(side, side, channels)
         torch.testing.assert_close(theirs, picture)
+
+
+def test_the_mmdit_is_read_back_as_it_was_saved(mmdit, tmp_path):
+    mmdit.save_pretrained(tmp_path)
+    again = quiet(ClipOnlySD3Pipeline.from_pretrained(tmp_path))
+    pictures = [
+        pipe("a red apple", num_inference_steps=1, height=64, width=64, output_type="np",
+             generator=torch.Generator().manual_seed(0)).images
+        for pipe in (mmdit, again)
+    ]  # fmt: skip
+    assert np.array_equal(*pictures)
 
 
 def test_training_sees_the_text_as_the_pipeline_gives_it(mmdit, monkeypatch):

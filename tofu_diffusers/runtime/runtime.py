@@ -159,14 +159,14 @@ class Runtime:
         call, caches = self.call, self.caches
         if call.step is None:
             return out
-        # 9  Remember the output for forecasts. Before it is corrected for tokens: what is forecast is what
+        # 8  Remember the output for forecasts. Before it is corrected for tokens: what is forecast is what
         # the denoiser computed.
         if caches.forecaster is not None and call.step_known:
             if call.cfg_branch not in caches.forecaster.past:
                 caches.check_limit(caches.nbytes + caches.forecaster.nbytes_for(out))
             out = caches.forecaster.record(call.cfg_branch, out, call.step)
             caches.peak_bytes = max(caches.peak_bytes, caches.nbytes)
-        # 8  Note which tokens were computed and how their predictions changed.
+        # 9  Note which tokens were computed and how their predictions changed.
         if caches.statistics is not None:
             self._note_statistics(out, caches.statistics, call.step)
         # 10  Correct the output by what was predicted wrongly for its tokens.

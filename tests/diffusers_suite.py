@@ -1,4 +1,4 @@
-"""diffusers' own fast pipeline tests, with tofu on the pipelines that they call.
+"""diffusers' own fast tests of pipelines and denoisers, with tofu on what they call or build.
 
     pip install parameterized ftfy requests-mock
     python -m tests.diffusers_suite FOLDER SETTING [--out FOLDER] [arguments of pytest]
@@ -22,7 +22,9 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).resolve()
-# What tofu is asked for; where no denoiser is of a known class, tokens are not.
+# What tofu is asked for; where no denoiser is of a known class, tokens are not. Ratio 0 changes no number, so
+# that it can stay on from where a pipeline or a denoiser is built, in all tests. The others are on during one
+# call of a pipeline.
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
     "ratio0": {"ratio": 0, "method": "tome"},
@@ -30,13 +32,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "blocks": {"ratio": 0.5, "method": "tofu", "scope": "block"},
     "speedup": {"speedup": 2.0},
 }
-# What is run unless pytest is told otherwise: of these folders, the fast tests that generate.
-FOLDERS = (
+BUILT = "ratio0"
+# What is run unless pytest is told otherwise: the fast tests of these pipelines and denoisers; with tofu in one
+# call, those that generate.
+PIPELINES = (
     "stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "pixart_alpha", "pixart_sigma",
     "dit", "wan", "qwenimage",
 )  # fmt: skip
-NAMES = (
-    "not Integration and not Slow and not Nightly and not offload and not load and not batch_consistent and ("
+DENOISERS = (
+    "unets/test_models_unet_2d_condition", "transformers/test_models_transformer_sd3",
+    "transformers/test_models_transformer_flux", "transformers/test_models_pixart_transformer2d",
+    "transformers/test_models_dit_transformer2d", "transformers/test_models_transformer_wan",
+    "transformers/test_models_transformer_qwenimage",
+)  # fmt: skip
+FAST = "not Integration and not Slow and not Nightly"
+GENERATING = (
+    f"{FAST} and not offload and not load and not batch_consistent and ("
     "inference_batch_single_identical or test_output or num_images_per_prompt or callback_inputs or "
     "callback_cfg or fused_qkv or test_ip_adapter or from_pipe_consistent_forward or interrupt or "
     "cache_inference or attention_slicing or karras or two_xl or three_xl or test_inference)"
@@ -58,9 +69,10 @@ class Suite:
         self.plain = json.loads(file.read_text()) if file.exists() else {}
         self.summed: set[type] = set()
         self.inside = False
+        self.of_denoisers = False
 
     def wrap(self, plain: Any) -> Any:
-        """The `__call__` of a class of pipelines, with tofu on for this one call."""
+        """The `__call__` of a class of pipelines, of ten steps at least, with tofu on for this one call."""
 
         @functools.wraps(plain)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
@@ -76,6 +88,38 @@ class Suite:
 
         return call
 
+    def wrap_init(self, plain: Any) -> Any:
+        """The `__init__` of a class of pipelines or denoisers, with tofu on what was built."""
+
+        @functools.wraps(plain)
+        def init(built: Any, *args: Any, **kwargs: Any) -> None:
+            outermost = not self.inside  # and not a parent's `__init__`
+            self.inside = True
+            try:
+                plain(built, *args, **kwargs)
+            finally:
+                self.inside = not outermost
+            if outermost:
+                self.put_on(built)
+
+        return init
+
+    def put_on(self, built: Any) -> None:
+        """What a test is about gets tofu, if it has none: denoisers in tests of denoisers, else pipelines."""
+        from torch.nn import Module
+
+        from tofu_diffusers import apply_tofu
+        from tofu_diffusers.families import known_family
+        from tofu_diffusers.hooks.patch import state_of
+
+        if isinstance(built, Module) != self.of_denoisers:
+            return
+        parts = [built] if self.of_denoisers else [*built.components.values()]
+        known = [part for part in parts if known_family(part) is not None]
+        if known and not any(map(state_of, known)):
+            apply_tofu(built, **SETTINGS[BUILT])
+            self.test["built"] = True
+
     def generate(self, plain: Any, pipe: Any, args: Any, kwargs: Any) -> Any:
         """One call of a pipeline; notes whether less was computed."""
         from tofu_diffusers import apply_tofu
@@ -83,7 +127,7 @@ class Suite:
 
         options = SETTINGS[self.setting]
         known = any(map(known_family, pipe.components.values()))
-        if not options or ("ratio" in options and not known):
+        if not options or self.setting == BUILT or ("ratio" in options and not known):
             return plain(pipe, *args, **kwargs)
         with apply_tofu(pipe, **options) as handle:
             out = plain(pipe, *args, **kwargs)
@@ -100,6 +144,7 @@ class Suite:
         from diffusers.training_utils import set_seed
 
         self.test = self.tests[item.nodeid] = {"outcome": "skipped"}
+        self.of_denoisers = "/models/" in item.nodeid
         set_seed(0)  # what a test draws without a seed must be the same in every setting
 
     @pytest.hookimpl(wrapper=True)
@@ -125,7 +170,11 @@ class Suite:
 
     def pytest_sessionfinish(self) -> None:
         print("\n", dict(Counter(test["kind"] for test in self.tests.values())))
-        print("less was computed:", sum(test.get("less", False) for test in self.tests.values()))
+        for note, text in (
+            ("less", "less was computed:"),
+            ("built", "tofu was on from the start:"),
+        ):
+            print(text, sum(test.get(note, False) for test in self.tests.values()))
 
     def kind(self, test: dict[str, Any], plain: dict[str, Any]) -> str:
         """How a test ended; a crash is what nobody wanted."""
@@ -133,7 +182,7 @@ class Suite:
             return str(test["outcome"])
         if test["refused"]:
             return "refused"
-        if self.setting == "ratio0":  # changes nothing, to the last digit of a message
+        if self.setting == BUILT:  # changes nothing, to the last digit of a message
             same = [ADDRESS.sub("", each.get("error", "")) for each in (test, plain)]
             return "fails without tofu" if same[0] == same[1] else "crash"
         if plain.get("outcome") == "failed" and plain["where"] == test["where"]:
@@ -142,17 +191,27 @@ class Suite:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
 
     suite = Suite(os.environ["SUITE_SETTING"], Path(os.environ["SUITE_OUT"]))
 
     def wrapped(cls: Any, **_: Any) -> None:
-        if "__call__" in vars(cls):
+        if suite.setting == BUILT:
+            cls.__init__ = suite.wrap_init(cls.__init__)
+        if "__call__" in vars(cls) and issubclass(cls, DiffusionPipeline):
             cls.__call__ = suite.wrap(cls.__call__)
 
-    # diffusers imports its pipelines when they are asked for, so that none is there yet.
-    DiffusionPipeline.__init_subclass__ = classmethod(wrapped)
+    # diffusers imports its pipelines when they are asked for, and some denoisers at once.
+    for base in (DiffusionPipeline, ModelMixin):
+        for each in subclasses(base):
+            wrapped(each)
+        base.__init_subclass__ = classmethod(wrapped)
     config.pluginmanager.register(suite)
+
+
+def subclasses(base: type) -> set[type]:
+    """All that derive from it by now."""
+    return {found for each in base.__subclasses__() for found in (each, *subclasses(each))}
 
 
 def build_hub(folder: Path) -> None:
@@ -202,7 +261,12 @@ def main() -> int:
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--out", type=Path, default=Path("build/diffusers_suite"))
     options, rest = parser.parse_known_args()
-    rest = rest or ["-k", NAMES, *(f"tests/pipelines/{name}" for name in FOLDERS)]
+    if not rest:
+        rest = [f"tests/pipelines/{name}" for name in PIPELINES]
+        if options.setting in ("none", BUILT):
+            rest += ["-k", FAST, *(f"tests/models/{name}.py" for name in DENOISERS)]
+        else:
+            rest += ["-k", GENERATING]
     out = options.out.resolve()
     if not (out / "hub").exists():
         build_hub(out / "hub")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -355,6 +356,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `generate` but the setting, and the stage."""
     run.add_run_arguments(parser, out="JSON-lines file; goes on where it was")
     parser.add_argument("--stage", choices=sorted(STAGES), required=True)
+    parser.add_argument(
+        "--match", metavar="REGEX", help="only rows whose id matches, such as '50steps.*-1.5-'"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -374,9 +378,12 @@ def main(args: argparse.Namespace) -> None:
     if args.stage in ("front", "rivals"):
         merging = [0.5] if args.stage == "front" else []
         trials += [Trial(setting, args.steps) for setting in others(loaded.pipe, merging)]
-    todo = []
+    todo, known = [], 0
     for trial in trials:
         about = study.about(trial)
+        if args.match is not None and not re.search(args.match, about["id"]):
+            continue
+        known += 1
         row = done.get(about["id"])
         if row is None:
             todo.append(trial)
@@ -385,6 +392,11 @@ def main(args: argparse.Namespace) -> None:
                 f"{args.out} holds another {about['id']}: {'; '.join(wrong)}; ask for the same, or choose "
                 "another --out"
             )
+    if not known:
+        raise ValueError(
+            f"no row of stage {args.stage} matches {args.match!r}; their ids are such as "
+            f"{study.about(trials[0])['id']}"
+        )
     mine = todo[state.process_index :: state.num_processes]
     without: list[str] = []
     for trial in tqdm(mine, desc=args.stage, unit=" rows", disable=not state.is_main_process):

@@ -158,6 +158,16 @@ def test_goes_on_where_it_was_killed(command):
     assert out.read_bytes() == whole
 
 
+def test_only_rows_that_match_are_made(command, capsys):
+    run, out = command
+    assert [row["setting"]["name"] for row in run("--match", "3steps.*-2$")] == ["steps-2"]
+    before = out.read_bytes()
+    with pytest.raises(SystemExit):
+        run("--match", "4steps")
+    assert "no row of stage grid matches '4steps'" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
 def test_no_setting_hangs_on_a_profile():
     """Profiles change: a row must say all that it was measured with.
 

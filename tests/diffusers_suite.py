@@ -33,8 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "speedup": {"speedup": 2.0},
 }
 BUILT = "ratio0"
-# What is run unless pytest is told otherwise: the fast tests of these pipelines and denoisers; with tofu in one
-# call, those that generate.
+# What is run unless pytest is told otherwise: the fast tests of these pipelines and denoisers; with tofu in
+# one call, those that generate.
 PIPELINES = (
     "stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "pixart_alpha", "pixart_sigma",
     "dit", "wan", "qwenimage",

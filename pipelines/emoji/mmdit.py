@@ -102,7 +102,7 @@ def train_mmdit(
     module = nn.ModuleDict({"mmdit": transformer})
     loop = Loop(stage, module, work, budget, lr, device, seed=side + 1, shards=shards)
 
-    fast = compiled(transformer, device)
+    fast = compiled(transformer, device, budget)
 
     def loss(x: Tensor, ids: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         words, pooled = encode(text, ids)

@@ -93,7 +93,7 @@ def train_unet(
     rates = {"unet": lr, "text": lr / 4} if first else {"unet": lr}
     loop = Loop(stage, module, work, budget, rates, device, seed=side, shards=shards)
 
-    fast = compiled(unet, device)
+    fast = compiled(unet, device, budget)
 
     def loss(x: Tensor, ids: Tensor, level: Tensor, noise: Tensor) -> Tensor:
         with autocast(device):

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 import tarfile
 from dataclasses import replace
@@ -43,7 +44,14 @@ from pipelines.emoji.ceiling import ceiling
 from pipelines.emoji.data import Emoji, build, concepts, load
 from pipelines.emoji.denoise import side_of, stages_before
 from pipelines.emoji.export import check_sizes, export
-from pipelines.emoji.loop import Budget, ExplicitAttention, Loop, begin_with, learning_rate
+from pipelines.emoji.loop import (
+    Budget,
+    ExplicitAttention,
+    Loop,
+    begin_with,
+    compiled,
+    learning_rate,
+)
 from pipelines.emoji.mmdit import encode, new_transformer, train_mmdit
 from pipelines.emoji.scorer import FOLDER, EmojiScorer
 from pipelines.emoji.sd3 import ClipOnlySD3Pipeline
@@ -432,7 +440,7 @@ def test_a_compiled_denoiser_is_trained_to_the_same_weights(tiny_emoji, tmp_path
     text = new_text_encoder(new_tokenizer(tiny_emoji))
     counter = CompileCounter()
 
-    def compile_(module, device):
+    def compile_(module, device, budget):
         return torch.compile(module, backend=counter, fullgraph=True, dynamic=False)
 
     weights = []
@@ -445,6 +453,21 @@ def test_a_compiled_denoiser_is_trained_to_the_same_weights(tiny_emoji, tmp_path
     assert counter.frame_count == 1
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("budget", "compiler", "pays"),
+    [
+        (Budget(minutes=30), True, True),
+        (Budget(minutes=30), False, False),
+        (Budget(minutes=29), True, False),
+        (Budget(steps=10**6), True, False),
+    ],
+)
+def test_on_a_cpu_long_stages_are_compiled(budget, compiler, pays, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++" if compiler else None)
+    module = torch.nn.Linear(1, 1)
+    assert (compiled(module, CPU, budget) is not module) == pays
 
 
 def test_standardising_latents_changes_nothing_that_is_decoded():

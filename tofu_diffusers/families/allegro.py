@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
 from .base import (
-    BlockStack,
     Family,
     Kwargs,
     gather_rows,
@@ -28,12 +27,6 @@ class AllegroFamily(Family):
     classes = ("AllegroTransformer3DModel",)
     sample_name = "hidden_states"
     rotary = True
-
-    def block_stacks(self, model: nn.Module) -> list[BlockStack]:
-        return [BlockStack.of(model, "transformer_blocks")]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attn1": block.attn1}
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         frames, height, width = self.sample(named).shape[2:]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..steps.outputs import tensors_in
 from ..tokens.grid import TokenGrid
-from .base import FAMILIES, BlockStack, Family, Kwargs, known_classes, known_family
+from .base import FAMILIES, Family, Kwargs, known_classes, known_family
 
 
 class AnyFamily(Family):
@@ -21,18 +21,14 @@ class AnyFamily(Family):
     name = "any"
     classes = ()
     sample_name = ""
+    stacks = ()
+    attention_names = ()
     timestep_scale = None
 
     def latents(self, named: Kwargs) -> list[Tensor]:
         # Which argument holds them is not known. Whatever changes its shape may change the output's.
         # The number of timesteps may change from step to step, and changes nothing.
         return [each for each in tensors_in(list(named.values())) if each.ndim > 1]
-
-    def block_stacks(self, model: nn.Module) -> list[BlockStack]:
-        return []
-
-    def attentions(self, block: nn.Module) -> dict[str, nn.Module]:
-        return {}
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         return {}

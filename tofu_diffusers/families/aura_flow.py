@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
-from .base import BlockStack, Family, Kwargs, patch_grid, register_family
+from .base import Family, Kwargs, patch_grid, register_family
 
 
 @register_family
@@ -19,17 +19,11 @@ class AuraFlowFamily(Family):
     name = "aura_flow"
     classes = ("AuraFlowTransformer2DModel",)
     sample_name = "hidden_states"
+    stacks = ("joint_transformer_blocks", "single_transformer_blocks")
+    one_grid = False
+    attention_names = ("attn",)
     output_index = 1
     timestep_scale = 1e-3
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [
-            BlockStack.of(model, "joint_transformer_blocks"),
-            BlockStack.of(model, "single_transformer_blocks", 1),
-        ]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attn": block.attn}
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         grid = patch_grid(model, self.sample(named))[0]

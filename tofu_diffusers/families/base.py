@@ -53,6 +53,12 @@ class Family(ABC):
 
     name: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
+    stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    """Dotted names of the module lists that hold its runs of blocks, in the order of execution."""
+    one_grid: ClassVar[bool] = True
+    """Whether all runs lie on one grid; else each has its own, as other tokens stand around the image."""
+    attention_names: ClassVar[tuple[str, ...]] = ("attn1",)
+    """Names of a block's self-attentions over image tokens, in the order of execution."""
     sample_name: ClassVar[str]
     """Name of the root's noisy latents: [B, C, (F,) H, W], or [B, N, C] where they are packed."""
     latents_are_tokens: ClassVar[bool] = False
@@ -95,13 +101,16 @@ class Family(ABC):
     blocks_are_attentions: ClassVar[bool] = False
     """Whether a block is nothing but an attention, so that scope "attention" is scope "block"."""
 
-    @abstractmethod
     def block_stacks(self, model: nn.Module) -> list[BlockStack]:
         """The denoiser's runs of blocks, in the order of execution."""
+        return [
+            BlockStack.of(model, name, 0 if self.one_grid else i)
+            for i, name in enumerate(self.stacks)
+        ]
 
-    @abstractmethod
     def attentions(self, block: nn.Module) -> dict[str, nn.Module]:
         """A block's self-attention modules over image tokens, by attribute name, in order of execution."""
+        return {name: getattr(block, name) for name in self.attention_names}
 
     def listeners(self, block: nn.Module) -> dict[str, nn.Module]:
         """A block's attentions of other streams that read image tokens as keys, by attribute name."""

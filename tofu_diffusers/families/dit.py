@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..tokens.grid import TokenGrid
-from .base import BlockStack, Kwargs, patch_grid, register_family
+from .base import Kwargs, patch_grid, register_family
 from .basic import BasicFamily
 
 
@@ -19,9 +19,6 @@ class DiTFamily(BasicFamily):
     classes = ("DiTTransformer2DModel",)
     sample_name = "hidden_states"
     conditional_first = True
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "transformer_blocks")]
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         return patch_grid(model, self.sample(named))

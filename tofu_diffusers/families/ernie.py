@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tokens.grid import TokenGrid
-from .base import BlockStack, Kwargs, patch_grid, register_family
+from .base import Kwargs, patch_grid, register_family
 from .sequence import SequenceFamily
 
 
@@ -22,11 +22,9 @@ class ErnieFamily(SequenceFamily):
     name = "ernie"
     classes = ("ErnieImageTransformer2DModel",)
     sample_name = "hidden_states"
-    attention_name = "self_attention"
+    stacks = ("layers",)
+    attention_names = ("self_attention",)
     rotary_names = ("rotary_pos_emb", "image_rotary_emb")
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "layers")]
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         grid = patch_grid(model, self.sample(named))[0]

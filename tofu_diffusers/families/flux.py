@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, cut_mask, positions_given, register_family
+from .base import Family, Kwargs, cut_mask, positions_given, register_family
 
 
 @register_family
@@ -27,6 +27,8 @@ class FluxFamily(Family):
         "OvisImageTransformer2DModel",
     )
     sample_name = "hidden_states"
+    stacks = ("transformer_blocks", "single_transformer_blocks")
+    attention_names = ("attn",)
     latents_are_tokens = True
     ids_name = "img_ids"
     output_index = 1
@@ -38,15 +40,6 @@ class FluxFamily(Family):
     timestep_scale = 1e-3
     rotary = True
     shared_positions = True
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [
-            BlockStack.of(model, "transformer_blocks"),
-            BlockStack.of(model, "single_transformer_blocks"),
-        ]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attn": block.attn}
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         ids = named["img_ids"]
@@ -91,11 +84,7 @@ class FluxFamily(Family):
 class TextInSequenceFamily(FluxFamily):
     """Single blocks are given text and image in one sequence, and return both so."""
 
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [
-            BlockStack.of(model, "transformer_blocks"),
-            BlockStack.of(model, "single_transformer_blocks", 1),
-        ]
+    one_grid = False
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         return self.around(super().grids(model, named), named)

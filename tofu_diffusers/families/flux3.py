@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import BlockStack, Kwargs, gather_rows, register_family
+from .base import Kwargs, gather_rows, register_family
 from .flux import FluxFamily, packed_example
 
 
@@ -19,13 +19,9 @@ class Flux3Family(FluxFamily):
 
     name = "flux3"
     classes = ("Flux3Transformer2DModel",)
+    stacks = ("mode_blocks.image", "single_transformer_blocks")
+    one_grid = False
     args_between_blocks = ()
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [
-            BlockStack.of(model, "mode_blocks.image"),
-            BlockStack.of(model, "single_transformer_blocks", 1),
-        ]
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         return self.around(super().grids(model, named), named)

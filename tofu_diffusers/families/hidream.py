@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
 from .base import (
-    BlockStack,
     Family,
     Kwargs,
     gather_rows,
@@ -31,15 +30,11 @@ class HiDreamFamily(Family):
     name = "hidream"
     classes = ("HiDreamImageTransformer2DModel",)
     sample_name = "hidden_states"
+    stacks = ("double_stream_blocks", "single_stream_blocks")
+    one_grid = False
     timestep_name = "timesteps"
     rotary = True
     image_first = True
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [
-            BlockStack.of(model, "double_stream_blocks"),
-            BlockStack.of(model, "single_stream_blocks", 1),
-        ]
 
     def splits_stacks(self, named: Kwargs) -> str | None:
         return "a text for every block"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
 from .base import (
-    BlockStack,
     Family,
     Kwargs,
     cut_mask,
@@ -25,17 +24,12 @@ class HunyuanFamily(Family):
     """Joint blocks, then single blocks where there are any; the image stands first in both."""
 
     sample_name = "hidden_states"
+    stacks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
+    attention_names = ("attn",)
     guidance_in_batch = False
     rotary = True
     shared_positions = True
     image_first = True
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        names = ("transformer_blocks", "single_transformer_blocks")
-        return [BlockStack.of(model, name) for name in names if hasattr(model, name)]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attn": block.attn}
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         config, sides = model.config, self.sample(named).shape[2:]
@@ -188,6 +182,7 @@ class HunyuanVideo15Family(HunyuanFamily):
 
     name = "hunyuan_video_1_5"
     classes = ("HunyuanVideo15Transformer3DModel",)
+    stacks = ("transformer_blocks",)
 
     def example(self, model: Any) -> Kwargs:
         config = model.config

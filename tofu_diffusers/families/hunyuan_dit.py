@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import BlockStack, Kwargs, gather_rows, patch_grid, register_family
+from .base import Kwargs, gather_rows, patch_grid, register_family
 from .tables import TableFamily
 
 
@@ -19,13 +19,11 @@ class HunyuanDiTFamily(TableFamily):
 
     name = "hunyuan_dit"
     classes = ("HunyuanDiT2DModel",)
+    stacks = ("blocks",)
     keys_values_refused = ("fresh",)
     refused_because = (
         "its attention to the text rotates queries by the positions of the self-attention"
     )
-
-    def block_stacks(self, model: nn.Module) -> list[BlockStack]:
-        return [BlockStack.of(model, "blocks")]
 
     def splits_stacks(self, named: Kwargs) -> str | None:
         return "a skip connection"

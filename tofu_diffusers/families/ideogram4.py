@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tokens.grid import TokenGrid
-from .base import BlockStack, Kwargs, gather_rows, register_family
+from .base import Kwargs, gather_rows, register_family
 from .sequence import SequenceFamily
 
 FIRST = 65536
@@ -22,14 +22,12 @@ class Ideogram4Family(SequenceFamily):
     name = "ideogram4"
     classes = ("Ideogram4Transformer2DModel",)
     sample_name = "hidden_states"
+    stacks = ("layers",)
+    attention_names = ("attention",)
     latents_are_tokens = True
     ids_name = "position_ids"
     guidance_in_batch = False
     timestep_scale = None  # runs from 0 at noise to 1 at the image
-    attention_name = "attention"
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "layers")]
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         # (time, row, column) of each token.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
 from .base import (
-    BlockStack,
     Family,
     Kwargs,
     cut_mask,
@@ -29,18 +28,14 @@ class JoyImageFamily(Family):
     name = "joyimage"
     classes = ("JoyImageEditTransformer3DModel",)
     sample_name = "hidden_states"
+    stacks = ("double_blocks",)
+    attention_names = ("attn",)
     guidance_in_batch = False
     rotary = True
     shared_positions = True
     image_first = True
     keys_values_refused = ("fresh",)
     refused_because = "its attention projects queries, keys and values in one"
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "double_blocks")]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attn": block.attn}
 
     def widths(self, attention: Any) -> tuple[int, int]:
         fused = attention.img_attn_qkv

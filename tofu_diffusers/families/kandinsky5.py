@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, gather_rows, positions_given, register_family
+from .base import Family, Kwargs, gather_rows, positions_given, register_family
 
 
 @register_family
@@ -19,15 +19,11 @@ class Kandinsky5Family(Family):
     name = "kandinsky5"
     classes = ("Kandinsky5Transformer3DModel",)
     sample_name = "hidden_states"
+    stacks = ("visual_transformer_blocks",)
+    attention_names = ("self_attention",)
     guidance_in_batch = False
     rotary = True
     projections = ("to_query", "to_key", "to_value")
-
-    def block_stacks(self, model: nn.Module) -> list[BlockStack]:
-        return [BlockStack.of(model, "visual_transformer_blocks")]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"self_attention": block.self_attention}
 
     def heads(self, attention: Any) -> int:
         return int(attention.num_heads)

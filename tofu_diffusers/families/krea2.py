@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tokens.grid import TokenGrid
-from .base import BlockStack, Kwargs, register_family
+from .base import Kwargs, register_family
 from .sequence import SequenceFamily
 
 
@@ -19,16 +19,13 @@ class Krea2Family(SequenceFamily):
     name = "krea2"
     classes = ("Krea2Transformer2DModel",)
     sample_name = "hidden_states"
+    attention_names = ("attn",)
     latents_are_tokens = True
     ids_name = "position_ids"
     guidance_in_batch = False
     timestep_scale = 1e-3
     shared_positions = True
-    attention_name = "attn"
     gate_names = ("to_gate",)
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "transformer_blocks")]
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         # (time, row, column) of each token, 0 for text. Of the image's, rows and columns begin at 0, too.

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
 from .base import (
-    BlockStack,
     Family,
     Kwargs,
     gather_rows,
@@ -33,12 +32,6 @@ class LTXFamily(Family):
     """A block's arguments with one row, or one a token."""
     rotations: ClassVar[tuple[str, ...]] = ("image_rotary_emb",)
     """Positions of the tokens, of blocks and of their attentions."""
-
-    def block_stacks(self, model: nn.Module) -> list[BlockStack]:
-        return [BlockStack.of(model, "transformer_blocks")]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attn1": block.attn1}
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         tokens = self.sample(named).shape[1]

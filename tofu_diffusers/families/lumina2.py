@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tokens.grid import TokenGrid
-from .base import BlockStack, Kwargs, patch_grid, register_family
+from .base import Kwargs, patch_grid, register_family
 from .sequence import SequenceFamily
 
 
@@ -23,13 +23,12 @@ class Lumina2Family(SequenceFamily):
     name = "lumina2"
     classes = ("Lumina2Transformer2DModel",)
     sample_name = "hidden_states"
+    stacks = ("noise_refiner", "layers")
+    one_grid = False
+    attention_names = ("attn",)
     read_names = ("encoder_attention_mask",)
     guidance_in_batch = False
     timestep_scale = None  # runs from 0 at noise to 1 at the image
-    attention_name = "attn"
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "noise_refiner"), BlockStack.of(model, "layers", 1)]
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         grid = patch_grid(model, self.sample(named))[0]

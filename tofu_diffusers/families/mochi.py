@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, gather_rows, positions_given, register_family
+from .base import Family, Kwargs, gather_rows, positions_given, register_family
 
 
 @register_family
@@ -21,12 +21,6 @@ class MochiFamily(Family):
     sample_name = "hidden_states"
     rotary = True
     image_first = True
-
-    def block_stacks(self, model: nn.Module) -> list[BlockStack]:
-        return [BlockStack.of(model, "transformer_blocks")]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attn1": block.attn1}
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         frames, height, width = self.sample(named).shape[2:]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, gather_rows, patch_grid, register_family
+from .base import Family, Kwargs, gather_rows, patch_grid, register_family
 
 
 @register_family
@@ -19,16 +19,12 @@ class PRXFamily(Family):
     name = "prx"
     classes = ("PRXTransformer2DModel",)
     sample_name = "hidden_states"
+    stacks = ("blocks",)
+    attention_names = ("attention",)
     timestep_scale = 1e-3
     rotary = True
     keys_values_refused = ("fresh",)
     refused_because = "one projection makes queries, keys and values"
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "blocks")]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attention": block.attention}
 
     def widths(self, attention: Any) -> tuple[int, int]:
         return int(attention.query_dim), int(attention.inner_dim)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
 from .base import (
-    BlockStack,
     Family,
     Kwargs,
     gather_rows,
@@ -28,6 +27,7 @@ class QwenFamily(Family):
     name = "qwen"
     classes = ("QwenImageTransformer2DModel",)
     sample_name = "hidden_states"
+    attention_names = ("attn",)
     latents_are_tokens = True
     output_index = 1
     args_between_blocks = ("controlnet_block_samples",)
@@ -35,12 +35,6 @@ class QwenFamily(Family):
     timestep_scale = 1e-3
     rotary = True
     shared_positions = True
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "transformer_blocks")]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attn": block.attn}
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         shapes = named["img_shapes"][0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import BlockStack, Kwargs, register_family
+from .base import Kwargs, register_family
 from .sequence import SequenceFamily
 
 
@@ -40,18 +40,15 @@ class QwenImage21Family(SequenceFamily):
     name = "qwen21"
     classes = ("QwenImage21Transformer2DModel",)
     sample_name = "hidden_states"
+    attention_names = ("attn",)
     read_names = ("img_mask", "encoder_hidden_states_mask")
     cache_names = ("kv_cache",)
     latents_are_tokens = True
     guidance_in_batch = False
     timestep_scale = 1e-3
     shared_positions = True
-    attention_name = "attn"
     rotary_names = ("rotary_emb",)
     mask_names = ("attention_mask", "key_valid")
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "transformer_blocks")]
 
     def latents(self, named: Kwargs) -> list[Tensor]:
         # The whole sequence is returned, unless the image is alone.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
-from .base import BlockStack, Family, Kwargs, patch_grid, register_family
+from .base import Family, Kwargs, patch_grid, register_family
 
 
 @register_family
@@ -27,12 +27,6 @@ class SanaFamily(Family):
     args_between_blocks = ("controlnet_block_samples",)
     # Times a number of the model (`config.timestep_scale`), or an angle (Sana-Sprint).
     timestep_scale = None
-
-    def block_stacks(self, model: nn.Module) -> list[BlockStack]:
-        return [BlockStack.of(model, "transformer_blocks")]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attn1": block.attn1}
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         return patch_grid(model, self.sample(named))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tokens.grid import TokenGrid
-from .base import BlockStack, Family, Kwargs, patch_grid, register_family
+from .base import Family, Kwargs, patch_grid, register_family
 
 
 @register_family
@@ -20,9 +20,6 @@ class SD3Family(Family):
     sample_name = "hidden_states"
     output_index = 1
     args_between_blocks = ("block_controlnet_hidden_states", "skip_layers")
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "transformer_blocks")]
 
     def attentions(self, block: Any) -> dict[str, nn.Module]:
         names = ["attn", "attn2"] if getattr(block, "use_dual_attention", False) else ["attn"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..tokens.plan import Plan
@@ -15,15 +15,10 @@ class SequenceFamily(Family):
     """Positions and masks of a block cover the whole sequence, and follow the kept tokens alike."""
 
     rotary = True
-    attention_name: ClassVar[str]
-    """What a block calls its attention."""
     rotary_names: ClassVar[tuple[str, ...]] = ("image_rotary_emb",)
     """Arguments of both that are positions: [B, S, ...], or [S, ...] where rows of the batch share them."""
     mask_names: ClassVar[tuple[str, ...]] = ("attention_mask",)
     """Arguments of both that are masks: [B, S] or [B, 1, 1 or S, S], maybe with other keys in front."""
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {self.attention_name: getattr(block, self.attention_name)}
 
     def widths(self, attention: Any) -> tuple[int, int]:
         # At the product keys are repeated for the heads that share them.

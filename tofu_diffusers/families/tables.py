@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, positions_given, shared_rows
+from .base import Family, Kwargs, positions_given, shared_rows
 
 
 class TableFamily(Family):
@@ -16,12 +14,6 @@ class TableFamily(Family):
     sample_name = "hidden_states"
     rotary = True
     shared_positions = True
-
-    def block_stacks(self, model: nn.Module) -> list[BlockStack]:
-        return [BlockStack.of(model, "transformer_blocks")]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attn1": block.attn1}
 
     def slice_block_arguments(
         self, kwargs: Kwargs, plan: Plan, keys_values: str, removed: Tensor | None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import BlockStack, Family, Kwargs, gather_rows, positions_given, register_family
+from .base import Family, Kwargs, gather_rows, positions_given, register_family
 
 
 @register_family
@@ -19,14 +19,9 @@ class WanFamily(Family):
     name = "wan"
     classes: ClassVar[tuple[str, ...]] = ("WanTransformer3DModel", "ChronoEditTransformer3DModel")
     sample_name = "hidden_states"
+    stacks = ("blocks",)
     guidance_in_batch = False
     rotary = True
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "blocks")]
-
-    def attentions(self, block: Any) -> dict[str, nn.Module]:
-        return {"attn1": block.attn1}
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         sides = zip(self.sample(named).shape[2:], model.config.patch_size, strict=True)

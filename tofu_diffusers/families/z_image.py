@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..steps.outputs import tensors_in
 from ..tokens.grid import TokenGrid
-from .base import BlockStack, Kwargs, refusal_of_sizes, register_family
+from .base import Kwargs, refusal_of_sizes, register_family
 from .sequence import SequenceFamily
 
 MULTIPLE = 32
@@ -32,15 +32,14 @@ class ZImageFamily(SequenceFamily):
     name = "z_image"
     classes = ("ZImageTransformer2DModel",)
     sample_name = "x"
+    stacks = ("noise_refiner", "layers")
+    one_grid = False
+    attention_names = ("attention",)
     args_between_blocks = ("controlnet_block_samples",)
     conditional_first = True
     timestep_scale = None  # runs from 0 at noise to 1 at the image
-    attention_name = "attention"
     rotary_names = ("freqs_cis",)
     mask_names = ("attn_mask", "attention_mask")
-
-    def block_stacks(self, model: Any) -> list[BlockStack]:
-        return [BlockStack.of(model, "noise_refiner"), BlockStack.of(model, "layers", 1)]
 
     def sample(self, named: Kwargs) -> Tensor:
         rows = named["x"]

@@ -88,6 +88,15 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "use_style_cond_and_image_meta_size": False,
         },
     ),
+    "HunyuanVideoFramepackTransformer3DModel": (
+        "FramePack",
+        {
+            "guidance_embeds": True,
+            "has_image_proj": True,
+            "image_proj_dim": 1152,
+            "has_clean_x_embedder": True,
+        },
+    ),
     "LatteTransformer3DModel": (
         "Latte-1",
         {

@@ -207,7 +207,7 @@ def counted_class(name: str) -> dict[str, Any]:
     flops = Counter[tuple[str, float]]()
     for depths, weight in depths_of(name, model.config):
         with torch.device("meta"):
-            part = cls(**options, **depths) if depths else model
+            part = cls(**{**options, **depths}) if depths else model
         for key, value in steps_of(part, family).items():
             flops[key] += weight * value
     saved = {

@@ -23,6 +23,7 @@ import diffusers
 import torch
 
 from eval import jsonl
+from eval.bench.ceilings import First, first_method
 from eval.bench.models import USUAL, Case
 from eval.files import mend
 from eval.generate.settings import Setting
@@ -37,7 +38,7 @@ SETTINGS = tuple(
 )
 
 RATIOS = (0.25, 0.5, 0.75)
-PLAIN = {"method": "random", "merge": "prune", "unmerge": "copy", "corrector": False}
+PLAIN = {"method": First.name, "merge": "prune", "unmerge": "copy", "corrector": False}
 BATCH = 2  # of `Family.example`
 UNREDUCED = ("unreduced", 0.0)
 LAYERS = (
@@ -249,7 +250,7 @@ def steps_of(model: Any, family: Any) -> dict[tuple[str, float], int]:
         whole = int(keys_values == "cached")  # steps that fill what others read
         options = {**PLAIN, "scope": scope, "keys_values": keys_values, "warmup_steps": whole}
         for ratio in RATIOS:
-            with apply_tofu(model, ratio=ratio, **options) as handle:
+            with first_method(), apply_tofu(model, ratio=ratio, **options) as handle:
                 summary = handle.summary()
             steps = summary.rows[0].calls
             step = found[UNREDUCED] = summary.flops_unreduced // steps

@@ -115,7 +115,7 @@ def full_size_table(path: Path) -> str:
 
 def classes_table(path: Path) -> str:
     """A line a class of denoisers: what a step takes, and what a reduced one saves of it."""
-    rows = read(path)
+    rows = sorted(read(path), key=lambda row: str(row["model"]))
     kinds = [kind for kind in KEYS_VALUES if any(kind in row["flops_ratio"] for row in rows)]
     ratios = " / ".join(f"{ratio:g}" for ratio in rows[0]["ratios"])
     heads = (f"`{kind}`, {ratios}" for kind in kinds)

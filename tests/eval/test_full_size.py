@@ -112,7 +112,7 @@ def test_every_class_has_its_row():
     assert sorted(row["id"] for row in jsonl.read(CLASSES)) == full_size.classes()
 
 
-@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "Flux3Transformer2DModel"])
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "SanaTransformer2DModel"])
 def test_a_class_counted_anew_is_its_row(name):
     (row,) = (row for row in jsonl.read(CLASSES) if row["id"] == name)
     anew = full_size.counted_class(name)

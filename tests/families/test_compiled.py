@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounter
+from torch.utils._pytree import tree_map
 
 from tests import tiny
 from tests.denoisers import DENOISERS
@@ -59,13 +60,15 @@ def shallow(name):
 
 
 def outputs(handle, model, inputs, first):
-    """Of every step of a generation; compiled, if the model is, from the first reduced one on.
+    """Of every step, with latents that grow; compiled, if the model is, from the first reduced one on.
 
     first: The first step, too.
     """
-    found = []
+    found, name = [], known_family(model).sample_name
+    still = inputs[name]
     for step in range(STEPS):
         handle.step(step, STEPS)
+        inputs = {**inputs, name: tree_map(lambda x, step=step: x * (1 + 0.3 * step), still)}
         traced = step > 1 or (first and step == 0)
         with torch.compiler.set_stance("default" if traced else "force_eager"):
             found.append(output_of(model, inputs))

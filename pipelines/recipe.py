@@ -105,7 +105,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     sizes = ("height", "width", "num_frames")
     output = pipe(
-        args.prompt,
+        prompt=args.prompt,  # not the first argument of all
         num_inference_steps=args.steps,
         generator=torch.Generator().manual_seed(args.seed),
         output_type="pil",

@@ -36,7 +36,19 @@ LAYERS = (
 )
 PIPELINES_LAYERS = (
     {"gpu_command", "recipe", "timer"},
-    {"cogvideox", "flux", "pixart", "sd15", "sd3", "sdxl", "wan", "z_image"},
+    {
+        "cogvideox",
+        "flux",
+        "flux2",
+        "hunyuan_video15",
+        "ltx2",
+        "pixart",
+        "sd15",
+        "sd3",
+        "sdxl",
+        "wan",
+        "z_image",
+    },
     {"emoji.captions", "emoji.loop", "emoji.sd3", "emoji.sheet"},
     # Loads them; its other files are all named here.
     {"emoji"},

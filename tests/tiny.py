@@ -5,19 +5,30 @@ Weights depend on the arguments only, and building leaves the global generator a
 are an eighth of the image, as in the real models: 120 pixels give an odd grid of 15 rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
+    AuraFlowPipeline,
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
+    AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    BriaPipeline,
+    ChromaPipeline,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
+    CogView3PlusPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -27,8 +38,15 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideo15Pipeline,
+    LattePipeline,
+    LTX2Pipeline,
+    LTXPipeline,
+    MotionAdapter,
+    OvisImagePipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
@@ -44,18 +62,26 @@ from diffusers import (
     WanTransformer3DModel,
     ZImagePipeline,
 )
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
+    ByT5Tokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -85,6 +111,17 @@ CALLS: dict[type[DiffusionPipeline], dict[str, Any]] = {
     QwenImagePipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
     ZImagePipeline: {"height": 128, "width": 128, "max_sequence_length": 64},
     CogVideoXPipeline: {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16},
+    Flux2KleinPipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
+    HunyuanVideo15Pipeline: {"height": 64, "width": 96, "num_frames": 9},
+    LTX2Pipeline: {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16},
+    LTXPipeline: {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16},
+    LattePipeline: {"height": 64, "width": 96, "video_length": 3, "clean_caption": False},
+    AnimateDiffPipeline: {"height": 64, "width": 96, "num_frames": 3},
+    AuraFlowPipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
+    BriaPipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
+    ChromaPipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
+    CogView3PlusPipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
+    OvisImagePipeline: {"height": 128, "width": 128},
     DDPMPipeline: {"output_type": "pt"},  # no latents: it draws the picture itself
 }
 
@@ -358,16 +395,11 @@ def tiny_qwen(*, num_layers: int = 3, seed: int = 0) -> QwenImagePipeline:
 @untouched_generator
 def tiny_z_image(*, seed: int = 0) -> ZImagePipeline:
     """Z-Image: image and text in one sequence; 64 image tokens at 128 x 128 pixels."""
-    tokenizer = _qwen_tokenizer()
-    tokenizer.chat_template = "{% for each in messages %}{{ each['content'] }}{% endfor %}"
-    text = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-    )  # fmt: skip
+    tokenizer = _chat_tokenizer()
     pipe = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(4, shift_factor=0.1),
-        text_encoder=Qwen3Model(text),
+        text_encoder=Qwen3Model(_qwen3(len(tokenizer))),
         tokenizer=tokenizer,
         transformer=DENOISERS["ZImageTransformer2DModel"].build(seed),
     )
@@ -397,6 +429,117 @@ def tiny_cogvideox(*, seed: int = 0) -> CogVideoXPipeline:
 
 
 @untouched_generator
+def tiny_flux2(*, seed: int = 0) -> Flux2KleinPipeline:
+    """FLUX.2 Klein: joint blocks, then single ones; 64 image tokens at 128 x 128 pixels."""
+    model, tokenizer = DENOISERS["Flux2Transformer2DModel"], _chat_tokenizer()
+    config = {**model.config, "guidance_embeds": False, "joint_attention_dim": 3 * 16}
+    pipe = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 4, 8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+        ),
+        text_encoder=Qwen3ForCausalLM(_qwen3(len(tokenizer), layers=28)),  # it reads 9, 18, 27
+        tokenizer=tokenizer,
+        transformer=replace(model, config=config).build(seed),
+    )
+    return _finish(pipe, seed)
+
+
+@untouched_generator
+def tiny_hunyuan_video15(*, seed: int = 0) -> HunyuanVideo15Pipeline:
+    """HunyuanVideo 1.5: joint blocks; 3 frames of 4 x 6 tokens at 9 frames of 64 x 96 pixels."""
+    model, tokenizer = DENOISERS["HunyuanVideo15Transformer3DModel"], _chat_tokenizer()
+    text = Qwen2_5_VLTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]},
+    )
+    pipe = HunyuanVideo15Pipeline(
+        text_encoder=Qwen2_5_VLTextModel(text),
+        tokenizer=tokenizer,
+        transformer=replace(model, config={**model.config, "task_type": "t2v"}).build(seed),
+        vae=AutoencoderKLHunyuanVideo15(
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8, 8),
+            layers_per_block=1,
+            downsample_match_channel=False,
+            upsample_match_channel=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=_t5(12, vocabulary=384),
+        tokenizer_2=ByT5Tokenizer(),
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )
+    # What is before the prompt, of its own template, has more tokens here.
+    pipe.tokenizer_max_length, pipe.prompt_template_encode_start_idx = 16, 0
+    pipe.tokenizer_2_max_length = 16
+    return _finish(pipe, seed)
+
+
+@untouched_generator
+def tiny_ltx2(*, seed: int = 0) -> LTX2Pipeline:
+    """LTX-2: video beside sound; 2 frames of 2 x 3 tokens at 9 frames of 64 x 96 pixels."""
+    model, tokenizer = DENOISERS["LTX2VideoTransformer3DModel"], _chat_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    }  # fmt: skip
+    never_shown = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=never_shown, mm_tokens_per_image=4)
+    connector = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
+    connectors = {
+        f"{stream}_connector_{name}": value
+        for stream in ("video", "audio")
+        for name, value in {**connector, "num_learnable_registers": None}.items()
+    }
+    sound = {"base_channels": 6, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": None}
+    pipe = LTX2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKLLTX2Video(
+            latent_channels=model.config["in_channels"],
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            upsample_factor=(1, 1, 1),
+            upsample_residual=(False,) * 3,
+            layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 4,
+            spatial_compression_ratio=32,
+            temporal_compression_ratio=8,
+        ),
+        audio_vae=AutoencoderKLLTX2Audio(
+            **sound, latent_channels=2, mid_block_add_attention=False, mel_bins=12
+        ),
+        text_encoder=Gemma3ForConditionalGeneration(config),
+        tokenizer=tokenizer,
+        connectors=LTX2TextConnectors(
+            caption_channels=16, text_proj_in_factor=3, **connectors, connector_rope_base_seq_len=32
+        ),
+        transformer=model.build(seed),
+        vocoder=LTX2Vocoder(
+            in_channels=24,
+            hidden_channels=8,
+            upsample_kernel_sizes=[4],
+            upsample_factors=[2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1]],
+        ),
+    )
+    return _finish(pipe, seed)
+
+
+@untouched_generator
 def tiny_ddpm(*, sample_size: int | tuple[int, int] = 16, seed: int = 0) -> DDPMPipeline:
     """DDPM: no text and no latents; attention at both levels, 256 and 64 tokens, and between."""
     unet = UNet2DModel(
@@ -408,6 +551,78 @@ def tiny_ddpm(*, sample_size: int | tuple[int, int] = 16, seed: int = 0) -> DDPM
         norm_num_groups=8,
     )
     return _finish(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()), seed)
+
+
+def _with_t5(
+    kind: type[DiffusionPipeline],
+    name: str,
+    *,
+    scheduler: Any = None,
+    vae: Any = None,
+    umt5: bool = False,
+    seed: int = 0,
+    **changes: Any,
+) -> Callable[[], Any]:
+    """A builder of a pipeline of a transformer, an autoencoder and T5 alone.
+
+    vae, scheduler: What builds them; usually those of FLUX, and flow matching.
+    changes: Of the transformer's configuration.
+    """
+
+    @untouched_generator
+    def build() -> Any:
+        model = DENOISERS[name]
+        text = _t5(16, UMT5EncoderModel, UMT5Config) if umt5 else _t5(16)
+        pipe = kind(
+            transformer=replace(model, config={**model.config, **changes}).build(seed),
+            scheduler=(scheduler or FlowMatchEulerDiscreteScheduler)(),
+            vae=(vae or partial(_vae, 4, shift_factor=0.1))(),
+            text_encoder=text,
+            tokenizer=_t5_tokenizer(),
+        )
+        return _finish(pipe, seed)
+
+    return build
+
+
+@untouched_generator
+def tiny_ovis_image(*, seed: int = 0) -> OvisImagePipeline:
+    """Ovis-Image: built like FLUX, with a language model for its text."""
+    tokenizer = _chat_tokenizer()
+    pipe = OvisImagePipeline(
+        transformer=DENOISERS["OvisImageTransformer2DModel"].build(seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_vae(4, shift_factor=0.1),
+        text_encoder=Qwen3Model(_qwen3(len(tokenizer))),
+        tokenizer=tokenizer,
+    )
+    return _finish(pipe, seed)
+
+
+@untouched_generator
+def tiny_animatediff(*, seed: int = 0) -> AnimateDiffPipeline:
+    """AnimateDiff: Stable Diffusion with motion modules between its blocks."""
+    pipe = tiny_sd(seed=seed)
+    adapter = MotionAdapter(
+        block_out_channels=(32, 64),
+        motion_layers_per_block=1,
+        motion_norm_num_groups=8,
+        motion_num_attention_heads=2,
+    )
+    parts = {name: pipe.components[name] for name in ("vae", "text_encoder", "tokenizer", "unet")}
+    scheduler = DDIMScheduler(**NOISE, clip_sample=False)
+    made = AnimateDiffPipeline(**parts, motion_adapter=adapter, scheduler=scheduler)
+    return _finish(made, seed)
+
+
+def _ltx_vae() -> AutoencoderKLLTXVideo:
+    return AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+    )
 
 
 def denoisers(pipe: DiffusionPipeline) -> list[nn.Module]:
@@ -447,8 +662,11 @@ def generate(
     elif isinstance(pipe, QwenImagePipeline) and options.get("true_cfg_scale", 4.0) > 1:
         # It guides only with a negative prompt, and a single one would not do for a batch.
         options.setdefault("negative_prompt", [""] * len(prompts))
-    output = pipe(asked, **options)
-    result = output.frames if isinstance(pipe, WanPipeline) else output.images
+    if isinstance(pipe, Flux2KleinPipeline):  # whose first argument is a picture
+        output = pipe(prompt=asked, **options)
+    else:
+        output = pipe(asked, **options)
+    result = output.images if "images" in output else output.frames
     return result if isinstance(result, Tensor) else torch.as_tensor(result)
 
 
@@ -638,10 +856,11 @@ def _t5(
     width: int,
     model: type[nn.Module] = T5EncoderModel,
     config: type[PreTrainedConfig] = T5Config,
+    vocabulary: int = 98,
 ) -> nn.Module:
     return model(
         config(
-            vocab_size=98,
+            vocab_size=vocabulary,
             d_model=width,
             d_kv=16,
             d_ff=64,
@@ -674,6 +893,19 @@ def _qwen_tokenizer() -> Qwen2Tokenizer:
         merges=merges,
         extra_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
+
+
+def _chat_tokenizer() -> Qwen2Tokenizer:
+    tokenizer = _qwen_tokenizer()
+    tokenizer.chat_template = "{% for each in messages %}{{ each['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def _qwen3(vocabulary: int, layers: int = 2) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
 
 
 def _qwen_text(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -716,3 +948,42 @@ def emoji_data() -> Emoji:
         colours=["red", "blue", None, "pink", "green", "blue", "red", "yellow", "blue"],
         recoloured=np.array([False] * 4 + [True] * 5),
     )
+
+
+PIPELINES: dict[str, Callable[[], Any]] = {
+    "AuraFlowTransformer2DModel": _with_t5(
+        AuraFlowPipeline, "AuraFlowTransformer2DModel", vae=partial(_vae, 4), umt5=True
+    ),
+    "BriaTransformer2DModel": _with_t5(
+        BriaPipeline, "BriaTransformer2DModel", in_channels=16, vae=partial(_vae, 4)
+    ),
+    "ChromaTransformer2DModel": _with_t5(
+        ChromaPipeline, "ChromaTransformer2DModel", in_channels=16
+    ),
+    "CogVideoXTransformer3DModel": tiny_cogvideox,
+    "CogView3PlusTransformer2DModel": _with_t5(
+        CogView3PlusPipeline,
+        "CogView3PlusTransformer2DModel",
+        scheduler=CogVideoXDDIMScheduler,
+        vae=partial(_vae, 4),
+    ),
+    "DiTTransformer2DModel": tiny_dit,
+    "Flux2Transformer2DModel": tiny_flux2,
+    "FluxTransformer2DModel": tiny_flux,
+    "HunyuanVideo15Transformer3DModel": tiny_hunyuan_video15,
+    "LTX2VideoTransformer3DModel": tiny_ltx2,
+    "LTXVideoTransformer3DModel": _with_t5(LTXPipeline, "LTXVideoTransformer3DModel", vae=_ltx_vae),
+    "LatteTransformer3DModel": _with_t5(
+        LattePipeline, "LatteTransformer3DModel", scheduler=DDIMScheduler, vae=partial(_vae, 4)
+    ),
+    "OvisImageTransformer2DModel": tiny_ovis_image,
+    "PixArtTransformer2DModel": tiny_pixart,
+    "QwenImageTransformer2DModel": tiny_qwen,
+    "SD3Transformer2DModel": tiny_sd3,
+    "UNet2DConditionModel": tiny_sd,
+    "UNet2DModel": tiny_ddpm,
+    "UNetMotionModel": tiny_animatediff,
+    "WanTransformer3DModel": tiny_wan,
+    "ZImageTransformer2DModel": tiny_z_image,
+}
+"""By the class of a denoiser, what builds a pipeline around it."""

@@ -1,29 +1,34 @@
 """How many FLOPs full-size denoisers save, counted without weights and without a GPU.
 
     python -m eval flops --out eval/results/full_size.jsonl
+    python -m eval flops --classes --out eval/results/full_size_classes.jsonl
 
-Every row is what `apply_tofu(pipe, ...).summary()` says before the first picture: of a typical generation, at
-a size that people use. Nothing is computed: shapes alone run through the model, and torch counts the products
-that they would take.
+Every row of the first is what `apply_tofu(pipe, ...).summary()` says before the first picture: of a typical
+generation, at a size that people use. Nothing is computed: shapes alone run through the model, and torch
+counts the products that they would take. A row of the second is a class of denoisers whose tokens are
+reduced, and says what one step saves whose plan costs nothing, for each choice of keys and values.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from eval import jsonl
+from eval.bench.ceilings import First, first_method
 from eval.bench.models import USUAL, Case
 from eval.files import mend
 from eval.generate.settings import Setting
 from eval.provenance import provenance
-from tofu_diffusers import apply_tofu
+from tofu_diffusers import FAMILIES, KEYS_VALUES, apply_tofu
 
 # What people type.
 SETTINGS = tuple(
@@ -31,6 +36,87 @@ SETTINGS = tuple(
     for name, amounts in (("ratio", (0.25, 0.5, 0.75)), ("speedup", (1.5, 2, 3)))
     for amount in amounts
 )
+
+RATIOS = (0.25, 0.5, 0.75)
+PLAIN = {"method": First.name, "merge": "prune", "unmerge": "copy", "corrector": False}
+BATCH = 2  # of `Family.example`
+UNREDUCED = ("unreduced", 0.0)
+LAYERS = (
+    "n_layers",
+    "n_refiner_layers",
+    "num_decoder_layers",
+    "num_layers",
+    "num_mmdit_layers",
+    "num_refiner_layers",
+    "num_single_dit_layers",
+    "num_single_layers",
+    "num_visual_blocks",
+)
+# Whose layers of one kind are unlike each other.
+UNLIKE = ("HiDreamImageTransformer2DModel", "HunyuanDiT2DModel", "WanVACETransformer3DModel")
+# Of classes whose defaults are no whole model: published ones.
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "HiDreamImageTransformer2DModel": (
+        "HiDream-I1",
+        {
+            "patch_size": 2,
+            "in_channels": 16,
+            "num_layers": 16,
+            "num_single_layers": 32,
+            "attention_head_dim": 128,
+            "num_attention_heads": 20,
+            "caption_channels": [4096, 4096],
+            "text_emb_dim": 2048,
+            "num_routed_experts": 4,
+            "num_activated_experts": 2,
+            "axes_dims_rope": (64, 32, 32),
+            "max_resolution": (128, 128),
+            "llama_layers": [*range(32), *[31] * 16],
+        },
+    ),
+    "HunyuanDiT2DModel": (
+        "HunyuanDiT-v1.2",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "sample_size": 128,
+            "hidden_size": 1408,
+            "num_layers": 40,
+            "mlp_ratio": 4.3637,
+            "pooled_projection_dim": 1024,
+            "text_len": 77,
+            "text_len_t5": 256,
+            "use_style_cond_and_image_meta_size": False,
+        },
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": (
+        "FramePack",
+        {
+            "guidance_embeds": True,
+            "has_image_proj": True,
+            "image_proj_dim": 1152,
+            "has_clean_x_embedder": True,
+        },
+    ),
+    "LatteTransformer3DModel": (
+        "Latte-1",
+        {
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 28,
+            "patch_size": 2,
+            "sample_size": 64,
+            "attention_head_dim": 72,
+            "cross_attention_dim": 1152,
+            "caption_channels": 4096,
+            "attention_bias": True,
+            "activation_fn": "gelu-approximate",
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "video_length": 16,
+        },
+    ),
+}
 
 
 @contextmanager
@@ -88,8 +174,95 @@ def counted(case: Case, model: Any, setting: Setting) -> dict[str, Any]:
     }
 
 
+def classes() -> list[str]:
+    """The denoisers whose tokens are reduced."""
+    return sorted(name for family in FAMILIES.values() for name in family.classes)
+
+
+def measure_classes(out: Path, names: Sequence[str]) -> None:
+    """Append the rows of classes that a file lacks."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mend(out)
+    done = {row["id"] for row in jsonl.read(out)}
+    about = provenance()
+    for name in names:
+        if name in done:
+            continue
+        row = {"id": name, "model": name, **counted_class(name), **about}
+        jsonl.append(out, row)
+        print(f"{name}: {row['flops_ratio']}", flush=True)
+
+
+def counted_class(name: str) -> dict[str, Any]:
+    """What the row of a class says: of one reduced step, by keys and values and ratio."""
+    cls = getattr(diffusers, name)
+    config, options = PUBLISHED.get(name, ("class default", {}))
+    with torch.device("meta"):
+        model = cls(**options)
+    family = next(family for family in FAMILIES.values() if name in family.classes)
+    inputs = family.example(model)
+    assert inputs is not None
+    found = family.grids(model, inputs)
+    grids = (found[stack.resolution] for stack in family.block_stacks(model))
+    grid = max(grids, key=lambda each: each.tokens)
+    flops = Counter[tuple[str, float]]()
+    for depths, weight in depths_of(name, model.config):
+        with torch.device("meta"):
+            part = cls(**{**options, **depths}) if depths else model
+        for key, value in steps_of(part, family).items():
+            flops[key] += weight * value
+    saved = {
+        keys_values: [round(flops[UNREDUCED] / flops[keys_values, ratio], 4) for ratio in RATIOS]
+        for keys_values in dict.fromkeys(keys_values for keys_values, _ in [*flops][1:])
+    }
+    return {
+        "config": config,
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "sides": [side for side in grid.sides if side > 1],
+        "tokens": grid.tokens,
+        "ratios": list(RATIOS),
+        # One row of the batch.
+        "step_flops": round(flops[UNREDUCED] / BATCH),
+        "flops_ratio": saved,
+    }
+
+
+def depths_of(name: str, config: Mapping[str, Any]) -> list[tuple[dict[str, int], int]]:
+    """Depths to count a class at, and the weight of each in the whole: layers of a kind are alike.
+
+    Nothing instead of a depth: as it is.
+    """
+    layers = {key: config[key] for key in LAYERS if config.get(key) and name not in UNLIKE}
+    if not layers:
+        return [({}, 1)]
+    ones = dict.fromkeys(layers, 1)
+    more = [({**ones, key: 2}, count - 1) for key, count in layers.items()]
+    return [(ones, 1 - sum(weight for _, weight in more)), *more]
+
+
+def steps_of(model: Any, family: Any) -> dict[tuple[str, float], int]:
+    """FLOPs of an unreduced step, the first, and of reduced ones by keys and values and ratio."""
+    scope = next(each for each in ("block", "attention") if each not in family.scopes_refused)
+    found = dict[tuple[str, float], int]()
+    for keys_values in KEYS_VALUES:
+        if keys_values in family.keys_values_refused:
+            continue
+        whole = int(keys_values == "cached")  # steps that fill what others read
+        options = {**PLAIN, "scope": scope, "keys_values": keys_values, "warmup_steps": whole}
+        for ratio in RATIOS:
+            with first_method(), apply_tofu(model, ratio=ratio, **options) as handle:
+                summary = handle.summary()
+            steps = summary.rows[0].calls
+            step = found[UNREDUCED] = summary.flops_unreduced // steps
+            found[keys_values, ratio] = (summary.flops_run - whole * step) // (steps - whole)
+    return found
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to."""
+    """What and where to."""
+    parser.add_argument(
+        "--classes", action="store_true", help="a row a class of denoisers, instead of usual models"
+    )
     parser.add_argument(
         "--out", type=Path, required=True, help="JSON-lines file; goes on where it was"
     )
@@ -97,4 +270,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """`python -m eval flops`."""
-    measure(args.out, USUAL)
+    if args.classes:
+        measure_classes(args.out, classes())
+    else:
+        measure(args.out, USUAL)

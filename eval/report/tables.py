@@ -20,6 +20,7 @@ from eval.report.plots_growth import growth
 from eval.report.tables_linearity import linearity_table, merged_table
 from eval.report.tables_speed import (
     SPEEDS,
+    classes_table,
     full_size_table,
     growth_rows,
     growth_table,
@@ -57,7 +58,11 @@ def measured(name: str, suffix: str = "csv") -> list[Path]:
 GROWTH, SUITES = measured("growth"), measured("suite")
 STACKING = measured("stacking", "jsonl")
 FULL_SIZE = ROOT / "eval" / "results" / "full_size.jsonl"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "speed.md")
+CLASSES = ROOT / "eval" / "results" / "full_size_classes.jsonl"
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{guide}.md" for guide in ("models", "results", "speed")),
+)
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 
 FRONT, LENGTHS = "25steps-n32", "64px-{}steps-n16"
@@ -75,6 +80,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linearity": linearity_table,
     "merged by linearity": merged_table,
     "full size": lambda: full_size_table(FULL_SIZE),
+    "classes": lambda: classes_table(CLASSES),
     "ahead": lambda: ahead_table(FRONT),
     "oldest": lambda: oldest_table(FRONT),
     "lengths": lambda: lengths_table(LENGTHS),

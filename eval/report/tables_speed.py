@@ -12,6 +12,7 @@ from eval.jsonl import read
 from eval.provenance import ROOT
 from eval.report.cells import interval, versions
 from eval.report.tables_study import described
+from tofu_diffusers import KEYS_VALUES
 
 SPEEDS = {name: ROOT / "eval" / "results" / f"speed_{name}.json" for name in ("unet", "mmdit")}
 
@@ -109,6 +110,35 @@ def full_size_table(path: Path) -> str:
         cells = [f"{mine[0]['tokens']:,}", f"{short(mine[0]['step_flops'] / 1e12)} TFLOPs"]
         cells += [shown.get(name, "") for name in names]
         lines.append(f"| {model}, {size} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def classes_table(path: Path) -> str:
+    """A line a class of denoisers: what a step takes, and what a reduced one saves of it."""
+    rows = sorted(read(path), key=lambda row: str(row["model"]))
+    kinds = [kind for kind in KEYS_VALUES if any(kind in row["flops_ratio"] for row in rows)]
+    ratios = " / ".join(f"{ratio:g}" for ratio in rows[0]["ratios"])
+    heads = (f"`{kind}`, {ratios}" for kind in kinds)
+    lines = [
+        f"Counted on shapes alone; {versions(rows[0])}. A step is that of one row of the batch.",
+        "",
+        f"| denoiser | counted | grid | image tokens | a step | {' | '.join(heads)} |",
+        "|---|---|---|---|---|" + "---|" * len(kinds),
+    ]
+    for row in rows:
+        saved = {
+            kind: " / ".join(f"{each:.2f}x" for each in found)
+            for kind, found in row["flops_ratio"].items()
+        }
+        cells = [
+            f"`{row['model']}` <!-- row: {path.name}#{row['id']} -->",
+            f"{row['config']}, {row['parameters'] / 1e9:.1f}B",
+            " x ".join(map(str, row["sides"])),
+            f"{row['tokens']:,}",
+            f"{short(row['step_flops'] / 1e12)} TFLOPs",
+            *(saved.get(kind, "-") for kind in kinds),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,16 +1,21 @@
 """FLOPs of full-size models: those of the real forward, at the case's own size, by one command."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval import jsonl
 from eval.bench import full_size
+from eval.bench.ceilings import run_on_first
 from eval.bench.full_size import SETTINGS, measure
 from eval.bench.models import SUITES, USUAL
+from eval.report.tables import CLASSES
 from eval.report.tables_speed import full_size_table
+from tofu_diffusers import FAMILIES
 
 TINY = SUITES["tiny"]
 META = torch.device("meta")
@@ -57,6 +62,61 @@ def test_it_goes_on_where_it_was_and_leaves_the_families_as_they_were(out, monke
     measure(out, TINY)
     assert out.read_bytes() == before
     assert all("example" not in vars(case.family) for case in TINY)
+
+
+SMALL_FLUX = {
+    "num_layers": 3,
+    "num_single_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+def test_layers_are_counted_by_one_and_two_of_each_kind(monkeypatch):
+    monkeypatch.setattr(full_size, "RATIOS", (0.5,))
+    counts = Counter()
+
+    def counted(**changes):
+        with META:
+            model = FluxTransformer2DModel(**{**SMALL_FLUX, **changes})
+        return full_size.steps_of(model, FAMILIES["flux"])
+
+    for depths, weight in full_size.depths_of("FluxTransformer2DModel", SMALL_FLUX):
+        for key, flops in counted(**depths).items():
+            counts[key] += weight * flops
+    assert counts == counted()
+
+
+@torch.no_grad()
+def test_dropped_keys_and_values_are_the_ceiling(monkeypatch):
+    """The same FLOPs as a model whose blocks are given its first tokens alone."""
+    monkeypatch.setattr(full_size, "RATIOS", (0.5,))
+    family = FAMILIES["flux"]
+    with META:
+        model = FluxTransformer2DModel(**SMALL_FLUX)
+    dropped = full_size.steps_of(model, family)["dropped", 0.5]
+    inputs = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for name, value in family.example(model).items()
+    }
+    run_on_first(model, family, 0.5)
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    assert dropped == counter.get_total_flops()
+
+
+def test_every_class_has_its_row():
+    assert sorted(row["id"] for row in jsonl.read(CLASSES)) == full_size.classes()
+
+
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "SanaTransformer2DModel"])
+def test_a_class_counted_anew_is_its_row(name):
+    (row,) = (row for row in jsonl.read(CLASSES) if row["id"] == name)
+    anew = full_size.counted_class(name)
+    assert anew == {key: row[key] for key in anew}
 
 
 def test_the_usual_models_take_their_arguments():

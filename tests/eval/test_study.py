@@ -36,7 +36,7 @@ CALL = {"guidance_scale": 4.0, "height": 64, "width": 64}
 
 
 def tiny_study(prompts=3):
-    pipe = tiny.tiny_sd(sample_size=8)
+    pipe = tiny.tiny_sd(channels=(32,), sample_size=8)
     pipe.set_progress_bar_config(disable=True)
     loaded = Loaded(pipe, "tiny", "0" * 16, "float32", torch.device("cpu"))
     return Study(loaded, ["a cat", "a dog", "a hat"][:prompts], 0, 2, CALL)

@@ -21,7 +21,7 @@ PROMPTS = len(load_prompts("emoji"))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    tiny.tiny_sd().save_pretrained(path)
+    tiny.tiny_sd(channels=(32, 32)).save_pretrained(path)
     return path
 
 

@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 
 from tests import families_table, tiny
+from tests.denoisers import DENOISERS
 from tofu_diffusers import Handle, apply_tofu, remove_tofu
 from tofu_diffusers.families import known_classes
 from tofu_diffusers.runtime.generation import Generation
@@ -463,6 +465,32 @@ def test_guidance_that_the_pipeline_does_not_announce(name, guided):
     first, second = kept[-1][0].chunk(2) if guided else (kept[-1][0], None)
     assert not guided or torch.equal(first, second)
     assert not torch.equal(first[0], first[1])
+
+
+class Quiet(DiffusionPipeline):
+    """A pipeline of a user's own, which says nothing of guidance."""
+
+    def __init__(self, transformer, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    def __call__(self, inputs, steps):
+        self.scheduler.set_timesteps(steps)
+        x = inputs["hidden_states"]
+        for t in self.scheduler.timesteps:
+            out = self.transformer(**inputs | {"hidden_states": x}, return_dict=False)[0]
+            x = self.scheduler.step(out, t, x, return_dict=False)[0]
+        return x
+
+
+def test_guidance_that_is_not_announced_where_positions_are_read_too():
+    described = DENOISERS["BriaTransformer2DModel"]
+    pipe = Quiet(described.build(), FlowMatchEulerDiscreteScheduler())
+    with apply_tofu(pipe, ratio=0.5, method="tome") as handle:
+        pipe(described.arguments(), 5)
+        call = generation_of(handle).runtime.call
+        assert (call.cfg_branches, call.images) == ("1", 2)
+        assert all(row["tokens_kept"] < row["tokens_in"] for row in handle.stats())
 
 
 @pytest.mark.parametrize(

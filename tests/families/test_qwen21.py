@@ -87,6 +87,23 @@ def test_the_text_does_not_see_the_image(model, keys_values):
 
 
 @torch.no_grad()
+def test_texts_without_padding_share_one_mask(model):
+    """Both images of the batch keep the same tokens, and reproduce a still input."""
+    inputs = DENOISERS["QwenImage21Transformer2DModel"].arguments()
+    for name in ("kv_cache", "kv_cache_mode", "encoder_hidden_states_mask"):
+        del inputs[name]
+    expected = model(**inputs)[0]
+    handle = apply_tofu(
+        model, ratio=0.5, method="random", keys_values="cached", unmerge="temporal", warmup_steps=1
+    )
+    for step in range(2):
+        handle.step(step, 2)
+        out = model(**inputs)[0]
+    assert handle.stats()[0]["tokens_kept"] < handle.stats()[0]["tokens_in"]
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_steps_are_skipped_where_the_output_changes_its_shape(model):
     with apply_tofu(
         model, StepSkipping(1.5, warmup_steps=1, rule="even", corrector=False)

@@ -171,6 +171,8 @@ class SdpaPatch(TorchFunctionMode):
             places = torch.arange(others + tokens, device=mask.device)
             image, beside = self._parted(places, others, 0)
             rows = self._joined(image[kept], beside.expand(kept.shape[0], -1), 1)
+            # One mask may be that of all rows of the batch.
+            mask = mask.expand(len(rows), *mask.shape[1:])
             index = rows[:, None, :, None].expand(*mask.shape[:-2], -1, mask.shape[-1])
             return mask.gather(-2, index)
         # The attention made it of what it was given: image tokens are all seen alike.

@@ -85,6 +85,14 @@ class Caches:
             self.corrector.states.clear()
         self.statistics = None
 
+    def keep_tokens(self, start: int, tokens: int) -> None:
+        """Drop what was noted of tokens that turned out to be none of the image's: its own are so many."""
+        if self.statistics is not None:
+            self.statistics.keep_tokens(start, tokens)
+        if self.corrector is not None:
+            for state in self.corrector.states.values():
+                state.keep_tokens(start, tokens)
+
     def clear_plans(self) -> None:
         """Drop the plans, so that the next call makes new ones."""
         for plan_cache in self.setup.plan_caches:
@@ -167,6 +175,5 @@ class Caches:
         sides = {resolution: grid.sides for resolution, grid in grids.items()}
         if self.statistics is not None and self.statistics.sides == sides:
             return
-        # None yet; or a pipeline went on with fewer frames (ChronoEdit), or the first step of a compiled
-        # denoiser took references for tokens of the image.
+        # None yet, or a pipeline went on with fewer frames (ChronoEdit).
         self.statistics = TokenStatistics(sources, call.images, grids, sample.device)

@@ -41,7 +41,7 @@ class Call:
         grids: The token grid of every resolution.
         starts: Where the image's tokens begin in each row [B], by resolution; see `Family.image_starts`.
         open_span: Of the span that tokens have left: all tokens, the kept ones, the plan.
-        shapes: Of every branch's latents, to see when they change.
+        shapes: Of every branch's latents, and its numbers of tokens, to see when they change.
         beside_rested: Whether a network beside the denoiser did not run, because the step is skipped.
         began_anew: Whether a branch had no past in this step: the first one, or one whose shapes changed.
         inputs: Arguments of the last call, on the meta device, for counted FLOPs.
@@ -84,6 +84,11 @@ class Call:
             )
         self.cfg_branch = str(self.number)
         self.number += 1
+
+    def know_tokens(self, tokens: int) -> None:
+        """Note that so many tokens are the image's, of all that were taken for its own until now."""
+        for branch, (*rest, sizes) in self.shapes.items():
+            self.shapes[branch] = (*rest, tuple((tokens, total) for _, total in sizes))
 
     def in_use(self, site: Site) -> bool:
         """Whether the site shrinks in this call: some only where stacks are split, some only where not."""

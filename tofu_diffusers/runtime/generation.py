@@ -148,7 +148,7 @@ class Generation:
 
         Args:
             sampling: Empty: none, what is remembered is dropped.
-            cfg_branches: Of guidance in a batch; 0: not known yet, see `GridReader.resolve`.
+            cfg_branches: Of guidance in a batch; 0: not known yet, see `GridReader.resolve_branches`.
         """
         call, caches = self.runtime.call, self.runtime.caches
         if call.step_known and self.scheduler() is not None:
@@ -290,7 +290,7 @@ class Generation:
         self.broken_off = [each for each in self.broken_off if each() not in gone]
 
     def _branches_of(self, pipeline: Any) -> int:
-        """Branches of guidance in a batch, as the pipeline says; 0: it does not, see `GridReader.resolve`."""
+        """Branches of guidance in a batch, as the pipeline says; 0: it does not, and they are read."""
         setup = self.runtime.setup
         if setup.reduction is None or not setup.family.guidance_in_batch:
             return 1
@@ -476,13 +476,25 @@ class Generation:
         self.history.append(self._record())
         self._count_computed()
         self.computed_steps += not call.skip
-        branches = self.runtime.reader.resolve(self.computed_steps)
+        grid = self.runtime.reader.resolve_grid()
+        if grid is not None and grid.tokens != call.grids[0].tokens:
+            self._keep_tokens(grid.text_before, grid.tokens)
+        branches = self.runtime.reader.resolve_branches(self.computed_steps)
         if branches is not None:
             call.cfg_branches = str(branches)
             # All that is remembered is of the whole batch, apart from the statistics of each image.
             statistics = self.runtime.caches.statistics
             if branches == 2 and statistics is not None:
                 statistics.halve(call.conditional_first)
+
+    def _keep_tokens(self, start: int, tokens: int) -> None:
+        """Of all tokens of the first step only so many are the image's: the others are text or references."""
+        self.runtime.call.know_tokens(tokens)
+        self.runtime.caches.keep_tokens(start, tokens)
+        self.compute_counts = {
+            resolution: counts[:, start : start + tokens]
+            for resolution, counts in self.compute_counts.items()
+        }
 
     def _count_computed(self) -> None:
         """Add to every token's count of steps that computed it, by the first plan of its resolution."""
@@ -494,7 +506,7 @@ class Generation:
             counts = self.compute_counts.get(resolution)
             if counts is None:
                 counts = torch.zeros(call.images, grid.tokens, device=call.step.device)
-            # Rows that were taken for images until guidance was seen (`GridReader.resolve`) ran in full.
+            # Rows that were taken for images until guidance was seen (`resolve_branches`) ran in full.
             counts = self.compute_counts[resolution] = counts[: call.images]
             if call.skip:
                 continue

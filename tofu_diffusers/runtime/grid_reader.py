@@ -18,19 +18,21 @@ class GridReader:
     Attributes:
         fixed: Grids to take whatever the arguments are; None: read them.
         known: What was read from positions in this generation.
-        deferred: A tensor to be read when the step is over.
+        deferred_ids: Positions to be read when the step is over.
+        deferred_latents: Latents to be compared then.
     """
 
     def __init__(self, family: Family) -> None:
         self.family = family
         self.fixed: dict[int, TokenGrid] | None = None
         self.known: dict[int, TokenGrid] | None = None
-        self.deferred: Tensor | None = None
+        self.deferred_ids: Tensor | None = None
+        self.deferred_latents: Tensor | None = None
         self._ids: Tensor | None = None
 
     def start(self) -> None:
         """Forget what the last generation was read to be."""
-        self.known = self.deferred = None
+        self.known = self.deferred_ids = self.deferred_latents = None
 
     def grids(self, model: Any, named: dict[str, Any], call: Call) -> dict[int, TokenGrid]:
         """The grid of every resolution; where its numbers cannot be read now, a row of as many tokens.
@@ -56,26 +58,32 @@ class GridReader:
             )
         if self.known is not None:
             return family.around(self.known, named)
-        call.all_tokens, self.deferred = True, ids
+        call.all_tokens, self.deferred_ids = True, ids
         return family.around({0: TokenGrid(1, ids.shape[-2])}, named)
 
-    def resolve(self, computed_steps: int) -> int | None:
-        """Read what was deferred; until then all tokens are computed.
-
-        A grid from the positions, where the call was traced. Whether a batch holds two branches of guidance,
-        where the pipeline does not say: then its halves have the same latents, also after the first step,
-        which moves those of different prompts apart.
+    def resolve_grid(self) -> TokenGrid | None:
+        """Read the grid from positions, where the call was traced; until then all tokens are computed.
 
         Returns:
-            How many branches there are, if that was to be read.
+            The finest, if it was to be read.
         """
-        seen, self.deferred = self.deferred, None
-        if seen is None:
+        seen, self.deferred_ids = self.deferred_ids, None
+        if seen is None or self.family.ids_name is None:
             return None
-        if self.family.ids_name is not None:
-            self.known = self.family.grids(None, {self.family.ids_name: seen})
-            return None
-        if computed_steps <= 1:
+        self.known = self.family.grids(None, {self.family.ids_name: seen})
+        return self.known[0]
+
+    def resolve_branches(self, computed_steps: int) -> int | None:
+        """Read how many branches of guidance a batch holds, where the pipeline does not say.
+
+        Two, if its halves have the same latents, also after the first step, which moves those of different
+        prompts apart. Until then all tokens are computed.
+
+        Returns:
+            How many, if that was to be read.
+        """
+        seen, self.deferred_latents = self.deferred_latents, None
+        if seen is None or computed_steps <= 1:
             return None
         first, second = seen.chunk(2)
         return 1 + torch.equal(first, second)

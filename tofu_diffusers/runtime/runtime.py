@@ -121,8 +121,8 @@ class Runtime:
             self._check_ratios()
         # 3  Make room, where this branch is new or its latents have another shape.
         call.open_span = None
-        totals = [(grid.tokens, grid.total) for grid in call.grids.values()]
-        shape = (*[each.shape for each in latents], str(sample.device), *totals)
+        sizes = tuple((grid.tokens, grid.total) for grid in call.grids.values())
+        shape = (*[each.shape for each in latents], str(sample.device), sizes)
         if call.shapes.get(call.cfg_branch) != shape:
             self.caches.allocate(call, sample)
             # Caches made now (guidance began or ended on the way) are empty, where others hold a past.
@@ -325,7 +325,7 @@ class Runtime:
             if branches == 0:
                 unknown = batch % 2 == 0
                 call.all_tokens = call.all_tokens or unknown
-                self.reader.deferred = sample if unknown else None
+                self.reader.deferred_latents = sample if unknown else None
             branches = max(1, branches)
             call.images = batch // branches if batch % branches == 0 else batch
         call.branches_in_batch = batch // call.images if batch % call.images == 0 else 1

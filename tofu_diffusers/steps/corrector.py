@@ -40,6 +40,11 @@ class CorrectorState:
             prediction.clone(), torch.zeros_like(prediction), none, none.clone(), none + step
         )
 
+    def keep_tokens(self, start: int, tokens: int) -> None:
+        """Of maps that are rows of tokens: only so many from this one on are the image's."""
+        for name, maps in vars(self).items():
+            setattr(self, name, maps[..., start : start + tokens].clone())
+
     @staticmethod
     def nbytes_for(prediction: Tensor) -> int:
         """Bytes that `of` would take."""

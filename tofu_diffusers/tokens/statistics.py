@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,20 @@ class TokenStatistics:
         if self.first is not None:
             self._note_guidance(*self.first.chunk(2))
             self.first = conditional(self.first)
+
+    def keep_tokens(self, start: int, tokens: int) -> None:
+        """Of predictions that are rows of tokens: only so many from this one on are the image's."""
+
+        def own(x: Tensor) -> Tensor:
+            return x[..., start : start + tokens].clone()
+
+        self.grids = {
+            resolution: replace(grid, width=tokens) for resolution, grid in self.grids.items()
+        }
+        self.last = {resolution: own(last) for resolution, last in self.last.items()}
+        self.scores = {source: own(score) for source, score in self.scores.items()}
+        self.prediction = None if self.prediction is None else own(self.prediction)
+        self.first = None if self.first is None else own(self.first)
 
     def age(self, resolution: int, step: Tensor) -> Tensor:
         """Steps since each token of the resolution was computed.  -> [I, N] float32."""

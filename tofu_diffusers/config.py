@@ -56,6 +56,10 @@ class Config(ABC):
 
     family: str | None = field(default=None, kw_only=True)
 
+    @abstractmethod
+    def __post_init__(self) -> None:
+        """Check all options, and bring them into the form that JSON gives back."""
+
     def _check_common(self) -> None:
         """Check whole numbers and what all types have."""
         optional = {each.name for each in fields(self) if each.default is None}

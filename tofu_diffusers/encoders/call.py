@@ -16,9 +16,14 @@ from ..kernels.reference import normalise
 from ..tokens.gather import gather_rows
 from ..tokens.grid import TokenGrid
 from ..tokens.merge import merge_tokens, sums
-from ..tokens.methods import Evidence
+from ..tokens.methods import Evidence, Method
 from ..tokens.plan import Plan, complement, highest, make_plan
 from ..tokens.sources import SOURCES, BlockReading
+
+
+def depth_of(block: int, blocks: int) -> float:
+    """The position of a block: 0 is the first, 1 the last."""
+    return block / max(1, blocks - 1)
 
 
 @dataclass(eq=False)
@@ -26,6 +31,8 @@ class EncoderCall:
     """The tokens of one call.
 
     Attributes:
+        method: The configuration's, made beforehand: options are not for tracing.
+        merges: The merge of each block.
         weights: [B, K] float32, how many tokens each row is the merged state of; 0: padding. None: one each.
         positions: [B, K], where the kept tokens stood; None: all are left.
         assign: [B, N], for every token the slot of the kept one that it went into.
@@ -33,7 +40,8 @@ class EncoderCall:
     """
 
     config: EncoderReduction
-    blocks: int
+    method: Method
+    merges: tuple[str, ...]
     prefix: int
     causal: bool
     kept: Tensor | None = None
@@ -50,12 +58,12 @@ class EncoderCall:
             ValueError: if the method cannot let so many go.
         """
         free = tokens - self.prefix - (0 if self.kept is None else 1)
-        removed = self.config.removed(max(0, free), self.blocks)
+        removed = self.config.removed(max(0, free), len(self.merges))
         left = max(0, free) - sum(removed[:block])
         remove = removed[block]
         if remove == 0:
             return 0
-        most = self.config.make_method().max_remove(TokenGrid(1, left))
+        most = self.method.max_remove(TokenGrid(1, left))
         if remove > most:
             raise ValueError(
                 f"ratio {self.config.ratio:g} lets {remove} of the {left} tokens that are left go at block "
@@ -73,8 +81,12 @@ class EncoderCall:
             return None
         if weights is None:
             weights = torch.ones_like(self.positions, dtype=torch.float32)
-        logs = weights.clamp(min=1.0).log() if self.config.proportional_attention else 0.0 * weights
-        bias = torch.where(weights > 0, logs, least).to(x.dtype)[:, None, None, :]
+        counts = weights.to(torch.promote_types(x.dtype, torch.float32))
+        if self.config.proportional_attention:
+            logs = counts.clamp(min=1.0).log()
+        else:
+            logs = torch.zeros_like(counts)
+        bias = torch.where(weights > 0, logs.to(x.dtype), least)[:, None, None, :]
         if self.causal:
             # Kept positions ascend, so that who comes before whom is told by the slots.
             before = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
@@ -89,8 +101,7 @@ class EncoderCall:
             self.history.append(self.assign)
             return x
         plan = self._plan(x, remove, block, heads, reading())
-        depth = block / max(1, self.blocks - 1)
-        merge = self.config.merge_at(depth)
+        merge = self.merges[block]
         merged = merge_tokens(x, plan, merge, self.weights)
         if merge == "prune":
             if self.weights is not None:
@@ -105,7 +116,7 @@ class EncoderCall:
         return merged
 
     def _plan(self, x: Tensor, remove: int, block: int, heads: int, reading: BlockReading) -> Plan:
-        method, (batch, tokens) = self.config.make_method(), x.shape[:2]
+        method, (batch, tokens) = self.method, x.shape[:2]
         keys = reading.keys()
         fixed = torch.arange(self.prefix, device=x.device).expand(batch, -1)
         if self.kept is not None:
@@ -131,7 +142,7 @@ class EncoderCall:
             metric=metric,
             grid=TokenGrid(1, free.shape[1]),
             remove=remove,
-            depth=block / max(1, self.blocks - 1),
+            depth=depth_of(block, len(self.merges)),
             importance=importance,
             # Another draw at every block.
             seed=self.config.seed + block,

@@ -25,9 +25,10 @@ from ..hooks.patch import (
     state_of,
     with_signature_of,
 )
+from ..tokens.methods import Method
 from ..tokens.sources import BlockReading
 from .base import EncoderFamily, Kwargs
-from .call import EncoderCall
+from .call import EncoderCall, depth_of
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """Of attention, those that take a bias for every pair of tokens."""
@@ -47,6 +48,8 @@ class EncoderHook:
     forward: Callable[..., Any]
     names: tuple[str, ...]
     blocks: tuple[str, ...]
+    method: Method
+    merges: tuple[str, ...]
     call: EncoderCall | None = None
     removed: bool = False
     calls: int = 0
@@ -62,7 +65,14 @@ class EncoderHook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderHook:
         twin = EncoderHook(
-            self.config, self.family, self.original, self.forward, self.names, self.blocks
+            self.config,
+            self.family,
+            self.original,
+            self.forward,
+            self.names,
+            self.blocks,
+            self.method,
+            self.merges,
         )
         memo[id(self)] = twin
         return twin
@@ -124,9 +134,11 @@ def attach_encoder(model: Any, family: EncoderFamily, config: EncoderReduction) 
         with_signature_of(original, encoder_forward),
         parameters_of(model),
         names,
+        config.make_method(),
+        tuple(config.merge_at(depth_of(i, len(names))) for i in range(len(names))),
     )
     noted = {"keys": family.keys}
-    if "attention" in config.make_method().sources:
+    if "attention" in root.method.sources:
         noted["queries"] = family.queries
     try:
         attach(model, root.forward, root)
@@ -169,7 +181,8 @@ def encoder_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     mask = named.get("attention_mask")
     hook.call = EncoderCall(
         hook.config,
-        len(hook.blocks),
+        hook.method,
+        hook.merges,
         hook.family.prefix,
         hook.family.causal,
         kept=hook.family.kept(module, named) if hook.config.ratio > 0 else None,

@@ -39,9 +39,9 @@ def summarise_encoders(roots: Roots) -> Summary:
             raise UncountedError(
                 f"FLOPs of {type(model).__name__} cannot be counted: {type(error).__name__}: {error}"
             ) from error
-        for i, (name, (tokens, kept)) in enumerate(counted.tokens.items()):
-            depth = i / max(1, len(hook.blocks) - 1)
-            merge = hook.config.merge_at(depth)
+        for merge, (name, (tokens, kept)) in zip(
+            counted.merges, counted.tokens.items(), strict=True
+        ):
             calls = max(1, hook.calls)
             rows.append(
                 Row(type(model).__name__, name, "block", merge, "copy", calls, tokens, kept)

@@ -19,7 +19,7 @@ from .config import (
     one_of,
 )
 from .encoders import encoders_in
-from .encoders.hooks import EncoderHook, attach_encoder, detach_encoder
+from .encoders.hooks import EncoderHook, attach_encoder, detach_encoder, lay_out
 from .encoders.summary import summarise_encoders
 from .families import (
     ANY,
@@ -477,9 +477,7 @@ def _apply_to_encoders(
     found = encoders_in(model, config.family)
     for each, family in found:
         # Before anything is taken off that could not be put back.
-        refusal = family.refusal(each)
-        if refusal is not None:
-            raise ValueError(refusal)
+        lay_out(each, family, config)
     remove_tofu(model)
     roots: list[tuple[nn.Module, EncoderHook]] = []
     try:

@@ -408,8 +408,12 @@ def test_what_an_encoder_has_not_is_refused_with_a_way_out(models):
         apply_tofu(tiny_sd(), EncoderReduction())
     with pytest.raises(ValueError, match="unknown family 'unet'"):
         apply_tofu(model, ratio=0.5, family="unet")
-    with pytest.raises(ValueError, match="first_block 4"):
-        apply_tofu(model, ratio=0.5, first_block=4)
+    with apply_tofu(model, ratio=0.5) as handle:
+        with pytest.raises(ValueError, match="first_block 4"):
+            apply_tofu(model, ratio=0.5, first_block=4)
+        with pytest.raises(ValueError, match="not built like family 'bert'"):
+            apply_tofu(model, ratio=0.5, family="bert")
+        assert not handle.removed
     assert all(state_of(each) is None for each in model.modules())
     with apply_tofu(model, ratio=0.5) as handle:
         with pytest.raises(TypeError, match="no denoising steps"):

@@ -101,30 +101,43 @@ class NoteHook:
     forward: Callable[..., Any]
 
 
-def attach_encoder(model: Any, family: EncoderFamily, config: EncoderReduction) -> EncoderHook:
-    """Put tofu on an encoder.
+Modules = list[tuple[str, nn.Module]]
+
+
+def lay_out(model: Any, family: EncoderFamily, config: EncoderReduction) -> tuple[Modules, Modules]:
+    """The encoder's blocks and their attentions, by name. Changes nothing.
 
     Raises:
         ValueError: if it is not built as its family says, or cannot be reduced.
-        RuntimeError: if a forward that must change was replaced by another. It is then as it was.
     """
-    refusal = family.refusal(model)
-    if refusal is not None:
-        raise ValueError(refusal)
     try:
+        refusal = family.refusal(model)
         blocks = [*model.get_submodule(family.blocks).named_children()]
-        attentions = [block.get_submodule(family.attention) for _, block in blocks]
-        for attention in attentions:
+        attentions = [(name, block.get_submodule(family.attention)) for name, block in blocks]
+        for _, attention in attentions:
             attention.get_submodule(family.keys), getattr(attention, family.heads)
     except AttributeError as error:
         raise ValueError(
             f"{type(model).__name__} is not built like family {family.name!r}: {error}; name the family "
             "whose blocks are the same, or update transformers"
         ) from error
+    if refusal is not None:
+        raise ValueError(refusal)
     if config.first_block >= len(blocks) and config.ratio > 0:
         raise ValueError(
             f"first_block {config.first_block} is behind the last of {len(blocks)} blocks; lower it"
         )
+    return blocks, attentions
+
+
+def attach_encoder(model: Any, family: EncoderFamily, config: EncoderReduction) -> EncoderHook:
+    """Put tofu on an encoder.
+
+    Raises:
+        ValueError: if `lay_out` refuses.
+        RuntimeError: if a forward that must change was replaced by another. It is then as it was.
+    """
+    blocks, attentions = lay_out(model, family, config)
     original = type(model).forward
     names = tuple(f"{family.blocks}.{name}" for name, _ in blocks)
     root = EncoderHook(
@@ -148,7 +161,7 @@ def attach_encoder(model: Any, family: EncoderFamily, config: EncoderReduction) 
             )
             attach(block, block_forward, hook)
             for attribute, name in noted.items():
-                projection = attentions[i].get_submodule(name)
+                projection = attentions[i][1].get_submodule(name)
                 note = NoteHook(hook, attribute, type(projection).forward, note_forward)
                 attach(projection, note_forward, note)
     except BaseException:

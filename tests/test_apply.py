@@ -505,7 +505,9 @@ def test_a_ratio_the_grid_cannot_reach_is_refused_before_any_module_runs():
 
 
 def test_targets_that_cannot_be_changed():
-    with pytest.raises(TypeError, match="takes a diffusers pipeline or a denoiser, not str"):
+    with pytest.raises(
+        TypeError, match="takes a diffusers pipeline, a denoiser or an encoder, not str"
+    ):
         apply_tofu("a pipeline", ratio=0.5)
     with pytest.raises(ValueError, match="Linear is no denoiser: its forward takes no timestep"):
         apply_tofu(torch.nn.Linear(2, 2), ratio=0.5)

@@ -31,6 +31,7 @@ LAYERS = (
     {"tuning.probes"},
     {"hooks"},
     {"report"},
+    {"encoders"},
     {"api"},
     {"tuning"},
 )

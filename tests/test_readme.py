@@ -29,8 +29,8 @@ from tofu_diffusers import (
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = (
-    "quickstart", "choosing", "models", "how_it_works", "evaluation", "tuning", "compatibility", "limits",
-    "extending", "results", "speed", "papers",
+    "quickstart", "choosing", "models", "encoders", "how_it_works", "evaluation", "tuning", "compatibility",
+    "limits", "extending", "results", "speed", "papers",
 )  # fmt: skip
 DOCUMENTS = {
     name: (ROOT / name).read_text(encoding="utf-8")

@@ -6,8 +6,9 @@
 >>> remove_tofu(pipe)
 """
 
-from .api import Handle, apply_tofu, remove_tofu
-from .config import KEYS_VALUES, SCOPES, Config, StepSkipping, TokenReduction
+from .api import EncoderHandle, Handle, apply_tofu, remove_tofu
+from .config import KEYS_VALUES, SCOPES, Config, EncoderReduction, StepSkipping, TokenReduction
+from .encoders import ENCODERS
 from .families import FAMILIES
 from .profiles import profile, resolve
 from .report.inspection import Inspection
@@ -32,6 +33,7 @@ from .tuning.tune import tune
 __version__ = "0.1.0"
 
 __all__ = [
+    "ENCODERS",
     "FAMILIES",
     "KEYS_VALUES",
     "MERGES",
@@ -41,6 +43,8 @@ __all__ = [
     "UNMERGES",
     "CacheKind",
     "Config",
+    "EncoderHandle",
+    "EncoderReduction",
     "Evidence",
     "Handle",
     "Inspection",

@@ -8,7 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import CONFIGS, Config, StepSkipping, TokenReduction, check_whole, one_of
+from .config import (
+    CONFIGS,
+    Config,
+    DenoiserConfig,
+    EncoderReduction,
+    StepSkipping,
+    TokenReduction,
+    check_whole,
+    one_of,
+)
+from .encoders import encoders_in
+from .encoders.hooks import EncoderHook, attach_encoder, detach_encoder, lay_out
+from .encoders.summary import summarise_encoders
 from .families import (
     ANY,
     FAMILIES,
@@ -50,7 +62,7 @@ def apply_tofu(
     speedup: float | None = None,
     **options: Any,
 ) -> Handle:
-    """Make a pipeline or denoiser denoise with less work, until `remove_tofu` or `handle.remove()`.
+    """Make a pipeline, denoiser or encoder do less work, until `remove_tofu` or `handle.remove()`.
 
     Example:
         >>> handle = apply_tofu(pipe, ratio=0.5)          # half of the tokens, by the family's profile
@@ -58,13 +70,16 @@ def apply_tofu(
         >>> handle = apply_tofu(pipe, TokenReduction(ratio=0.25), StepSkipping(speedup=1.5))       # both
         >>> image = pipe("a red apple").images[0]
         >>> remove_tofu(pipe)
+        >>> handle = apply_tofu(pipe.text_encoder, ratio=0.5)      # or a ViTModel, BertModel ... of its own
 
     Args:
-        target: A pipeline (all its denoisers), a modular pipeline, or a denoiser, compiled or not.
-        configs: A TokenReduction, a StepSkipping, or one of each: then tokens are reduced in the steps that
+        target: A pipeline (all its denoisers), a modular pipeline, or a denoiser, compiled or not; or an
+            image or text encoder of transformers, or a model that holds one (of CLIPModel the image side).
+        configs: On an encoder an EncoderReduction.
+            Else a TokenReduction, a StepSkipping, or one of each: then tokens are reduced in the steps that
             are computed. Or what `tune` found for this pipeline, or the folder where it was saved.
-        ratio: Fraction of the image tokens removed: `TokenReduction(ratio=ratio, **options)`. Higher is
-            faster and drifts more.
+        ratio: Fraction of the tokens removed: `TokenReduction(ratio=ratio, **options)`, on an encoder
+            `EncoderReduction(ratio=ratio, **options)`. Higher is faster and drifts more.
         speedup: How many times fewer FLOPs of the denoiser, at least: by the type that measured best for the
             family (`StepSkipping` today), with these options. Higher is faster and drifts more.
         options: Further options of that type; with configs they replace those of the one that has them.
@@ -80,6 +95,10 @@ def apply_tofu(
         FileNotFoundError: if there are no probes where `method_options` say, or a folder has nothing tuned.
         RuntimeError: if a forward that must change was replaced by another.
     """
+    encoder = _encoder(target)
+    if encoder is not None:
+        config = _asked_of_encoder(encoder, configs, ratio, speedup, options)
+        return EncoderHandle(_apply_to_encoders(encoder, config))
     asked = _asked(*_of_tuned(target, configs, speedup), ratio, options)
     family = options.get("family", next((each.family for each in asked if each.family), None))
     skips = not asked or any(isinstance(each, StepSkipping) for each in asked)
@@ -117,7 +136,7 @@ def apply_tofu(
                     "family whose blocks are the same, or skip steps instead (speedup=2.0)"
                 ) from error
         plans.append((model, kind, layouts))
-    remove_tofu(target)
+    _remove_from_denoisers(target)
     roots: list[tuple[nn.Module, DenoiserHook]] = []
     try:
         for model, kind, layouts in plans:
@@ -155,11 +174,20 @@ def remove_tofu(target: Any) -> None:
     """Give back the exact original. Does nothing to a target without tofu.
 
     Args:
-        target: What `apply_tofu` was given, or a (deep) copy of it.
+        target: What `apply_tofu` was given, or a (deep) copy of it. From a pipeline its encoders' goes too.
 
     Raises:
         RuntimeError: if a forward was replaced since by one that calls tofu's. The target is then as it was.
     """
+    _remove_from_denoisers(target)
+    for part in [target, *components(target).values()]:
+        if isinstance(part, nn.Module):
+            for module in unwrap(part).modules():
+                if isinstance(state_of(module), EncoderHook):
+                    detach_encoder(module)
+
+
+def _remove_from_denoisers(target: Any) -> None:
     parts = components(target)
     models = [part for part in parts.values() if isinstance(part, nn.Module)]
     if not parts and isinstance(target, nn.Module):
@@ -330,6 +358,138 @@ class Handle:
             self.remove()
 
 
+class EncoderHandle(Handle):
+    """What `apply_tofu` returns for encoders; what asks for denoising steps raises TypeError."""
+
+    def __init__(self, roots: list[tuple[nn.Module, EncoderHook]]) -> None:
+        self._encoders = roots
+
+    @property
+    def _generations(self) -> list[tuple[nn.Module, Generation]]:
+        raise TypeError(
+            "an encoder has no denoising steps; its handle has summary, stats and remove"
+        )
+
+    @property
+    def _all(self) -> list[Generation]:
+        return [generation for _, generation in self._generations]
+
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        """The EncoderReduction in force."""
+        return (self._encoders[0][1].config,)
+
+    @property
+    def removed(self) -> bool:
+        """Whether tofu was removed, or replaced by another apply_tofu."""
+        return all(hook.removed for _, hook in self._encoders)
+
+    def summary(self) -> Summary:
+        """Tokens at each block, and share of the encoder's FLOPs saved, in the last call or a typical one.
+
+        Calls of a compiled encoder are not seen.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+        """
+        self._check()
+        return summarise_encoders(self._encoders)
+
+    def stats(self) -> list[dict[str, Any]]:
+        """For every block: `name, scope, calls, tokens_in, tokens_kept` of one row in the last call.
+
+        Raises:
+            RuntimeError: if the handle was removed.
+        """
+        self._check()
+        return [
+            {
+                "name": name,
+                "scope": "block",
+                "calls": hook.calls,
+                "tokens_in": here,
+                "tokens_kept": left,
+            }
+            for _, hook in self._encoders
+            for name, (here, left) in hook.tokens.items()
+        ]
+
+    def remove(self) -> None:
+        """Give back the exact original.
+
+        Raises:
+            RuntimeError: if the handle was already removed.
+        """
+        self._check()
+        for model, hook in self._encoders:
+            if not hook.removed:
+                detach_encoder(model)
+
+
+def _encoder(target: Any) -> nn.Module | None:
+    """The target, unwrapped, if it is a model that is or holds an encoder and no denoiser; else None."""
+    if components(target) or not isinstance(target, nn.Module):
+        return None
+    model = unwrap(target)
+    if known_family(model) is not None or takes_timestep(model) or not encoders_in(model, None):
+        return None
+    return model
+
+
+def _asked_of_encoder(
+    model: nn.Module,
+    configs: tuple[Any, ...],
+    ratio: float | None,
+    speedup: float | None,
+    options: dict[str, Any],
+) -> EncoderReduction:
+    """The configuration that was asked for.
+
+    Raises:
+        TypeError: if what is given is no configuration.
+        ValueError: if it is one of denoisers, or there is none.
+    """
+    what, way = type(model).__name__, "give EncoderReduction(ratio=0.5), or ratio=0.5"
+    if speedup is not None:
+        raise ValueError(
+            f"speedup {speedup} asks for fewer denoising steps, and {what}, an encoder, has none; {way}"
+        )
+    for each in configs:
+        if not isinstance(each, EncoderReduction):
+            kind = type(each).__name__
+            error = ValueError if isinstance(each, (Config, Tuned)) else TypeError
+            raise error(f"{kind} is not for an encoder such as {what}; {way}")
+    if len(configs) > 1:
+        raise ValueError("two EncoderReduction are given; give one")
+    changes = ({} if ratio is None else {"ratio": ratio}) | options
+    if configs:
+        given: EncoderReduction = configs[0]
+        return given.replace(**changes)
+    if ratio is None:
+        raise ValueError("how much? Say ratio=0.5 (half of the tokens have left at the end)")
+    EncoderReduction.check_field_names(changes)
+    return EncoderReduction(**changes)
+
+
+def _apply_to_encoders(
+    model: nn.Module, config: EncoderReduction
+) -> list[tuple[nn.Module, EncoderHook]]:
+    found = encoders_in(model, config.family)
+    for each, family in found:
+        # Before anything is taken off that could not be put back.
+        lay_out(each, family, config)
+    remove_tofu(model)
+    roots: list[tuple[nn.Module, EncoderHook]] = []
+    try:
+        for each, family in found:
+            roots.append((each, attach_encoder(each, family, config)))
+    except BaseException:
+        for each, _ in roots:
+            detach_encoder(each)
+        raise
+    return roots
+
+
 def _of_tuned(
     target: Any, configs: tuple[Any, ...], speedup: float | None
 ) -> tuple[tuple[Any, ...], float | None]:
@@ -347,14 +507,20 @@ def _of_tuned(
 
 
 def _asked(
-    configs: tuple[Config, ...],
+    configs: tuple[Any, ...],
     speedup: float | None,
     ratio: float | None,
     options: dict[str, Any],
-) -> tuple[Config, ...]:
+) -> tuple[DenoiserConfig, ...]:
     """The configurations that were asked for; none where the family's profile says of which type."""
     for each in configs:
-        if not isinstance(each, Config):
+        if isinstance(each, EncoderReduction):
+            raise ValueError(
+                "EncoderReduction is for an encoder of transformers, and the target is a denoiser or a "
+                "pipeline; give TokenReduction or StepSkipping, or the encoder: "
+                "apply_tofu(pipe.text_encoder, EncoderReduction(...))"
+            )
+        if not isinstance(each, DenoiserConfig):
             what, way = repr(each), "name a number: ratio=0.5 (tokens) or speedup=2.0"
             if isinstance(each, list | tuple):
                 what = f"a {type(each).__name__}"
@@ -369,7 +535,7 @@ def _asked(
     for name in given:
         one_of("option", name, {name for kind in CONFIGS for name in kind.field_names()})
     if configs:
-        changes: dict[type[Config], dict[str, Any]] = {kind: {} for kind in kinds}
+        changes: dict[type[DenoiserConfig], dict[str, Any]] = {kind: {} for kind in kinds}
         for name, value in given.items():
             owners = [kind for kind in known[name] if kind in kinds]
             if len(owners) != 1:
@@ -420,7 +586,8 @@ def _denoisers(
     if not parts:
         if not isinstance(target, nn.Module):
             raise TypeError(
-                f"apply_tofu takes a diffusers pipeline or a denoiser, not {type(target).__name__}"
+                "apply_tofu takes a diffusers pipeline, a denoiser or an encoder, not "
+                f"{type(target).__name__}"
             )
         model = unwrap(target)
         return None, [(model, find_family(model, family, skips))]
@@ -495,7 +662,7 @@ def _attached(model: nn.Module, like: Setup) -> Generation:
     return generation
 
 
-def _ways(wanted: tuple[Config, ...], family: str) -> list[tuple[Config, ...]]:
+def _ways(wanted: tuple[DenoiserConfig, ...], family: str) -> list[tuple[DenoiserConfig, ...]]:
     """What was asked for, and where a family's profile that needs a past was taken, what does without."""
     full = tuple(
         resolve(each, family) for each in sorted(wanted, key=lambda each: CONFIGS.index(type(each)))

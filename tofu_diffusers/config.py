@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -19,12 +20,14 @@ from .steps.trajectory import Trajectory
 from .tokens.merge import MERGES
 from .tokens.methods import Method, make_method
 from .tokens.methods.base import hint
+from .tokens.sources import SOURCES
 from .tokens.unmerges import UNMERGES
 
 SCOPES = ("attention", "block", "span")
 KEYS_VALUES = ("dropped", "fresh", "cached")
 SHARES = ("block", "stack", "resolution")
 MAX_WHOLE = 2**63 - 1
+ENCODER_SCHEDULES = ("constant", "share")
 VERSION = 1
 """Of the JSON form."""
 
@@ -45,31 +48,25 @@ class RatioTooHighError(ValueError):
 
 @dataclass(frozen=True)
 class Config(ABC):
-    """What both workflows have: `TokenReduction` and `StepSkipping` derive from it."""
+    """What all workflows have: `TokenReduction`, `StepSkipping` and `EncoderReduction` derive from it."""
 
     file_name: ClassVar[str]
     whole_numbers: ClassVar[Mapping[str, int]]
     """Fields that are whole numbers (or None, where that is the default), with the least value of each."""
 
-    memory_limit: float | None = field(default=None, kw_only=True)
     family: str | None = field(default=None, kw_only=True)
 
     @abstractmethod
-    def resolved(self, profile: Mapping[str, Any]) -> Config:
-        """Take the options that are not given from a profile's fields."""
+    def __post_init__(self) -> None:
+        """Check all options, and bring them into the form that JSON gives back."""
 
     def _check_common(self) -> None:
-        """Check whole numbers and what both types have."""
+        """Check whole numbers and what all types have."""
         optional = {each.name for each in fields(self) if each.default is None}
         for name, least in self.whole_numbers.items():
             value = getattr(self, name)
             if value is not None or name not in optional:
                 object.__setattr__(self, name, _whole_number(name, value, least))
-        if self.memory_limit is not None:
-            limit = _number("memory_limit", self.memory_limit)
-            if not limit > 0:
-                raise ValueError(f"memory_limit {limit:g} GiB must be above 0; None sets no limit")
-            object.__setattr__(self, "memory_limit", limit)
         if not isinstance(self.family, str | None):
             raise TypeError(f"family must be a name or None, not {self.family!r}")
 
@@ -77,6 +74,24 @@ class Config(ABC):
         for name in names:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+
+    def _check_tokens(self) -> None:
+        """Check what types that reduce tokens have: `ratio` and `method_options`."""
+        given: Any = self
+        ratio = _number("ratio", given.ratio)
+        if not 0.0 <= ratio < 1.0:
+            raise ValueError(
+                f"ratio {ratio} is outside [0, 1): it is the fraction of tokens removed, 0.5 halves them"
+            )
+        object.__setattr__(self, "ratio", ratio)
+        if not isinstance(given.method_options, Mapping):
+            raise TypeError(
+                "method_options are options by name, such as {'source': 'change'}, not "
+                f"{given.method_options!r}"
+            )
+        # As JSON has them, so that a configuration read back is equal.
+        options = {name: _plain(value) for name, value in dict(given.method_options).items()}
+        object.__setattr__(self, "method_options", options)
 
     def replace(self: AnyConfig, **changes: Any) -> AnyConfig:
         """Copy the configuration with some fields changed, and validate it again."""
@@ -163,7 +178,26 @@ class Config(ABC):
 
 
 @dataclass(frozen=True)
-class TokenReduction(Config):
+class DenoiserConfig(Config):
+    """What the workflows of denoisers have: a bound on caches, and options that a profile fills in."""
+
+    memory_limit: float | None = field(default=None, kw_only=True)
+
+    @abstractmethod
+    def resolved(self, profile: Mapping[str, Any]) -> DenoiserConfig:
+        """Take the options that are not given from a profile's fields."""
+
+    def _check_common(self) -> None:
+        super()._check_common()
+        if self.memory_limit is not None:
+            limit = _number("memory_limit", self.memory_limit)
+            if not limit > 0:
+                raise ValueError(f"memory_limit {limit:g} GiB must be above 0; None sets no limit")
+            object.__setattr__(self, "memory_limit", limit)
+
+
+@dataclass(frozen=True)
+class TokenReduction(DenoiserConfig):
     """Merge or prune image tokens inside every denoising step, and unmerge them behind.
 
     An option that is None is taken from the token profile of the denoiser's family, which was measured to
@@ -242,25 +276,12 @@ class TokenReduction(Config):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        ratio = _number("ratio", self.ratio)
-        if not 0.0 <= ratio < 1.0:
-            raise ValueError(
-                f"ratio {ratio} is outside [0, 1): it is the fraction of tokens removed, 0.5 halves them"
-            )
-        object.__setattr__(self, "ratio", ratio)
+        self._check_tokens()
         for name in ("schedule", "depth_schedule"):
             try:
                 object.__setattr__(self, name, Schedule.of(getattr(self, name)))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}") from error
-        if not isinstance(self.method_options, Mapping):
-            raise TypeError(
-                "method_options are options by name, such as {'source': 'change'}, not "
-                f"{self.method_options!r}"
-            )
-        # As JSON has them, so that a configuration read back is equal.
-        options = {name: _plain(value) for name, value in dict(self.method_options).items()}
-        object.__setattr__(self, "method_options", options)
         choices: dict[str, Iterable[str]] = {
             "merge": MERGES,
             "unmerge": UNMERGES,
@@ -410,7 +431,7 @@ class TokenReduction(Config):
 
 
 @dataclass(frozen=True)
-class StepSkipping(Config):
+class StepSkipping(DenoiserConfig):
     """Skip the denoiser at some steps, and forecast its output there from the steps it computed.
 
     An option that is None is taken from the profile of the denoiser's family.
@@ -488,7 +509,97 @@ class StepSkipping(Config):
         return max(self.warmup_steps or 0, 1)
 
 
-CONFIGS: tuple[type[Config], ...] = (TokenReduction, StepSkipping)
+@dataclass(frozen=True)
+class EncoderReduction(Config):
+    """Merge or prune the tokens of an image or text encoder, more of them from block to block.
+
+    They leave between a block's attention and its feed-forward, matched by the attention's keys, and do not
+    come back: behind the last block each has the row of the kept token that it went into (Bolya et al.,
+    arXiv 2210.09461).
+
+    Args:
+        ratio: Fraction of the tokens that have left behind the last block, in [0, 1), of those that may
+            leave. Higher is faster and drifts more.
+        method: Which tokens go: a name of `tofu_diffusers.METHODS`.
+        method_options: Options of the method, by name.
+        merge: What a kept token becomes: "prune", "mean" or "mlerp", weighted by the tokens that are already
+            in each. None: the method's own, which may change with the depth.
+        schedule: "constant": the same number leaves at every block (ToMe); "share": the same share of those
+            that are left (PiToMe), which removes more early, is faster and drifts more.
+        proportional_attention: Whether a token weighs as many as were merged into it in the attention of the
+            blocks behind. Pruned tokens count nothing.
+        first_block: Blocks before this one let no token leave. Higher drifts less and saves less.
+        seed: Of the methods that draw; the global generator is never touched.
+        family: Family of the encoder by name; None: found from its class.
+
+    Raises:
+        TypeError: if a number is not a number.
+        ValueError: if a value is unknown, out of range, or needs denoising steps.
+    """
+
+    file_name: ClassVar[str] = "encoder_reduction.json"
+    whole_numbers: ClassVar[Mapping[str, int]] = {"first_block": 0, "seed": 0}
+
+    ratio: float = 0.5
+    method: str = "tofu"
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    merge: str | None = None
+    schedule: str = "constant"
+    proportional_attention: bool = True
+    first_block: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_tokens()
+        self._check_common()
+        self._check_flags("proportional_attention")
+        one_of("schedule", self.schedule, ENCODER_SCHEDULES)
+        if self.merge is not None:
+            one_of("merge", self.merge, MERGES)
+        method = self.make_method()
+        sources = [name for name in method.sources if SOURCES[name].score is None]
+        ages = [name for name in ("max_age", "age_exponent") if self.method_options.get(name)]
+        if sources or ages:
+            what = f"source {sources[0]!r}" if sources else f"option {ages[0]!r}"
+            raise ValueError(
+                f"{what} of method {self.method!r} needs denoising steps, and an encoder has none; leave it "
+                "out, or choose a source that is read of the tokens: method_options={'source': 'attention'} "
+                "or 'key_norm'"
+            )
+        if "gradient" in method.sources:
+            raise ValueError(
+                "source 'gradient' reads probes, and calibrate_gradient fits them to denoisers alone; choose "
+                "source 'attention' or 'key_norm' for an encoder"
+            )
+
+    def make_method(self) -> Method:
+        """Make the method with its options.
+
+        Raises:
+            ValueError: on an unknown method or option.
+        """
+        return make_method(self.method, **self.method_options)
+
+    def merge_at(self, depth: float) -> str:
+        """The merge at a depth in [0, 1]: the option, or else the method's own."""
+        return self.merge or self.make_method().merge(depth)
+
+    def removed(self, tokens: int, blocks: int) -> list[int]:
+        """How many of so many tokens leave at each block."""
+        acting = max(0, blocks - self.first_block)
+        whole = int(tokens * self.ratio)
+        left = [0] * (blocks - acting)
+        for i in range(acting + 1):
+            part = i / acting if acting else 0.0
+            if self.schedule == "share":
+                gone = 1.0 - (1.0 - whole / max(1, tokens)) ** part
+                left.append(round(tokens * gone))
+            else:
+                left.append(round(whole * part))
+        return [after - before for before, after in pairwise(left)]
+
+
+CONFIGS: tuple[type[DenoiserConfig], ...] = (TokenReduction, StepSkipping)
 
 
 def checked_speedup(value: object) -> float:

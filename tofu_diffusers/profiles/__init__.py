@@ -16,7 +16,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from ..config import CONFIGS, Config, TokenReduction
+from ..config import CONFIGS, DenoiserConfig, TokenReduction
 
 BORROWED = "sd3"
 """Whose profile families without one take: a transformer's, trained by flow matching, as most are."""
@@ -40,7 +40,7 @@ def profile(family: str) -> Mapping[str, Any]:
     return borrowed
 
 
-def resolve(config: Config, family: str) -> Config:
+def resolve(config: DenoiserConfig, family: str) -> DenoiserConfig:
     """Fill in from the family's profile what a configuration leaves open.
 
     Raises:
@@ -51,13 +51,13 @@ def resolve(config: Config, family: str) -> Config:
     return config.resolved(data[key]["options"])
 
 
-def fastest(family: str) -> type[Config]:
+def fastest(family: str) -> type[DenoiserConfig]:
     """The type of what was measured best for a given speed-up."""
     name = profile(family)["speedup"]["type"]
     return next(each for each in CONFIGS if each.__name__ == name)
 
 
-def origin(family: str, config: Config) -> str:
+def origin(family: str, config: DenoiserConfig) -> str:
     """Say whether a configuration in force is the family's profile, for a summary."""
     key = "tokens" if isinstance(config, TokenReduction) else "speedup"
     amount = {name: getattr(config, name) for name in ("ratio", "speedup") if hasattr(config, name)}

@@ -63,6 +63,7 @@ class Summary:
         cache_bytes: Most that cached updates, keys and values took; freed when a generation ends.
         nominal: Whether no generation has run yet, and the figures are those of a typical one.
         settings: A line on each configuration, and the family.
+        encoder: Whether it is of an encoder, and of its last call, instead of a denoiser and a generation.
     """
 
     rows: tuple[Row, ...]
@@ -73,6 +74,7 @@ class Summary:
     cache_bytes: int
     nominal: bool
     settings: str
+    encoder: bool = False
 
     @property
     def speedup(self) -> float:
@@ -90,7 +92,8 @@ class Summary:
                 f"denoiser calls ({when}; FLOPs are not counted: {self.uncounted}): "
                 f"{self.flops_unreduced} -> {self.flops_run}"
             )
-        return f"denoiser FLOPs ({when}): {self.flops_unreduced / 1e9:.2f} G -> {self.flops_run / 1e9:.2f} G"
+        model = "encoder" if self.encoder else "denoiser"
+        return f"{model} FLOPs ({when}): {self.flops_unreduced / 1e9:.2f} G -> {self.flops_run / 1e9:.2f} G"
 
     def __str__(self) -> str:
         header = ("site", "scope", "merge", "unmerge", "calls", "tokens", "kept")
@@ -116,12 +119,14 @@ class Summary:
         lines += [
             f"{s.denoiser}: computed {s.computed} of {s.steps} steps  {s.plan}" for s in self.steps
         ]
-        when = "nominal, no generation yet" if self.nominal else "last generation"
+        run = "call" if self.encoder else "generation"
+        when = f"nominal, no {run} yet" if self.nominal else f"last {run}"
         lines += [
             self.settings,
             f"{self._amounts(when)}, {100 * self.flops_saved:.1f} % saved ({self.speedup:.2f}x)",
-            f"caches: {self.cache_bytes / 2**20:.1f} MiB",
         ]
+        if not self.encoder:
+            lines.append(f"caches: {self.cache_bytes / 2**20:.1f} MiB")
         return "\n".join(lines)
 
 

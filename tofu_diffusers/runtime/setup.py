@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ..config import Config, StepSkipping, TokenReduction
+from ..config import DenoiserConfig, StepSkipping, TokenReduction
 from ..families.base import Family
 from ..steps.fitted import FittedForecasts
 from ..steps.forecast import corrector_weights, fitted_weights, forecast_weights
@@ -61,7 +61,7 @@ class Setup:
         plan_caches: Those of the sites, each once.
     """
 
-    configs: tuple[Config, ...]
+    configs: tuple[DenoiserConfig, ...]
     family: Family
     sites: tuple[Site, ...]
     projections: tuple[Projection, ...]
@@ -221,7 +221,9 @@ class Setup:
         return 0 if tokens < least else int(tokens * float(ratio))
 
 
-def in_force(configs: tuple[Config, ...]) -> tuple[TokenReduction | None, StepSkipping | None]:
+def in_force(
+    configs: tuple[DenoiserConfig, ...],
+) -> tuple[TokenReduction | None, StepSkipping | None]:
     """Those that do anything: at ratio 0 no tokens are reduced, at speedup 1 no steps skipped."""
     reduction = next((each for each in configs if isinstance(each, TokenReduction)), None)
     skipping = next((each for each in configs if isinstance(each, StepSkipping)), None)

@@ -1,5 +1,7 @@
 """torch.compile: fullgraph, equal to eager, few graphs, none new from step to step."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -37,20 +39,20 @@ def fresh_dynamo():
 
 TRANSFORMERS = {
     "pixart": tiny.tiny_pixart,
+    "dit": tiny.tiny_dit,
     "flux": tiny.tiny_flux,
-    "qwen": tiny.tiny_qwen,
+    "qwen": partial(tiny.tiny_qwen, num_layers=2),
     "wan": tiny.tiny_wan,
+    "unet2d": tiny.tiny_ddpm,
 }
-# What is traced as a whole takes as long as it has layers.
-FEW = {"flux": {"num_layers": 1, "num_single_layers": 1}}
 
 
 def small(family):
     if family == "unet":
-        return tiny.tiny_sd(channels=(32,))
+        return tiny.tiny_sd(channels=(32,), transformer_layers=2)
     if family in TRANSFORMERS:
-        return TRANSFORMERS[family](**FEW.get(family, {"num_layers": 1}))
-    return tiny.tiny_sd3(num_layers=2)
+        return TRANSFORMERS[family]()
+    return tiny.tiny_sd3(dual=family == "sd35", num_layers=3)
 
 
 def run(pipe):
@@ -79,15 +81,14 @@ def test_whole_model_fullgraph(family, setting):
 @pytest.mark.parametrize(
     ("family", "setting"),
     [
-        # Of the others too one graph of a reduced step is compiled, in tests/families/test_compiled.py.
-        *((family, "fresh") for family in ("pixart", "flux", "wan")),
+        *((family, "fresh") for family in TRANSFORMERS),
         ("flux", "step"),
         ("wan", "step"),
         ("wan", "cached"),
         ("flux", "tome"),
     ],
 )
-def test_whole_transformer_fullgraph(family, setting):
+def test_every_family_fullgraph(family, setting):
     """No graph break and no new graph from step to step, in a first and a second generation."""
     pipe = small(family)
     model = tiny.denoisers(pipe)[0]
@@ -100,7 +101,7 @@ def test_whole_transformer_fullgraph(family, setting):
     model.compile(fullgraph=True, backend=counter)
     torch.testing.assert_close(run(pipe), eager, rtol=1e-3, atol=1e-3)
     graphs = counter.frame_count
-    calls = 2 if family == "wan" else 1  # guidance in two calls, a graph for each
+    calls = 2 if family in ("qwen", "wan") else 1  # guidance in two calls, a graph for each
     assert graphs <= 4 * calls
     torch.testing.assert_close(run(pipe), eager, rtol=1e-3, atol=1e-3)
     assert counter.frame_count <= graphs + calls

@@ -31,13 +31,13 @@ from eval.provenance import provenance
 from tofu_diffusers import FAMILIES, KEYS_VALUES, apply_tofu
 
 # What people type.
+RATIOS = (0.25, 0.5, 0.75)
 SETTINGS = tuple(
     Setting(f"{name}-{amount:g}", "tofu", {name: amount})
-    for name, amounts in (("ratio", (0.25, 0.5, 0.75)), ("speedup", (1.5, 2, 3)))
+    for name, amounts in (("ratio", RATIOS), ("speedup", (1.5, 2, 3)))
     for amount in amounts
 )
 
-RATIOS = (0.25, 0.5, 0.75)
 PLAIN = {"method": First.name, "merge": "prune", "unmerge": "copy", "corrector": False}
 BATCH = 2  # of `Family.example`
 UNREDUCED = ("unreduced", 0.0)

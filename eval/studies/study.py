@@ -378,12 +378,16 @@ def main(args: argparse.Namespace) -> None:
     if args.stage in ("front", "rivals"):
         merging = [0.5] if args.stage == "front" else []
         trials += [Trial(setting, args.steps) for setting in others(loaded.pipe, merging)]
-    todo, known = [], 0
+    if args.match is not None:
+        ids = {study.about(trial)["id"]: trial for trial in trials}
+        trials = [trial for name, trial in ids.items() if re.search(args.match, name)]
+        if not trials:
+            raise ValueError(
+                f"no row of stage {args.stage} matches {args.match!r}; ids are such as {next(iter(ids))}"
+            )
+    todo = []
     for trial in trials:
         about = study.about(trial)
-        if args.match is not None and not re.search(args.match, about["id"]):
-            continue
-        known += 1
         row = done.get(about["id"])
         if row is None:
             todo.append(trial)
@@ -392,11 +396,6 @@ def main(args: argparse.Namespace) -> None:
                 f"{args.out} holds another {about['id']}: {'; '.join(wrong)}; ask for the same, or choose "
                 "another --out"
             )
-    if not known:
-        raise ValueError(
-            f"no row of stage {args.stage} matches {args.match!r}; their ids are such as "
-            f"{study.about(trials[0])['id']}"
-        )
     mine = todo[state.process_index :: state.num_processes]
     without: list[str] = []
     for trial in tqdm(mine, desc=args.stage, unit=" rows", disable=not state.is_main_process):

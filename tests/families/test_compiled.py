@@ -11,6 +11,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_map
 
+from eval.bench import full_size
 from tests import tiny
 from tests.denoisers import DENOISERS
 from tests.families.test_classes import CLASSES, output_of, scope_of
@@ -18,18 +19,7 @@ from tofu_diffusers import apply_tofu
 from tofu_diffusers.families import known_family
 
 STEPS = 5
-LAYERS = {
-    "n_layers",
-    "n_refiner_layers",
-    "num_decoder_layers",
-    "num_layers",
-    "num_mmdit_layers",
-    "num_refiner_layers",
-    "num_single_dit_layers",
-    "num_single_layers",
-    "num_text_blocks",
-    "num_visual_blocks",
-}
+LAYERS = {*full_size.LAYERS, "num_text_blocks"}
 # Of classes whose layers are told by other arguments, too.
 DEPTHS = {
     "BriaFiboTransformer2DModel": {},

@@ -49,9 +49,10 @@ class EncoderFamily(ABC):
         """Position of the one further token of each row that must be kept.  -> [B, 1] int64, or None."""
         return None
 
-    @abstractmethod
     def example(self, model: Any) -> Kwargs:
         """The arguments of a typical call, on the meta device."""
+        config = model.config
+        return pixels(config) if self.images else text(config.max_position_embeddings)
 
     @abstractmethod
     def attend(self, block: Any, x: Tensor, mask: Tensor | None, named: Kwargs) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import EncoderFamily, Kwargs, register_encoder, text
+from .base import EncoderFamily, Kwargs, register_encoder
 
 OF_DECODERS = ("encoder_hidden_states", "encoder_attention_mask")
 
@@ -42,6 +42,3 @@ class Bert(EncoderFamily):
     def feed_forward(self, block: Any, x: Tensor) -> Tensor:
         out: Tensor = block.feed_forward_chunk(x)
         return out
-
-    def example(self, model: Any) -> Kwargs:
-        return text(model.config.max_position_embeddings)

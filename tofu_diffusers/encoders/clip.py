@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Kwargs, PreNorm, pixels, register_encoder, text
+from .base import Kwargs, PreNorm, register_encoder
 
 LEGACY_EOS = 2
 """A configuration with this end of a text pools at the highest number instead."""
@@ -29,9 +29,6 @@ class ClipVision(_Clip):
     classes = ("CLIPVisionModel",)
     images = True
 
-    def example(self, model: Any) -> Kwargs:
-        return pixels(model.config)
-
 
 @register_encoder
 class ClipText(_Clip):
@@ -47,6 +44,3 @@ class ClipText(_Clip):
             ids = (ids == model.eos_token_id).int()
         end: Tensor = ids.argmax(dim=-1, keepdim=True)
         return end
-
-    def example(self, model: Any) -> Kwargs:
-        return text(model.config.max_position_embeddings)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,16 +64,8 @@ class EncoderHook:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderHook:
-        twin = EncoderHook(
-            self.config,
-            self.family,
-            self.original,
-            self.forward,
-            self.names,
-            self.blocks,
-            self.method,
-            self.merges,
-        )
+        # It tells of no calls yet.
+        twin = replace(self, call=None, removed=False, calls=0, tokens={}, inputs=None)
         memo[id(self)] = twin
         return twin
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from .base import Kwargs, PreNorm, pixels, register_encoder
+from .base import PreNorm, register_encoder
 
 
 @register_encoder
@@ -18,6 +16,3 @@ class SiglipVision(PreNorm):
     attention = "self_attn"
     heads = "num_heads"
     norms = ("layer_norm1", "layer_norm2")
-
-    def example(self, model: Any) -> Kwargs:
-        return pixels(model.config)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..hooks.patch import weightless
-from ..report.flops import UncountedError
+from ..report.flops import UncountedError, flops_of
 from ..report.numberless import without_numbers
 from ..report.summary import Row, Summary
-from .base import Kwargs
 from .hooks import EncoderHook, attach_encoder
 
 Roots = list[tuple[nn.Module, EncoderHook]]
@@ -31,9 +29,9 @@ def summarise_encoders(roots: Roots) -> Summary:
         inputs = hook.inputs if hook.inputs is not None else hook.family.example(model)
         try:
             with without_numbers(), torch.no_grad():
-                whole += _flops(twin, inputs)
+                whole += flops_of(twin, inputs)
                 counted = attach_encoder(twin, hook.family, hook.config)
-                run += _flops(twin, inputs)
+                run += flops_of(twin, inputs)
         except Exception as error:
             # Whatever a model does with numbers of tensors that have none.
             raise UncountedError(
@@ -52,9 +50,3 @@ def summarise_encoders(roots: Roots) -> Summary:
         f"family {family.name}"
     )
     return Summary(tuple(rows), (), whole, run, "", 0, nominal, settings, encoder=True)
-
-
-def _flops(model: nn.Module, inputs: Kwargs) -> int:
-    with FlopCounterMode(display=False) as counter:
-        model(**inputs)
-    return int(counter.get_total_flops())

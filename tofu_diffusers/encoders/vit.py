@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from .base import Kwargs, PreNorm, pixels, register_encoder
+from .base import PreNorm, register_encoder
 
 
 @register_encoder
@@ -20,6 +18,3 @@ class Vit(PreNorm):
     after_attention = ("dropout",)
     after_mlp = ("dropout",)
     prefix = 1
-
-    def example(self, model: Any) -> Kwargs:
-        return pixels(model.config)

@@ -58,6 +58,13 @@ def count(
         raise UncountedError(f"{type(error).__name__}: {error}") from error
 
 
+def flops_of(model: nn.Module, inputs: dict[str, Any]) -> int:
+    """Count the FLOPs of one forward."""
+    with FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return int(counter.get_total_flops())
+
+
 def _counted(
     twin: nn.Module,
     runtime: Runtime,
@@ -75,9 +82,7 @@ def _counted(
     def forward(step: int, setting: tuple[str, ...]) -> int:
         copy.set_step(step, TOTAL, branches)
         _set(copy.runtime, setting)
-        with FlopCounterMode(display=False) as counter:
-            twin(**inputs)
-        return int(counter.get_total_flops())
+        return flops_of(twin, inputs)
 
     unreduced = ("0.0",) * len(runtime.setup.sites)
     reduced = {*settings} - {unreduced}

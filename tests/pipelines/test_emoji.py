@@ -51,6 +51,7 @@ from pipelines.emoji.loop import (
     begin_with,
     compiled,
     learning_rate,
+    new_optimizers,
 )
 from pipelines.emoji.mmdit import encode, new_transformer, train_mmdit
 from pipelines.emoji.scorer import FOLDER, EmojiScorer
@@ -327,10 +328,29 @@ def test_a_run_stops_at_its_time_and_the_next_goes_on(tmp_path):
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
-    loop, layer = quadratic(tmp_path, steps=1)
-    before = {k: v.clone() for k, v in layer.state_dict().items()}
-    loop.run(lambda generator, rng: {"loss": layer.weight.sum() * math.nan}, lambda: {})
-    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    """Nor does what the optimizers remember of the steps before it."""
+    loop, layer = quadratic(tmp_path, steps=2)
+    seen = []
+
+    def loss(generator, rng):
+        if loop.step:
+            seen.append({k: v.clone() for k, v in layer.state_dict().items()})
+        return {"loss": layer(torch.ones(1, 4)).square().sum() * (math.nan if loop.step else 1)}
+
+    loop.run(loss, lambda: {})
+    assert all(torch.equal(value, seen[0][key]) for key, value in layer.state_dict().items())
+    kept = [v for each in loop.optimizers for state in each.state.values() for v in state.values()]
+    assert all(value.isfinite().all() for value in kept)
+
+
+def test_weights_of_linear_layers_are_muons_and_the_others_adamws():
+    conv, linear, text = torch.nn.Conv2d(2, 2, 1), torch.nn.Linear(2, 2), torch.nn.Linear(3, 4)
+    adamw, muon = new_optimizers({text: 0.1, torch.nn.Sequential(conv, linear): 0.2})
+    assert [group["lr"] for each in (adamw, muon) for group in each.param_groups] == [0.1, 0.2] * 2
+    assert [group["params"] for group in muon.param_groups] == [[text.weight], [linear.weight]]
+    rest = [[text.bias], [conv.weight, conv.bias, linear.bias]]
+    assert [group["params"] for group in adamw.param_groups] == rest
+    assert new_optimizers({conv: 0.1})[1] is None
 
 
 def test_each_concept_is_drawn_equally_often_and_half_of_it_in_other_colours(tiny_emoji):

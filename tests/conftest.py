@@ -1,5 +1,6 @@
 """What holds for every test: no network beyond this machine, one thread, no deadline."""
 
+import gc
 import os
 import socket
 
@@ -17,6 +18,18 @@ torch.set_num_threads(1)
 # First calls compile kernels or load weights; a slow machine is not a failing test.
 settings.register_profile("tofu", deadline=None, derandomize=True)
 settings.load_profile("tofu")
+
+
+def pytest_collection_finish() -> None:
+    """Collect less garbage: half a million objects of the libraries would be looked through each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+
+
+def pytest_unconfigure() -> None:
+    """Else extensions of the libraries would report all that is left as leaked."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -57,7 +57,7 @@ def test_schedulers_set_before_or_after_applying(scheduler, when):
 
 
 def image_to_image(compiled=False):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.tiny_sd(channels=(32,))
     pipe = StableDiffusionImg2ImgPipeline(
         **{**pipe.components, "feature_extractor": None}, requires_safety_checker=False
     )
@@ -88,7 +88,7 @@ def test_image_to_image_skips_steps_of_its_own_and_comes_to_an_end(compiled):
         skipped = [step.skipped for step in generation.steps()]
         assert len(skipped) == len(generation.sampling) == 9 and not skipped[-1] and any(skipped)
         # Those of nine steps that are all there are.
-        plain = tiny.tiny_sd()
+        plain = tiny.tiny_sd(channels=(32,))
         with apply_tofu(plain, speedup=1.8, warmup_steps=2, rule="late") as other:
             tiny.generate(plain, steps=9)
             assert skipped == [step.skipped for step in other.inspect()[0].steps]

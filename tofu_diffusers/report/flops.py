@@ -79,21 +79,21 @@ def _counted(
     # Not known yet: then all tokens were computed, however many there are.
     branches = max(1, int(call.cfg_branches))
 
-    def forward(step: int, setting: tuple[str, ...]) -> int:
+    def at(step: int, setting: tuple[str, ...]) -> dict[str, Any]:
         copy.set_step(step, TOTAL, branches)
         _set(copy.runtime, setting)
-        return flops_of(twin, inputs)
+        return inputs
 
     unreduced = ("0.0",) * len(runtime.setup.sites)
     reduced = {*settings} - {unreduced}
     with torch.no_grad():
-        counts = {unreduced: forward(0, unreduced)}
+        counts = {unreduced: flops_of(twin, at(0, unreduced))}
         # Computed steps make the evidence and fill the caches that reduced steps read, if they read any.
         if reduced and reduction is not None and reduction.needs_steps:
             for step in range(1, WHOLE):
-                forward(step, unreduced)
+                twin(**at(step, unreduced))
         for setting in reduced:
-            counts[setting] = forward(WHOLE, setting)
+            counts[setting] = flops_of(twin, at(WHOLE, setting))
     return counts
 
 

@@ -44,6 +44,8 @@ class Numberless(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.__name__ == "__get__":  # a shape, a dtype, a device: half of all calls
+            return func(*args, **kwargs)
         if func is torch.tensor:
             return func(*args, **{**kwargs, "device": "cpu"})
         if func is Tensor.bincount and args[0].is_meta:

@@ -115,6 +115,11 @@ def circumstances(rows: Sequence[Row]) -> str:
     )
 
 
+def sampler(row: Row) -> str:
+    """ ", " and the sampler's class and options in words, or nothing for the pipeline's own."""
+    return f", {row['scheduler'].replace(',', ' with ')}" if "scheduler" in row else ""
+
+
 def ahead(mine: Row, other: Row) -> str:
     """By how many dB, image by image, with its interval."""
     gain = difference(of_mean(mine["psnr_db"]), of_mean(other["psnr_db"]))
@@ -183,13 +188,12 @@ def rules_table() -> str:
     for model, path in RULES.items():
         for row in read(path):
             every.append(row)
-            group = groups.setdefault((model, row["steps"], row.get("scheduler", "")), {})
+            group = groups.setdefault((model, row["steps"], sampler(row)), {})
             group.setdefault(float(row["setting"]["name"].split("-")[1]), []).append(row)
     speedups = sorted({speedup for group in groups.values() for speedup in group})
     head = ["", *(f"{speedup:g}x" for speedup in speedups)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for (model, steps, scheduler), group in groups.items():
-        also = f", {scheduler.replace(',', ' with ')}" if scheduler else ""
+    for (model, steps, also), group in groups.items():
         cells = [default_ahead(model, group[speedup]) for speedup in speedups]
         lines.append(f"| `{model}`, {steps} steps{also} | {' | '.join(cells)} |")
     return "\n".join([circumstances(every), "", *lines])
@@ -225,7 +229,8 @@ def searched_table() -> str:
             for computed in row["schedules"].values()
         )
         cells = [
-            f"`{row['pipeline']}`, {row['speedup']:g}x <!-- row: {SEARCHED.name}#{row['id']} -->",
+            f"`{row['pipeline']}`, {row['steps']} steps{sampler(row)}, {row['speedup']:g}x "
+            f"<!-- row: {SEARCHED.name}#{row['id']} -->",
             interval(row["planned"], 1),
             interval(row["found"], 1),
             f"{ahead['held_out']:+.1f} ({ahead['low']:+.1f} to {ahead['high']:+.1f})",

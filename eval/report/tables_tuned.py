@@ -8,7 +8,7 @@ from typing import Any
 from eval.jsonl import read
 from eval.provenance import ROOT
 from eval.report.cells import interval
-from eval.report.tables_study import FAMILY, Row, ahead, circumstances
+from eval.report.tables_study import FAMILY, Row, ahead, circumstances, sampler
 
 FILES = {model: ROOT / "eval" / "results" / f"tuned_{model}.jsonl" for model in FAMILY}
 RIVALS = {model: ROOT / "eval" / "results" / f"rivals_{model}.jsonl" for model in FAMILY}
@@ -50,9 +50,8 @@ def groups() -> Iterator[tuple[str, float, dict[str, Row]]]:
 
 def where(row: Row) -> str:
     """What a group of rows is of, in words."""
-    words = [f"`{row['pipeline']}`", f"{row['call']['width']} px", f"{row['steps']} steps"]
-    if "scheduler" in row:
-        words.append(row["scheduler"].replace(",", " with "))
+    steps = f"{row['steps']} steps{sampler(row)}"
+    words = [f"`{row['pipeline']}`", f"{row['call']['width']} px", steps]
     if row["tuned_on"]["prompts"] != 4:
         words.append(f"tuned on {row['tuned_on']['prompts']} prompts")
     return ", ".join(words)

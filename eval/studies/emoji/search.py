@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from eval.baselines.fewer_steps import scheduler_like
 from eval.bench.pipeline import one_batch
 from eval.generate.prompts import first, load_prompts
 from eval.jsonl import append
@@ -126,12 +127,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--speedup", type=float, required=True)
     parser.add_argument("--steps", type=int, default=25, help="(%(default)s)")
     parser.add_argument("--side", type=int, default=64, help="pixels (%(default)s)")
+    parser.add_argument(
+        "--scheduler",
+        metavar="CLASS[,OPTION=VALUE ...]",
+        help="of diffusers, such as FlowMatchEulerDiscreteScheduler,shift=5; default: the pipeline's own",
+    )
     parser.add_argument("--candidates", type=int, default=150, help="(%(default)s)")
     parser.add_argument("-n", type=int, default=8, help="prompts to report on (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to add to")
     args = parser.parse_args(argv)
     pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
+    if args.scheduler is not None:
+        pipe.scheduler = scheduler_like(pipe.scheduler, args.scheduler)
     about = provenance()
     trajectory = Trajectory.of(profile(FAMILIES[args.model])["speedup"]["options"]["trajectory"])
     search = Search(pipe, trajectory, args.steps, args.side)
@@ -145,10 +153,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         drift[name] = of_mean(psnr_db(pictures, whole))
     gain = difference(drift["found"], drift["planned"])
     size = f"{args.model}-{args.side}px-{args.steps}steps-n{args.n}"
+    other = {} if args.scheduler is None else {"scheduler": args.scheduler}
     append(
         args.out,
         {
-            "id": f"{size}/searched-{args.speedup:g}",
+            "id": "/".join([size, *other.values(), f"searched-{args.speedup:g}"]),
             "pipeline": args.model,
             "weights": weights_hash(args.model),
             "n": args.n,
@@ -156,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "steps": args.steps,
             "call": search.call,
             "speedup": args.speedup,
+            **other,
             "candidates": args.candidates,
             "searched_on": len(PROMPTS),
             **about,

@@ -93,6 +93,41 @@ def of_mean(values: Sequence[float] | Tensor) -> Resampled:
     )
 
 
+def of_rank_correlation(
+    mine: Sequence[float] | Tensor, others: Sequence[float] | Tensor
+) -> Resampled:
+    """Spearman's rank correlation of two numbers an item.
+
+    Raises:
+        ValueError: if there are not three items or more.
+    """
+    import scipy.stats
+
+    a, b = (np.asarray(each, dtype=np.float64) for each in (mine, others))
+    if len(a) < 3:
+        raise ValueError(f"a rank correlation needs 3 items or more, not {len(a)}")
+
+    def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+        ranks = [scipy.stats.rankdata(each, axis=axis) for each in (x, y)]
+        first, second = (each - each.mean(axis=axis, keepdims=True) for each in ranks)
+        scale = np.linalg.norm(first, axis=axis) * np.linalg.norm(second, axis=axis)
+        found: np.ndarray = (first * second).sum(axis=axis) / scale
+        return found
+
+    result = scipy.stats.bootstrap(
+        (a, b),
+        spearman,
+        paired=True,
+        n_resamples=MANY,
+        batch=100,
+        method="percentile",
+        confidence_level=CONFIDENCE,
+        rng=SEED,
+    )
+    draws = tuple(result.bootstrap_distribution.tolist())
+    return Resampled(float(spearman(a, b)), draws, len(a))
+
+
 def difference(mine: Resampled, others: Resampled) -> Change:
     """By how much `mine` is more than `others`, image by image.
 

@@ -55,7 +55,7 @@ PIPELINES_LAYERS = (
     {"emoji"},
     {"emoji.data", "emoji.prompts", "emoji.text", "emoji.vae"},
     {"emoji.ceiling", "emoji.denoise", "emoji.mmdit", "emoji.scorer", "emoji.unet"},
-    {"emoji.export", "emoji.train"},
+    {"emoji.export", "emoji.train", "emoji.vit"},
     {"emoji.card", "emoji.reference"},
     {"emoji.samples"},
     {"emoji.__main__", "emoji.gpu"},

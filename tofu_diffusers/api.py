@@ -18,7 +18,7 @@ from .config import (
     check_whole,
     one_of,
 )
-from .encoders import encoders_in
+from .encoders import EncoderFamily, encoders_in
 from .encoders.hooks import EncoderHook, attach_encoder, detach_encoder, lay_out
 from .encoders.summary import summarise_encoders
 from .families import (
@@ -648,6 +648,27 @@ def only_denoiser(pipe: Any, family: str | None) -> nn.Module:
     if state_of(model) is not None:
         raise ValueError("the pipeline has tofu; call remove_tofu(pipe) before calibrating")
     return model
+
+
+def only_encoder(target: Any) -> tuple[nn.Module, nn.Module, EncoderFamily] | None:
+    """A model without tofu, unwrapped, its one encoder and its family; None of a pipeline or a denoiser.
+
+    Raises:
+        ValueError: if it has several encoders, or tofu.
+    """
+    model = _encoder(target)
+    if model is None:
+        return None
+    found = encoders_in(model, None)
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} encoders; a calibration is of one: give a "
+            "model with one"
+        )
+    root, family = found[0]
+    if state_of(root) is not None:
+        raise ValueError("the encoder has tofu; call remove_tofu(model) before calibrating")
+    return model, root, family
 
 
 def _attached(model: nn.Module, like: Setup) -> Generation:

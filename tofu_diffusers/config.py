@@ -9,7 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -525,7 +525,10 @@ class EncoderReduction(Config):
         merge: What a kept token becomes: "prune", "mean" or "mlerp", weighted by the tokens that are already
             in each. None: the method's own, which may change with the depth.
         schedule: "constant": the same number leaves at every block (ToMe); "share": the same share of those
-            that are left (PiToMe), which removes more early, is faster and drifts more.
+            that are left (PiToMe), which removes more early, is faster and drifts more. Or a weight of
+            every block, 0 or more, such as `learn_schedule` finds: with w the weight of a block and W the sum
+            of all, the share (1 - ratio) ** (w / W) of the tokens that are left stays there. Equal weights
+            are "share".
         proportional_attention: Whether a token weighs as many as were merged into it in the attention of the
             blocks behind. Pruned tokens count nothing.
         first_block: Blocks before this one let no token leave. Higher drifts less and saves less.
@@ -544,7 +547,7 @@ class EncoderReduction(Config):
     method: str = "tofu"
     method_options: Mapping[str, Any] = field(default_factory=dict)
     merge: str | None = None
-    schedule: str = "constant"
+    schedule: str | tuple[float, ...] = "constant"
     proportional_attention: bool = True
     first_block: int = 0
     seed: int = 0
@@ -553,7 +556,10 @@ class EncoderReduction(Config):
         self._check_tokens()
         self._check_common()
         self._check_flags("proportional_attention")
-        one_of("schedule", self.schedule, ENCODER_SCHEDULES)
+        if isinstance(self.schedule, str):
+            one_of("schedule", self.schedule, ENCODER_SCHEDULES)
+        else:
+            self._check_weights()
         if self.merge is not None:
             one_of("merge", self.merge, MERGES)
         method = self.make_method()
@@ -565,11 +571,6 @@ class EncoderReduction(Config):
                 f"{what} of method {self.method!r} needs denoising steps, and an encoder has none; leave it "
                 "out, or choose a source that is read of the tokens: method_options={'source': 'attention'} "
                 "or 'key_norm'"
-            )
-        if "gradient" in method.sources:
-            raise ValueError(
-                "source 'gradient' reads probes, and calibrate_gradient fits them to denoisers alone; choose "
-                "source 'attention' or 'key_norm' for an encoder"
             )
 
     def make_method(self) -> Method:
@@ -584,19 +585,41 @@ class EncoderReduction(Config):
         """The merge at a depth in [0, 1]: the option, or else the method's own."""
         return self.merge or self.make_method().merge(depth)
 
+    def _check_weights(self) -> None:
+        """Check a schedule of weights."""
+        given: Any = self.schedule
+        try:
+            weights = tuple(_number("a weight of schedule", each) for each in given)
+        except TypeError as error:
+            raise TypeError(
+                f"schedule must be one of {', '.join(ENCODER_SCHEDULES)} or a weight of every block, not "
+                f"{given!r}"
+            ) from error
+        if not weights or not all(0 <= weight < math.inf for weight in weights) or not sum(weights):
+            raise ValueError(
+                f"schedule is {weights}; give a weight of every block, 0 or more, and one above 0"
+            )
+        if self.first_block:
+            raise ValueError(
+                f"first_block {self.first_block} and a schedule of weights both say where tokens leave; "
+                "leave first_block out, and give the first blocks weight 0"
+            )
+        object.__setattr__(self, "schedule", weights)
+
     def removed(self, tokens: int, blocks: int) -> list[int]:
         """How many of so many tokens leave at each block."""
         acting = max(0, blocks - self.first_block)
         whole = int(tokens * self.ratio)
-        left = [0] * (blocks - acting)
-        for i in range(acting + 1):
-            part = i / acting if acting else 0.0
-            if self.schedule == "share":
-                gone = 1.0 - (1.0 - whole / max(1, tokens)) ** part
-                left.append(round(tokens * gone))
-            else:
-                left.append(round(whole * part))
-        return [after - before for before, after in pairwise(left)]
+        if isinstance(self.schedule, str):
+            done = [0.0] * (blocks - acting) + [i / max(1, acting) for i in range(acting + 1)]
+        else:
+            done = [part / sum(self.schedule) for part in accumulate(self.schedule, initial=0.0)]
+        if self.schedule == "constant":
+            gone = [round(whole * part) for part in done]
+        else:
+            stay = 1.0 - whole / max(1, tokens)
+            gone = [round(tokens * (1.0 - stay**part)) for part in done]
+        return [after - before for before, after in pairwise(gone)]
 
 
 CONFIGS: tuple[type[DenoiserConfig], ...] = (TokenReduction, StepSkipping)

@@ -17,6 +17,7 @@ from eval.provenance import ROOT
 from eval.report import plots_step
 from eval.report.plots import pareto
 from eval.report.plots_growth import growth
+from eval.report.tables_encoders import MAIN, ahead_of, encoders_table
 from eval.report.tables_linearity import linearity_table, merged_table
 from eval.report.tables_speed import (
     SPEEDS,
@@ -61,7 +62,7 @@ FULL_SIZE = ROOT / "eval" / "results" / "full_size.jsonl"
 CLASSES = ROOT / "eval" / "results" / "full_size_classes.jsonl"
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{guide}.md" for guide in ("models", "results", "speed")),
+    *(ROOT / "docs" / f"{guide}.md" for guide in ("encoders", "models", "results", "speed")),
 )
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 
@@ -71,6 +72,8 @@ PLANS, SAMPLERS = "64px-25steps-n32", "64px-25steps-n16"
 TABLES: dict[str, Callable[[], str]] = {
     **{f"{model} drift": (lambda model=model: drift_table(model, FRONT)) for model in RESULTS},
     **{f"{model} speed": (lambda model=model: speed_table(model)) for model in SPEEDS},
+    **{f"encoders {each}": (lambda each=each: encoders_table(each)) for each in MAIN},
+    **{f"encoders {each} ahead": (lambda each=each: ahead_of(each)) for each in MAIN},
     "typed": typed_table,
     "rules": rules_table,
     "searched": searched_table,

@@ -440,7 +440,7 @@ def test_what_an_encoder_has_not_is_refused_with_a_way_out(models):
         ({"method": "importance", "method_options": {"source": "cfg"}}, "source 'cfg'"),
         ({**IMPORTANCE, "method_options": {"source": "key_norm", "max_age": 4}}, "'max_age'"),
         (
-            {"method": "importance", "method_options": {"source": "gradient", "probe": "a"}},
+            {"method": "importance", "method_options": {"source": "gradient"}},
             "calibrate_gradient",
         ),
         ({"schedule": "linear"}, "unknown schedule"),
@@ -487,3 +487,55 @@ def test_of_a_model_of_two_sides_the_image_side_is_reduced():
     with apply_tofu(model, ratio=0.5):
         assert any(state_of(each) is not None for each in model.vision_model.modules())
         assert all(state_of(each) is None for each in model.text_model.modules())
+
+
+def test_classes_around_and_beside_those_of_the_table():
+    from transformers import (
+        BertConfig,
+        BertForTokenClassification,
+        Dinov2Config,
+        Dinov2Model,
+        SiglipConfig,
+        SiglipModel,
+    )
+
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
+    sides = {"image_size": 24, "patch_size": 4}
+    both = SiglipConfig(text_config={**small, "vocab_size": 50}, vision_config={**small, **sides})
+    wide = {"vocab_size": 50, "max_position_embeddings": 24, "num_labels": 3}
+    models = {
+        "vision_model": SiglipModel(both),
+        "bert": BertForTokenClassification(BertConfig(**small, **wide)),
+        "": Dinov2Model(Dinov2Config(**small, **sides)),
+    }
+    ids = torch.randint(3, END, (2, 20))
+    pixels = torch.randn(2, 3, 24, 24)
+    given = {
+        "vision_model": {"input_ids": ids, "pixel_values": pixels},
+        "bert": {"input_ids": ids},
+        "": {"pixel_values": pixels},
+    }
+    for inner, model in models.items():
+        model.eval()
+        before = run(model, given[inner])
+        with apply_tofu(model, ratio=0.5) as handle:
+            reduced = run(model, given[inner])
+            own = model.get_submodule(inner)
+            changed = [each for each in model.modules() if state_of(each) is not None]
+            assert changed and {*changed} <= {*own.modules()}
+            first, *_, last = handle.stats()
+            assert last["tokens_kept"] < first["tokens_in"]
+        shapes = [each.shape for each in tensors(reduced)]
+        assert shapes == [each.shape for each in tensors(before)]
+        assert not equal(reduced, before)
+        # The text side and what is given for every token stay as long as they were.
+        if inner == "bert":
+            assert reduced.logits.shape == (2, 20, 3)
+        if inner == "vision_model":
+            assert torch.equal(reduced.text_embeds, before.text_embeds)
+        assert equal(run(model, given[inner]), before)

@@ -223,7 +223,7 @@ def test_probes_that_do_not_fit_are_refused_before_anything_is_touched(tmp_path)
 
     with pytest.raises(FileNotFoundError, match=r"no probe file .*calibrate_gradient\(pipe"):
         apply(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match=r"another denoiser: for down_blocks.* it has none"):
+    with pytest.raises(ValueError, match=r"another model: for down_blocks.* it has none"):
         apply(path)
     other = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, other)

@@ -76,11 +76,16 @@ class EncoderCall:
         """What attention among the kept tokens adds to its logits.  -> [B, 1, 1 or K, K], or None."""
         if self.positions is None:
             return given
+        # Of causal attention without a mask the attention itself knows.
+        return None if self.weights is None and given is None else self.added(x)
+
+    def added(self, x: Tensor) -> Tensor | None:
+        """The same, made anew from what is left at any block.  -> [B, 1, 1 or K, K], or None for nothing."""
         weights, least = self.weights, torch.finfo(x.dtype).min
-        if weights is None and (given is None or not self.causal):
+        if weights is None and not self.causal:
             return None
         if weights is None:
-            weights = torch.ones_like(self.positions, dtype=torch.float32)
+            weights = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
         counts = weights.to(torch.promote_types(x.dtype, torch.float32))
         if self.config.proportional_attention:
             logs = counts.clamp(min=1.0).log()

@@ -27,6 +27,7 @@ from ..hooks.patch import (
 )
 from ..tokens.methods import Method
 from ..tokens.sources import BlockReading
+from ..tuning.probes import load_probes
 from .base import EncoderFamily, Kwargs
 from .call import EncoderCall, depth_of
 
@@ -72,13 +73,14 @@ class EncoderHook:
 
 @dataclass(eq=False)
 class EncoderBlockHook:
-    """State on a block; `keys` and `queries` are those of the running block."""
+    """State on a block; `keys` and `queries` are those of the running block, `probe` is fitted to it."""
 
     root: EncoderHook
     index: int
     original: Callable[..., Any]
     forward: Callable[..., Any]
     names: tuple[str, ...]
+    probe: Tensor | None = None
     keys: Tensor | None = None
     queries: Tensor | None = None
 
@@ -94,13 +96,18 @@ class NoteHook:
 
 
 Modules = list[tuple[str, nn.Module]]
+Probes = dict[str, Tensor]
 
 
-def lay_out(model: Any, family: EncoderFamily, config: EncoderReduction) -> tuple[Modules, Modules]:
-    """The encoder's blocks and their attentions, by name. Changes nothing.
+def lay_out(
+    model: Any, family: EncoderFamily, config: EncoderReduction
+) -> tuple[Modules, Modules, Probes]:
+    """The encoder's blocks and their attentions, and their probes if any are read. Changes nothing.
 
     Raises:
-        ValueError: if it is not built as its family says, or cannot be reduced.
+        FileNotFoundError: if there is no file of probes where the configuration says.
+        ValueError: if it is not built as its family says, cannot be reduced, or the probes are of another
+            model.
     """
     try:
         refusal = family.refusal(model)
@@ -119,17 +126,35 @@ def lay_out(model: Any, family: EncoderFamily, config: EncoderReduction) -> tupl
         raise ValueError(
             f"first_block {config.first_block} is behind the last of {len(blocks)} blocks; lower it"
         )
-    return blocks, attentions
+    if not isinstance(config.schedule, str) and len(config.schedule) != len(blocks):
+        raise ValueError(
+            f"schedule has {len(config.schedule)} weights, and {type(model).__name__} has {len(blocks)} "
+            "blocks; give one for each, or schedule 'share'"
+        )
+    return blocks, attentions, _probes(attentions, family, config)
+
+
+def _probes(attentions: Modules, family: EncoderFamily, config: EncoderReduction) -> Probes:
+    """The probe of every block, by its name; none if the method reads none."""
+    path = config.method_options.get("probe")
+    if path is None:
+        return {}
+    widths: dict[str, Any] = {
+        f"{family.blocks}.{name}": attention.get_submodule(family.keys).in_features
+        for name, attention in attentions
+    }
+    return load_probes(path, widths)
 
 
 def attach_encoder(model: Any, family: EncoderFamily, config: EncoderReduction) -> EncoderHook:
     """Put tofu on an encoder.
 
     Raises:
+        FileNotFoundError: if there is no file of probes where the configuration says.
         ValueError: if `lay_out` refuses.
         RuntimeError: if a forward that must change was replaced by another. It is then as it was.
     """
-    blocks, attentions = lay_out(model, family, config)
+    blocks, attentions, probes = lay_out(model, family, config)
     original = type(model).forward
     names = tuple(f"{family.blocks}.{name}" for name, _ in blocks)
     root = EncoderHook(
@@ -148,9 +173,8 @@ def attach_encoder(model: Any, family: EncoderFamily, config: EncoderReduction) 
     try:
         attach(model, root.forward, root)
         for i, (_, block) in enumerate(blocks):
-            hook = EncoderBlockHook(
-                root, i, type(block).forward, block_forward, parameters_of(block)
-            )
+            forwards = (type(block).forward, block_forward)
+            hook = EncoderBlockHook(root, i, *forwards, parameters_of(block), probes.get(names[i]))
             attach(block, block_forward, hook)
             for attribute, name in noted.items():
                 projection = attentions[i][1].get_submodule(name)
@@ -292,7 +316,12 @@ def _reading(hook: EncoderBlockHook, x: Tensor, heads: int) -> BlockReading:
         scale: float = (queries.shape[2] // heads) ** hook.root.family.query_scale
         return queries * scale
 
-    return BlockReading(x, lambda: keys, scaled, lambda: heads, None)
+    call = hook.root.call
+    assert call is not None
+    # Of use to attention alone, which needs queries.
+    bias = None if queries is None else call.added(x)
+    probe = None if hook.probe is None else hook.probe.to(x.device)
+    return BlockReading(x, lambda: keys, scaled, lambda: heads, probe, bias, call.weights)
 
 
 def note_forward(module: Any, *args: Any, **kwargs: Any) -> Any:

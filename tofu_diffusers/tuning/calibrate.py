@@ -16,9 +16,12 @@ from ..families import Family, find_family
 from ..families.base import Kwargs
 from ..hooks.patch import bind, compiled_alone, parameters_of
 from ..steps.pipelines import components
-from ..tokens.random_bits import uniform
 from ..tokens.sources.gradient import log_norm, sensitivity
-from .probes import Fit, rank_correlation, save_probes
+from .encoder_calls import MeasuredEncoder
+from .probes import Fit, rank_correlation, save_probes, signed_sum
+
+Gradients = Iterator[tuple[str, Tensor, Tensor]]
+"""By block its name, its tokens [B, N, C] and their gradient."""
 
 
 def calibrate_gradient(
@@ -37,27 +40,32 @@ def calibrate_gradient(
     token. Those of the last quarter of the prompts (one at least) are left out, and tell how good the probes
     are. Takes the memory of a backward pass, and 8 (C + 1)^2 bytes for a block of C channels.
 
+    An encoder is called once with every input, and its first output is the prediction.
+
     Example:
         >>> calibrate_gradient(pipe, ["a cat", "a red apple"], "probe.safetensors")
         >>> how = {"source": "gradient", "probe": "probe.safetensors"}
         >>> apply_tofu(pipe, method="importance", method_options=how)
 
     Args:
-        pipe: A pipeline with one denoiser of a known family, without tofu.
-        prompts: Two or more, each what the pipeline takes as its first argument.
+        pipe: A pipeline with one denoiser of a known family, without tofu; or a model that is or holds one
+            encoder.
+        prompts: Two or more, each what the pipeline takes as its first argument; of an encoder the model's
+            arguments by name, without padding.
         path: Of the safetensors file.
-        calls: How many calls of the denoiser are looked at in each generation, evenly spread.
+        calls: The most calls of the denoiser that are looked at in each generation, evenly spread; an encoder
+            has one.
         seed: Of the images; the n-th prompt has seed + n.
-        options: Further arguments of the pipeline.
+        options: Further arguments of the pipeline, or of the model.
 
     Returns:
         By block, the rank correlation of its probe with the gradient norms of the images left out, averaged
         over images.
 
     Raises:
-        TypeError: if `pipe` is no pipeline.
+        TypeError: if `pipe` is no pipeline and holds no encoder, or an encoder's input is not by name.
         ValueError: if there are fewer than two prompts, the pipeline has tofu or several denoisers, or its
-            denoiser is compiled or was not called.
+            denoiser is compiled or was not called; if an encoder's input has padding.
     """
     prompts = as_prompts(prompts)
     if len(prompts) < 2:
@@ -67,26 +75,58 @@ def calibrate_gradient(
         )
     if calls < 1:
         raise ValueError(f"calls is {calls}; give 1 or more")
-    model = watchable(pipe)
-    family = find_family(model, None)
+    encoder = MeasuredEncoder.of(pipe)
+    found = partial(_of_pipeline, pipe, calls) if encoder is None else partial(_of_encoder, encoder)
     held_out = max(1, len(prompts) // 4)
     fits: dict[str, Fit] = {}
     agreement: dict[str, list[float]] = {}
     probes: dict[str, Tensor] = {}
     for n, prompt in enumerate(prompts):
-        seen = calls_of(pipe, model, prompt, seed + n, calls, options)
         if n == len(prompts) - held_out:
             probes = {name: fit.probe() for name, fit in fits.items()}
-        for named in seen:
-            for name, x, gradient in gradients(model, family, named, seed + n):
-                if name in probes:
-                    guess = sensitivity(x, probes[name].to(x.device))
-                    value = rank_correlation(guess, log_norm(gradient))
-                    agreement.setdefault(name, []).append(value)
-                else:
-                    fits.setdefault(name, Fit(x.shape[2])).add(x, gradient)
+        for name, x, gradient in found(prompt, seed + n, options):
+            if name in probes:
+                guess = sensitivity(x, probes[name].to(x.device))
+                value = rank_correlation(guess, log_norm(gradient))
+                agreement.setdefault(name, []).append(value)
+            else:
+                fits.setdefault(name, Fit(x.shape[2])).add(x, gradient)
     save_probes(path, probes)
     return {name: sum(values) / len(values) for name, values in agreement.items()}
+
+
+def _of_pipeline(pipe: Any, calls: int, prompt: Any, seed: int, options: Kwargs) -> Gradients:
+    """Those of one generation."""
+    model = watchable(pipe)
+    family = find_family(model, None)
+    for named in calls_of(pipe, model, prompt, seed, calls, options):
+        yield from gradients(model, family, named, seed)
+
+
+def _of_encoder(encoder: MeasuredEncoder, given: Any, seed: int, options: Kwargs) -> Gradients:
+    """Those of one call."""
+    inputs: dict[str, Tensor] = {}
+
+    def begin(block: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+        # Numbers of words have no gradient, and weights may want none.
+        named = bind(parameters_of(block), args, kwargs)
+        return (), {**named, "hidden_states": named["hidden_states"].detach().requires_grad_()}
+
+    blocks = encoder.blocks
+    hooks = [blocks[0][1].register_forward_pre_hook(begin, with_kwargs=True)]
+    hooks += [
+        block.register_forward_pre_hook(partial(_note_input, inputs, name), with_kwargs=True)
+        for name, block in blocks
+    ]
+    try:
+        with torch.enable_grad():
+            out = encoder(given, options)
+            found = torch.autograd.grad(signed_sum(out, seed), list(inputs.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (name, x), gradient in zip(inputs.items(), found, strict=True):
+        yield name, x.detach()[:, encoder.family.prefix :], gradient[:, encoder.family.prefix :]
 
 
 def watchable(pipe: Any) -> nn.Module:
@@ -147,9 +187,7 @@ def recorded(model: nn.Module) -> Iterator[list[Kwargs]]:
         hook.remove()
 
 
-def gradients(
-    model: nn.Module, family: Family, named: Kwargs, seed: int
-) -> Iterator[tuple[str, Tensor, Tensor]]:
+def gradients(model: nn.Module, family: Family, named: Kwargs, seed: int) -> Gradients:
     """Name, image tokens and their gradient [B, N, C] of every block, for one call of the denoiser."""
     stacks = family.block_stacks(model)
     inputs: dict[str, Tensor] = {}
@@ -163,9 +201,7 @@ def gradients(
             sample = family.sample(named).detach().clone().requires_grad_()
             given = {**named, family.sample_name: sample, "return_dict": False}
             out = model(**given)[0]
-            places = torch.arange(out.numel(), device=out.device)
-            signs = (uniform(seed, None, places) < 0.5).to(out.dtype).mul(2).sub(1).view(out.shape)
-            found = torch.autograd.grad((out * signs).sum(), list(inputs.values()))
+            found = torch.autograd.grad(signed_sum(out, seed), list(inputs.values()))
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,7 +11,7 @@ in (0, 1], and 1 where f is linear. It prunes where that is low, and merges by M
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..encoders.call import depth_of
 from ..families import Family, depths_of, find_family
 from ..families.base import Kwargs
 from ..hooks.patch import bind, parameters_of
@@ -27,6 +28,7 @@ from ..steps.sampler import Sampling, timesteps_of
 from ..tokens.grid import TokenGrid
 from ..tokens.methods import Evidence, make_method
 from .calibrate import as_prompts, calls_of, watchable
+from .encoder_calls import MeasuredEncoder
 
 SEGMENTS = 8
 """Of a path: with more of them, linearity falls no further in two digits."""
@@ -39,8 +41,8 @@ class Linearity:
 
     Attributes:
         blocks: Names, in the order of execution.
-        depths: Of the blocks: 0 is the denoiser's first, 1 its last.
-        levels: Noise levels, falling from 1 (pure noise) to 0.
+        depths: Of the blocks: 0 is the first, 1 the last.
+        levels: Noise levels, falling from 1 (pure noise) to 0; of an encoder 0 alone.
         values: A row a block, a number in (0, 1] a level.
     """
 
@@ -96,11 +98,12 @@ def measure_linearity(
     seed: int = 0,
     **options: Any,
 ) -> Linearity:
-    """Measure how near linear every block of a denoiser is between tokens that ToMe would merge.
+    """Measure how near linear every block of a denoiser or encoder is between tokens that ToMe would merge.
 
     Every prompt is generated once, without tofu. At some calls of the denoiser the tokens that ToMe removes
     are moved, in each block's input, all at once and step by step to the tokens that they fold into; what is
-    looked at is the update that the block adds to each of them. Each such call takes the time of ten.
+    looked at is the update that the block adds to each of them. Each such call takes the time of ten. An
+    encoder is called once with every input.
 
     Of the update and not of the output, whose larger part is the moved token itself: that is linear, and
     brings all blocks near 1.
@@ -111,18 +114,22 @@ def measure_linearity(
         >>> apply_tofu(pipe, method="tofu", method_options=linearity.merges(0.8))
 
     Args:
-        pipe: A pipeline with one denoiser of a known family, without tofu.
-        prompts: One or more, each what the pipeline takes as its first argument.
+        pipe: A pipeline with one denoiser of a known family, without tofu; or a model that is or holds one
+            encoder.
+        prompts: One or more, each what the pipeline takes as its first argument; of an encoder the model's
+            arguments by name, without padding.
         ratio: Fraction of the tokens that are moved, above 0 and at most 0.75; grids of which that is less
             than one are left out.
-        calls: How many calls of the denoiser are looked at in each generation, evenly spread.
-        seed: Of the images; the n-th prompt has seed + n.
-        options: Further arguments of the pipeline.
+        calls: The most calls of the denoiser that are looked at in each generation, evenly spread; an encoder
+            has one.
+        seed: Of the images; the n-th prompt has seed + n. An encoder draws nothing.
+        options: Further arguments of the pipeline, or of the model.
 
     Raises:
-        TypeError: if `pipe` is no pipeline.
+        TypeError: if `pipe` is no pipeline and holds no encoder, or an encoder's input is not by name.
         ValueError: if there is no prompt, a number is out of range, the pipeline has tofu or several
-            denoisers, or its denoiser is compiled, was not called or has no tokens to move.
+            denoisers, or its denoiser is compiled, was not called or has no tokens to move; if an encoder's
+            input has padding.
     """
     prompts = as_prompts(prompts)
     if not prompts:
@@ -131,17 +138,28 @@ def measure_linearity(
         raise ValueError(f"calls is {calls}; give 1 or more")
     if not 0 < ratio <= TOME.max_ratio:
         raise ValueError(f"ratio is {ratio}; give one above 0, and at most {TOME.max_ratio:g}")
-    model = watchable(pipe)
-    family = find_family(model, None)
     found: dict[str, dict[float, list[float]]] = {}
-    for n, prompt in enumerate(prompts):
-        for named in calls_of(pipe, model, prompt, seed + n, calls, options):
-            level = noise_of(pipe, family, named)
-            for name, value in linearities(model, family, named, ratio).items():
-                found.setdefault(name, {}).setdefault(level, []).append(value)
+
+    def note(level: float, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            found.setdefault(name, {}).setdefault(level, []).append(value)
+
+    encoder = MeasuredEncoder.of(pipe)
+    if encoder is not None:
+        model = encoder.model
+        names = [name for name, _ in encoder.blocks]
+        depths = {name: depth_of(i, len(names)) for i, name in enumerate(names)}
+        for given in prompts:
+            note(0.0, encoder_linearities(encoder, given, ratio, options))
+    else:
+        model = watchable(pipe)
+        family = find_family(model, None)
+        depths = depths_of(family.block_stacks(model))
+        for n, prompt in enumerate(prompts):
+            for named in calls_of(pipe, model, prompt, seed + n, calls, options):
+                note(noise_of(pipe, family, named), linearities(model, family, named, ratio))
     if not found:
         raise ValueError(f"ratio {ratio:g} moves no token of {type(model).__name__}; raise it")
-    depths = depths_of(family.block_stacks(model))
     levels = sorted(next(iter(found.values())), reverse=True)
     return Linearity(
         tuple(found),
@@ -173,18 +191,13 @@ def linearities(model: nn.Module, family: Family, named: Kwargs, ratio: float) -
         name: str, grid: TokenGrid, block: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> None:
         given = bind(parameters_of(block), args, kwargs)
-        x = family.hidden(given)
-        at, towards = moves(x, grid, moved(grid, ratio))
-
-        def update(t: float) -> Tensor:
-            """Of the moved tokens.  -> [B, M, C] float32."""
-            tokens = torch.lerp(x, towards, t)
-            # Past the hooks, this one among them.
-            y = family.output(block.forward(**family.with_hidden(given, tokens)))
-            return (y.float() - tokens.float()).gather(1, at)
-
-        path = torch.stack([update(i / SEGMENTS) for i in range(SEGMENTS + 1)])
-        found[name] = float(straightness(path).mean())
+        # Past the hooks, this one among them.
+        found[name] = linearity(
+            family.hidden(given),
+            grid,
+            moved(grid, ratio),
+            lambda tokens: family.output(block.forward(**family.with_hidden(given, tokens))),
+        )
 
     hooks = [
         block.register_forward_pre_hook(partial(measure, name, grid), with_kwargs=True)
@@ -200,6 +213,51 @@ def linearities(model: nn.Module, family: Family, named: Kwargs, ratio: float) -
         for hook in hooks:
             hook.remove()
     return found
+
+
+def encoder_linearities(
+    encoder: MeasuredEncoder, given: Any, ratio: float, options: Kwargs
+) -> dict[str, float]:
+    """The linearity of every block's update in one call of an encoder, by block name."""
+    found: dict[str, float] = {}
+
+    def measure(name: str, block: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> None:
+        named = bind(parameters_of(block), args, kwargs)
+        x = named["hidden_states"]
+        grid = encoder.grid(x)
+
+        def run(tokens: Tensor) -> Tensor:
+            out = block.forward(**{**named, "hidden_states": tokens})
+            y: Tensor = out if isinstance(out, Tensor) else out[0]
+            return y
+
+        if moved(grid, ratio):
+            found[name] = linearity(x, grid, moved(grid, ratio), run)
+
+    hooks = [
+        block.register_forward_pre_hook(partial(measure, name), with_kwargs=True)
+        for name, block in encoder.blocks
+    ]
+    try:
+        with torch.no_grad():
+            encoder(given, options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def linearity(x: Tensor, grid: TokenGrid, count: int, block: Callable[[Tensor], Tensor]) -> float:
+    """That of a block's update, on the way of so many tokens to their matches.  x: [B, N, C]."""
+    at, towards = moves(x, grid, count)
+
+    def update(t: float) -> Tensor:
+        """Of the moved tokens.  -> [B, M, C] float32."""
+        tokens = torch.lerp(x, towards, t)
+        return (block(tokens).float() - tokens.float()).gather(1, at)
+
+    path = torch.stack([update(i / SEGMENTS) for i in range(SEGMENTS + 1)])
+    return float(straightness(path).mean())
 
 
 def moved(grid: TokenGrid, ratio: float) -> int:

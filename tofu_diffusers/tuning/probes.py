@@ -15,9 +15,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..tokens.random_bits import uniform
 from ..tokens.sources.gradient import features, log_norm
 
 KIND = "gradient probes"
+
+
+def signed_sum(prediction: Tensor, seed: int) -> Tensor:
+    """The sum of a prediction with random signs, whose gradient is looked at.  [...] -> 0-d."""
+    places = torch.arange(prediction.numel(), device=prediction.device)
+    signs = (uniform(seed, None, places) < 0.5).to(prediction.dtype).mul(2).sub(1)
+    return (prediction * signs.view(prediction.shape)).sum()
 
 
 class Fit:
@@ -63,7 +71,7 @@ def save_probes(path: str | Path, probes: Mapping[str, Tensor]) -> None:
 
 
 def load_probes(path: str | Path, widths: Mapping[str, int]) -> dict[str, Tensor]:
-    """The probes of these blocks, whose tokens have so many channels.
+    """The probes of these blocks of a denoiser or encoder, whose tokens have so many channels.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -85,7 +93,7 @@ def load_probes(path: str | Path, widths: Mapping[str, int]) -> dict[str, Tensor
         if has != width:
             what = "none" if has is None else f"one for {has} channels"
             raise ValueError(
-                f"{path} was made for another denoiser: for {name} with {width} channels it has {what}; "
+                f"{path} was made for another model: for {name} with {width} channels it has {what}; "
                 f"{remedy}"
             )
     return {name: probes[name] for name in widths}

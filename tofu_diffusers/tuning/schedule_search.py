@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..api import apply_tofu, only_denoiser, remove_tofu
-from ..config import TokenReduction
+from ..config import EncoderReduction, TokenReduction
 from ..hooks.patch import state_of
 from ..runtime.generation import Generation
 from ..steps.schedule import Schedule
+from ..tokens.grid import TokenGrid
 from .calibrate import as_prompts, latents
+from .encoder_calls import MeasuredEncoder
 
 # Of the policy: factors at these many noise levels and depths, evenly spread.
 NOISE_POINTS, DEPTHS = 4, 3
+# Of an encoder's tokens where they are not known: so many that rounding is small.
+NOMINAL = 10_000
 SPREAD = 1.0
 RATE = 0.5
 
@@ -28,11 +33,12 @@ class LearnedSchedule:
 
     Attributes:
         config: The given one with the ratio and the schedules of the best policy met.
-        error: Its mean squared error of latents, on the prompts that it was learned from.
+        error: Its mean squared error of latents, or of an encoder's first output, on the prompts that it was
+            learned from.
         constant_error: That of the given configuration.
     """
 
-    config: TokenReduction
+    config: TokenReduction | EncoderReduction
     error: float
     constant_error: float
 
@@ -84,7 +90,7 @@ class ReductionBudget:
 def learn_schedule(
     pipe: Any,
     prompts: str | Sequence[Any],
-    config: TokenReduction,
+    config: TokenReduction | EncoderReduction,
     *,
     most: float | None = None,
     rounds: int = 6,
@@ -99,30 +105,47 @@ def learn_schedule(
     pipeline, and the policy moves towards what did better than the others (policy gradient: REINFORCE,
     Williams 1992, with normalised rewards). Takes (rounds * candidates + 2) generations of every prompt.
 
+    Of an encoder, with an EncoderReduction, the policy draws what share of the tokens leaves at each block;
+    no more pass through all its blocks together than by the given configuration. Takes as many calls.
+
     Example:
         >>> config = TokenReduction(method="tome", ratio=0.4)
         >>> learned = learn_schedule(pipe, ["a cat", "a red apple"], config, num_inference_steps=20)
         >>> apply_tofu(pipe, learned.config)
 
     Args:
-        pipe: A pipeline with one denoiser, without tofu.
-        prompts: Each what the pipeline takes as its first argument; one string is one prompt.
-        config: What to spread; with a method and constant schedules.
-        most: The largest ratio anywhere; None: halfway between the ratio and what the method can reach.
+        pipe: A pipeline with one denoiser, without tofu; or a model that is or holds one encoder.
+        prompts: Each what the pipeline takes as its first argument; one string is one prompt. Of an
+            encoder the model's arguments by name, without padding.
+        config: What to spread; with a method and constant schedules, of an encoder with one of the two names.
+        most: The largest ratio anywhere, of an encoder the largest share that leaves at one block; None:
+            halfway between the ratio, or an even share, and what the method can reach.
         rounds: Updates of the policy.
         candidates: Drawn in each round, two or more.
         seed: Of the draws, and of the images; the n-th prompt has seed + n.
-        options: Further arguments of the pipeline.
+        options: Further arguments of the pipeline, or of the model.
 
     Raises:
-        TypeError: if `pipe` is no pipeline.
+        TypeError: if `pipe` is no pipeline and holds no encoder, the configuration is not of its kind, or an
+            encoder's input is not by name.
         ValueError: if there is no prompt, the configuration or so few steps leave nothing to spread, a number
-            is too small, or the pipeline has tofu or several denoisers.
+            is too small, the pipeline has tofu or several denoisers, or an encoder's input has padding.
     """
     prompts = as_prompts(prompts)
+    encoder = MeasuredEncoder.of(pipe)
+    wanted_type = TokenReduction if encoder is None else EncoderReduction
+    if not isinstance(config, wanted_type):
+        raise TypeError(
+            f"config is {type(config).__name__}; for {type(pipe).__name__} give {wanted_type.__name__}"
+        )
+    _check_counts(prompts, rounds, candidates)
+    if encoder is not None:
+        assert isinstance(config, EncoderReduction)
+        return _learn_encoder(encoder, prompts, config, most, rounds, candidates, seed, options)
+    assert isinstance(config, TokenReduction)
     highest = config.make_method().max_ratio if config.is_resolved else 1.0
     most = (config.ratio + min(highest, 1.0)) / 2 if most is None else most
-    _check(prompts, config, most, highest, rounds, candidates)
+    _check(config, most, highest)
 
     def generated() -> list[Tensor]:
         found = [latents(pipe, prompt, seed + n, options) for n, prompt in enumerate(prompts)]
@@ -180,14 +203,97 @@ def spread(
 
     wanted = work.removed(config)
     # At the upper end all factors are 1, and more than the ratio is left out.
+    return at(_least(lambda shift: work.removed(at(shift)) >= wanted))
+
+
+def _least(enough: Callable[[float], bool]) -> float:
+    """The least shift of logits from which on it is enough, as it is where they all are 1."""
     low, high = -20.0, 40.0
     for _ in range(40):
         middle = (low + high) / 2
-        if work.removed(at(middle)) >= wanted:
+        if enough(middle):
             high = middle
         else:
             low = middle
-    return at(high)
+    return high
+
+
+def _learn_encoder(
+    encoder: MeasuredEncoder,
+    prompts: Sequence[Any],
+    config: EncoderReduction,
+    most: float | None,
+    rounds: int,
+    candidates: int,
+    seed: int,
+    options: dict[str, Any],
+) -> LearnedSchedule:
+    """`learn_schedule` of an encoder."""
+    blocks = len(encoder.blocks)
+    even = 1.0 - (1.0 - config.ratio) ** (1.0 / blocks)
+    highest = config.make_method().max_remove(TokenGrid(1, NOMINAL)) / NOMINAL
+    most = (even + highest) / 2 if most is None else most
+    if not isinstance(config.schedule, str) or config.first_block:
+        raise ValueError(
+            f"schedule {config.schedule!r} with first_block {config.first_block} says already where tokens "
+            "leave; give one of its names, and first_block 0"
+        )
+    if config.ratio == 0 or not even < most <= highest or most >= 1:
+        raise ValueError(
+            f"ratio {config.ratio:g}, at {blocks} blocks a share of {even:.3g} at each, cannot be spread "
+            f"up to {most:.3g}: give a ratio above 0, and above that share a `most` that method "
+            f"{config.method!r} can reach ({highest:g})"
+        )
+
+    @torch.no_grad()
+    def outputs() -> list[Tensor]:
+        return [encoder(given, options).float() for given in prompts]
+
+    wanted = outputs()
+
+    def error(tried: EncoderReduction) -> float:
+        with apply_tofu(encoder.model, tried):
+            pairs = zip(outputs(), wanted, strict=True)
+            squares = [float((mine - other).square().mean()) for mine, other in pairs]
+        return sum(squares) / len(squares)
+
+    tried_all = [(error(config), config)]
+
+    def reward(logits: Tensor) -> float:
+        tried = spread_over_blocks(config, most, logits)
+        tried_all.append((error(tried), tried))
+        return -tried_all[-1][0]
+
+    follow_rewards(reward, blocks, rounds, candidates, seed)
+    least, best = min(tried_all, key=lambda each: each[0])
+    return LearnedSchedule(best, least, tried_all[0][0])
+
+
+def spread_over_blocks(config: EncoderReduction, most: float, logits: Tensor) -> EncoderReduction:
+    """The configuration with weights by these logits, one a block, computing no more tokens than before."""
+    blocks = len(logits)
+
+    def at(shift: float) -> EncoderReduction:
+        shares = (most * torch.sigmoid(logits.double() + shift)).clamp(min=1e-9)
+        # Of those that are left, so that what stays is their product.
+        weights = -torch.log1p(-shares)
+        ratio = 1.0 - float(torch.exp(-weights.sum()))
+        return config.replace(ratio=ratio, schedule=tuple(weights.tolist()))
+
+    wanted = missing(config, blocks)
+    return at(_least(lambda shift: missing(at(shift), blocks) >= wanted))
+
+
+def missing(config: EncoderReduction, blocks: int) -> int:
+    """How many of `NOMINAL` tokens are missing in the feed-forwards of all blocks, together."""
+    return sum(accumulate(config.removed(NOMINAL, blocks)))
+
+
+def _check_counts(prompts: Sequence[Any], rounds: int, candidates: int) -> None:
+    if not prompts:
+        raise ValueError("no prompts to learn from; give at least one")
+    if rounds < 1 or candidates < 2:
+        raise ValueError(f"{rounds} rounds of {candidates} candidates; give 1 or more of 2 or more")
 
 
 def _evenly(factors: Sequence[float]) -> Schedule:
@@ -195,16 +301,7 @@ def _evenly(factors: Sequence[float]) -> Schedule:
     return Schedule("explicit", points=tuple(zip(places, factors, strict=True)))
 
 
-def _check(
-    prompts: Sequence[Any],
-    config: TokenReduction,
-    most: float,
-    highest: float,
-    rounds: int,
-    candidates: int,
-) -> None:
-    if not prompts:
-        raise ValueError("no prompts to learn from; give at least one")
+def _check(config: TokenReduction, most: float, highest: float) -> None:
     if not config.is_resolved:
         raise ValueError("the configuration names no method; name one, such as method='tome'")
     if not (config.schedule.is_constant and config.depth_schedule.is_constant):
@@ -214,5 +311,3 @@ def _check(
             f"ratio {config.ratio:g} cannot be spread up to {most:g}: give a ratio above 0, and below it a "
             f"`most` that method {config.method!r} can reach ({highest:g})"
         )
-    if rounds < 1 or candidates < 2:
-        raise ValueError(f"{rounds} rounds of {candidates} candidates; give 1 or more of 2 or more")

@@ -17,6 +17,8 @@ class BlockReading:
         keys, queries: Give those of its first self-attention, [I, N, H * D].
         heads: Of that attention.
         probe: [C + 1], fitted to the block; None without a probe file.
+        bias: [I, 1, 1 or N, N], what that attention adds to its logits, masks among it; None: nothing.
+        counts: [I, N] float32, of how many tokens each row is the merged state, 0: padding. None: one each.
     """
 
     x: Tensor
@@ -24,6 +26,8 @@ class BlockReading:
     queries: Callable[[], Tensor]
     heads: Callable[[], int]
     probe: Tensor | None
+    bias: Tensor | None = None
+    counts: Tensor | None = None
 
 
 Score = Callable[[BlockReading], Tensor]

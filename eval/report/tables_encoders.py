@@ -1,0 +1,111 @@
+"""The tables of encoders: what every method costs at the same FLOPs saved, from committed rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eval.jsonl import read
+from eval.provenance import ROOT
+from eval.report.cells import interval, versions
+from eval.statistics import Resampled, difference, of_mean, of_rank_correlation
+
+ENCODERS = ROOT / "eval" / "results" / "encoders.jsonl"
+SAVED = (20, 40, 60)
+MAIN = {"vit": "accuracy", "keywords": "R@1", "pairs": "rank correlation"}
+"""By subject the metric of its table."""
+NAMES = {
+    "random-prune": "at random, prune",
+    "random-mean": "at random, mean",
+    "tome-mean": "ToMe, mean",
+    "tome-mlerp": "ToMe, MLERP",
+    "tofu-depth": "ToFu by depth",
+    "tofu-linearity": "ToFu by measured linearity",
+    "pitome-mean": "PiToMe, mean",
+    "pitome-mlerp": "PiToMe, MLERP",
+    "attention-prune": "received attention, prune",
+    "attention-mean": "received attention, mean",
+    "gradient-prune": "gradient probe, prune",
+    "gradient-mean": "gradient probe, mean",
+    "hybrid-prune": "attention x gradient, prune",
+    "hybrid-mean": "attention x gradient, mean",
+    "policy-tome": "ToMe, mean, learned schedule",
+    "policy-attention": "received attention, prune, learned schedule",
+}
+RIVALS = {
+    "tome-mean": "ToMe",
+    "attention-prune": "pruning by attention",
+    "random-prune": "pruning at random",
+}
+CLAIMED = ("tofu-depth", "tofu-linearity", "pitome-mean", "policy-tome")
+
+Row = dict[str, Any]
+
+
+def of(subject: str) -> dict[str, Row]:
+    """The rows of a subject, by what stands behind its name in their ids."""
+    return {row["id"].split("/")[1]: row for row in read(ENCODERS) if row["subject"] == subject}
+
+
+def cite(row: Row) -> str:
+    """The comment that names a row."""
+    return f"<!-- row: {ENCODERS.name}#{row['id']} -->"
+
+
+def resampled(row: Row) -> Resampled:
+    """The main metric of a row, to be compared item by item."""
+    scores = row["scores"][MAIN[row["subject"]]]
+    if isinstance(scores[0], list):
+        return of_rank_correlation(*zip(*scores, strict=True))
+    return of_mean(scores)
+
+
+def encoders_table(subject: str) -> str:
+    """Metric and time of every method at every saving."""
+    rows, metric = of(subject), MAIN[subject]
+    whole = rows["unreduced"]
+    others = ", ".join(
+        f"{name} {interval(entry, 3)}" for name, entry in whole["metrics"].items() if name != metric
+    )
+    about = (
+        f"Unreduced: {metric} {interval(whole['metrics'][metric], 3)} {cite(whole)}"
+        f"{', ' + others if others else ''}; n = {whole['n']}, weights {whole['weights']}; "
+        f"{whole['device']}, {whole['threads']} thread; {versions(whole)}. Each cell: {metric} with its 95 % "
+        "bootstrap interval; how many times less processor time, median (p20 to p80), where it was measured."
+    )
+    head = ["FLOPs saved", *(f"{saved} %" for saved in SAVED)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, label in NAMES.items():
+        if not any(f"{name}-{saved}" in rows for saved in SAVED):
+            continue
+        cells = [cell(rows.get(f"{name}-{saved}"), metric) for saved in SAVED]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join([about, "", *lines])
+
+
+def cell(row: Row | None, metric: str) -> str:
+    """What stands in the table."""
+    if row is None:
+        return ""
+    times = "" if row["speed"] is None else f"; {interval(row['speed'], 2, 'x')}"
+    return f"{interval(row['metrics'][metric], 3)}{times} {cite(row)}"
+
+
+def ahead_of(subject: str) -> str:
+    """By how much the published methods are ahead, item by item, of what they were compared with."""
+    rows = of(subject)
+    head = [f"{MAIN[subject]}, ahead of", "the unreduced", *RIVALS.values()]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name in CLAIMED:
+        for saved in SAVED:
+            row = rows.get(f"{name}-{saved}")
+            if row is None:
+                continue
+            cells = []
+            for rival in ("unreduced", *(f"{rival}-{saved}" for rival in RIVALS)):
+                if rival not in rows:
+                    cells.append("")
+                    continue
+                gain = difference(resampled(row), resampled(rows[rival]))
+                cells.append(f"{gain.value:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})")
+            lines.append(f"| {NAMES[name]}, {saved} % {cite(row)} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Token reduction in encoders: what it costs a trained one."""

@@ -116,7 +116,7 @@ def circumstances(rows: Sequence[Row]) -> str:
 
 
 def sampler(row: Row) -> str:
-    """ ", " and the sampler's class and options in words, or nothing for the pipeline's own."""
+    """The sampler's class and options in words, behind a comma; nothing for the pipeline's own."""
     return f", {row['scheduler'].replace(',', ' with ')}" if "scheduler" in row else ""
 
 

@@ -625,7 +625,8 @@ def test_too_large_weights_are_refused(tmp_path, monkeypatch):
 def test_weights_are_small_and_fp16():
     from safetensors import safe_open
 
-    files = sorted(HERE.rglob("*.safetensors"))
+    # Not what was trained here.
+    files = sorted(f for f in HERE.rglob("*.safetensors") if data.WORK not in f.parents)
     assert sum(f.stat().st_size for f in files) <= 24_000_000
     for file in files:
         assert file.stat().st_size <= 15_000_000, file

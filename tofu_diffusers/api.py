@@ -639,15 +639,20 @@ def only_denoiser(pipe: Any, family: str | None) -> nn.Module:
     if not components(pipe):
         raise TypeError(f"a calibration takes a diffusers pipeline, not {type(pipe).__name__}")
     _, found = _denoisers(pipe, family, skips=False)
-    if len(found) != 1:
-        raise ValueError(
-            f"{type(pipe).__name__} has {len(found)} denoisers; a calibration is of one: give a pipeline "
-            "with one"
-        )
+    _check_one(pipe, [model for model, _ in found], "denoisers", "a pipeline")
     model, _ = found[0]
     if state_of(model) is not None:
         raise ValueError("the pipeline has tofu; call remove_tofu(pipe) before calibrating")
     return model
+
+
+def _check_one(holder: Any, found: list[nn.Module], parts: str, wanted: str) -> None:
+    """Refuse to calibrate what does not have exactly one of its parts."""
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(holder).__name__} has {len(found)} {parts}; a calibration is of one: give {wanted} "
+            "with one"
+        )
 
 
 def only_encoder(target: Any) -> tuple[nn.Module, nn.Module, EncoderFamily] | None:
@@ -660,11 +665,7 @@ def only_encoder(target: Any) -> tuple[nn.Module, nn.Module, EncoderFamily] | No
     if model is None:
         return None
     found = encoders_in(model, None)
-    if len(found) != 1:
-        raise ValueError(
-            f"{type(model).__name__} has {len(found)} encoders; a calibration is of one: give a "
-            "model with one"
-        )
+    _check_one(model, [root for root, _ in found], "encoders", "a model")
     root, family = found[0]
     if state_of(root) is not None:
         raise ValueError("the encoder has tofu; call remove_tofu(model) before calibrating")

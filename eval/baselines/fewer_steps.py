@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 from collections.abc import Iterator
@@ -10,6 +11,15 @@ from typing import Any
 
 import diffusers
 from diffusers import SchedulerMixin
+
+
+def add_scheduler_argument(parser: argparse.ArgumentParser) -> None:
+    """Ask for what `scheduler_like` takes."""
+    parser.add_argument(
+        "--scheduler",
+        metavar="CLASS[,OPTION=VALUE ...]",
+        help="of diffusers, such as FlowMatchEulerDiscreteScheduler,shift=5; default: the pipeline's own",
+    )
 
 
 def scheduler_like(scheduler: Any, asked: str) -> Any:

@@ -32,7 +32,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from tqdm import tqdm
 
-from eval.baselines.fewer_steps import scheduler_like
+from eval.baselines.fewer_steps import add_scheduler_argument, scheduler_like
 from eval.files import write_whole
 from eval.generate.failed import by_prompt, failed, failure, png, told
 from eval.generate.manifest import NAME, Manifest, differences, image_name, image_path
@@ -257,11 +257,7 @@ def add_run_arguments(
     parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--steps", type=int, default=25, help="(%(default)s)")
     parser.add_argument("--guidance", type=float, default=4.0, help="(%(default)s)")
-    parser.add_argument(
-        "--scheduler",
-        metavar="CLASS[,OPTION=VALUE ...]",
-        help="of diffusers, such as FlowMatchEulerDiscreteScheduler,shift=5; default: the pipeline's own",
-    )
+    add_scheduler_argument(parser)
     for name in ("height", "width"):
         parser.add_argument(f"--{name}", type=int, help="in pixels; default: the model's own")
     if batches:

@@ -17,7 +17,7 @@ from eval.provenance import ROOT
 from eval.report import plots_step
 from eval.report.plots import pareto
 from eval.report.plots_growth import growth
-from eval.report.tables_encoders import MAIN, ahead_of, encoders_table
+from eval.report.tables_encoders import SUBJECTS, ahead_of, encoders_table
 from eval.report.tables_linearity import linearity_table, merged_table
 from eval.report.tables_speed import (
     SPEEDS,
@@ -72,8 +72,8 @@ PLANS, SAMPLERS = "64px-25steps-n32", "64px-25steps-n16"
 TABLES: dict[str, Callable[[], str]] = {
     **{f"{model} drift": (lambda model=model: drift_table(model, FRONT)) for model in RESULTS},
     **{f"{model} speed": (lambda model=model: speed_table(model)) for model in SPEEDS},
-    **{f"encoders {each}": (lambda each=each: encoders_table(each)) for each in MAIN},
-    **{f"encoders {each} ahead": (lambda each=each: ahead_of(each)) for each in MAIN},
+    **{f"encoders {each}": (lambda each=each: encoders_table(each)) for each in SUBJECTS},
+    **{f"encoders {each} ahead": (lambda each=each: ahead_of(each)) for each in SUBJECTS},
     "typed": typed_table,
     "rules": rules_table,
     "searched": searched_table,

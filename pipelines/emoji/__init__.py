@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +76,15 @@ def weights_hash(model: str = "unet", home: Path | None = None, *, decoder: bool
 
     decoder: with the autoencoder's, of which latents do not depend.
     """
+    files = (
+        path for each in folders_of(model, home) for path in sorted(each.rglob("*.safetensors"))
+    )
+    return hash_of(path for path in files if decoder or path.parent.name != "vae")
+
+
+def hash_of(files: Iterable[Path]) -> str:
+    """First 16 hex digits of the SHA-256 over files, in this order."""
     digest = hashlib.sha256()
-    for folder in folders_of(model, home):
-        for path in sorted(folder.rglob("*.safetensors")):
-            if decoder or path.parent.name != "vae":
-                digest.update(path.read_bytes())
+    for path in files:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -37,7 +37,7 @@ def subject():
         return {"accuracy": (out.argmax(1) == whole.argmax(1)).float(), "R@1": (out - whole)[:, 0]}
 
     tuning = [{"pixel_values": each[None]} for each in pixels]
-    return subjects.Subject("vit", model, "0" * 16, inputs, tuning, score, "accuracy")
+    return subjects.Subject("vit", model, "0" * 16, inputs, tuning, score)
 
 
 def test_every_setting_is_measured_and_what_is_done_is_not(subject, tmp_path, monkeypatch):

@@ -76,7 +76,11 @@ def calibrate_gradient(
     if calls < 1:
         raise ValueError(f"calls is {calls}; give 1 or more")
     encoder = MeasuredEncoder.of(pipe)
-    found = partial(_of_pipeline, pipe, calls) if encoder is None else partial(_of_encoder, encoder)
+    found = (
+        partial(_of_pipeline, pipe, watchable(pipe), calls)
+        if encoder is None
+        else partial(_of_encoder, encoder)
+    )
     held_out = max(1, len(prompts) // 4)
     fits: dict[str, Fit] = {}
     agreement: dict[str, list[float]] = {}
@@ -95,9 +99,10 @@ def calibrate_gradient(
     return {name: sum(values) / len(values) for name, values in agreement.items()}
 
 
-def _of_pipeline(pipe: Any, calls: int, prompt: Any, seed: int, options: Kwargs) -> Gradients:
+def _of_pipeline(
+    pipe: Any, model: nn.Module, calls: int, prompt: Any, seed: int, options: Kwargs
+) -> Gradients:
     """Those of one generation."""
-    model = watchable(pipe)
     family = find_family(model, None)
     for named in calls_of(pipe, model, prompt, seed, calls, options):
         yield from gradients(model, family, named, seed)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.baselines.fewer_steps import scheduler_like
+from eval.baselines.fewer_steps import add_scheduler_argument, scheduler_like
 from eval.bench.pipeline import one_batch
 from eval.generate.prompts import first, load_prompts
 from eval.jsonl import append
@@ -127,11 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--speedup", type=float, required=True)
     parser.add_argument("--steps", type=int, default=25, help="(%(default)s)")
     parser.add_argument("--side", type=int, default=64, help="pixels (%(default)s)")
-    parser.add_argument(
-        "--scheduler",
-        metavar="CLASS[,OPTION=VALUE ...]",
-        help="of diffusers, such as FlowMatchEulerDiscreteScheduler,shift=5; default: the pipeline's own",
-    )
+    add_scheduler_argument(parser)
     parser.add_argument("--candidates", type=int, default=150, help="(%(default)s)")
     parser.add_argument("-n", type=int, default=8, help="prompts to report on (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to add to")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.baselines.fewer_steps import scheduler_like
+from eval.baselines.fewer_steps import add_scheduler_argument, scheduler_like
 from eval.bench.pipeline import one_batch
 from eval.generate.prompts import first, load_prompts
 from eval.jsonl import append, read
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--speedup", type=float, nargs="+", default=[1.5, 2, 3, 4, 5], help="(%(default)s)"
     )
     parser.add_argument("--steps", type=int, default=25, help="(%(default)s)")
-    parser.add_argument("--scheduler", help="class of diffusers; default: the pipeline's own")
+    add_scheduler_argument(parser)
     parser.add_argument("--searched", type=int, default=4, help="prompts tuned on (%(default)s)")
     parser.add_argument("--side", type=int, default=64, help="pixels to tune at (%(default)s)")
     parser.add_argument("--report-side", type=int, default=64, help="pixels (%(default)s)")

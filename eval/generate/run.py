@@ -39,7 +39,7 @@ from eval.generate.manifest import NAME, Manifest, differences, image_name, imag
 from eval.generate.prompts import BUILT_IN, COLUMN, as_prompts, first, load_prompts
 from eval.generate.settings import Setting
 from eval.provenance import provenance
-from pipelines.emoji import MODELS, load_pipeline, weights_hash
+from pipelines.emoji import GUIDANCE, MODELS, load_pipeline, weights_hash
 
 DTYPES = ("float32", "float16", "bfloat16")
 OWN = ("prompt", "generator", "output_type", "num_images_per_prompt", "return_dict")
@@ -256,7 +256,7 @@ def add_run_arguments(
     parser.add_argument("-n", "--n", type=int, help=f"only the {prompts} n prompts")
     parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--steps", type=int, default=25, help="(%(default)s)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="(%(default)s)")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="(%(default)s)")
     add_scheduler_argument(parser)
     for name in ("height", "width"):
         parser.add_argument(f"--{name}", type=int, help="in pixels; default: the model's own")

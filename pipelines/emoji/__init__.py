@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 WEIGHTS, MMDIT = HERE / "weights", HERE / "mmdit"
+# The scale that both are shown and measured at; 4 saturates the colours.
+GUIDANCE = 3.0
 # Name -> the folders that a pipeline is made of. The second has only its transformer and scheduler for
 # itself, so that text encoder and VAE are stored once.
 MODELS = {

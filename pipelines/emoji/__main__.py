@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.emoji import MODELS, denoiser, load_pipeline
+from pipelines.emoji import GUIDANCE, MODELS, denoiser, load_pipeline
 from pipelines.emoji.sheet import sheet
 from pipelines.recipe import add_choices, check_options, chosen, given, whole
 from pipelines.timer import Timer
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_choices(parser, "both --ratio 0.5 and --speedup 2")
     parser.add_argument("--model", choices=sorted(MODELS), default="unet")
     parser.add_argument("--steps", type=whole(1), default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (%(default)s)")
     args = parser.parse_args(argv)

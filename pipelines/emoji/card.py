@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from pipelines.emoji import (
+    GUIDANCE,
     HERE,
     MMDIT,
     MODELS,
@@ -40,7 +41,7 @@ SHOWN = (
     "a red heart", "a green tree", "a pizza slice", "a rocket",
     "a fish", "a cat face", "a house", "a strawberry",
 )  # fmt: skip
-STEPS, GUIDANCE, SEED, COUNT = 20, 4.0, 0, 20
+STEPS, SEED, COUNT = 20, 0, 20
 # Pictures of `eval.studies.emoji.quality` beside the card.
 SHEETS = {
     "held_out": "Names that were held out",

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.emoji import MODELS, data, load_pipeline, weights_hash
-from pipelines.emoji.card import GUIDANCE, SEED, generate_batch
+from pipelines.emoji import GUIDANCE, MODELS, data, load_pipeline, weights_hash
+from pipelines.emoji.card import SEED, generate_batch
 from pipelines.emoji.loop import save_atomic
 from pipelines.emoji.prompts import prompt_sets
 
@@ -47,7 +47,8 @@ def generate(
 
     Args:
         pipe: The pipeline.
-        about: What `described` says. Latents that were begun with another are made anew.
+        about: What `described` says. Latents that were begun with another are made anew; sets may be added
+            behind those that are done.
         out: The file.
         batch: Pictures at a time.
         until: Of time.monotonic(), after which nothing more is begun.
@@ -57,20 +58,23 @@ def generate(
     """
     part = out.with_suffix(".part.pt")
     # The latents are kept: they take the time, and outlast a decoder that is trained further.
-    made_with = {key: value for key, value in about.items() if key != "weights_sha256"}
+    made_with = {k: v for k, v in about.items() if k not in ("weights_sha256", "sets")}
+    prompts = [prompt for prompts in about["sets"].values() for prompt in prompts]
     latents: list[Tensor] = []
     if part.exists():
         begun = torch.load(part, weights_only=True)
-        if begun["made_with"] == made_with:
+        # Other sets may have been asked for, as long as these begin alike.
+        made = begun["prompts"]
+        if begun["made_with"] == made_with and made == prompts[: len(made)]:
             latents = begun["latents"]
-    prompts = [prompt for prompts in about["sets"].values() for prompt in prompts]
     for i in range(sum(map(len, latents)), len(prompts), batch):
         if time.monotonic() >= until:
             return False
         steps, side = about["sampling"]["steps"], about["side"]
         made = generate_batch(pipe, prompts[i : i + batch], SEED + i, steps, side, "latent")
         latents.append(made.half().cpu())
-        save_atomic({"made_with": made_with, "latents": latents}, part)
+        done = prompts[: i + batch]
+        save_atomic({"made_with": made_with, "prompts": done, "latents": latents}, part)
     with ThreadPoolExecutor() as pool:
         blobs = [blob for z in latents for blob in pool.map(data.webp, decode(pipe, z))]
     new = out.with_suffix(".new.npz")

@@ -333,7 +333,7 @@ def test_quality_of_two_sizes_stands_side_by_side(judged, tmp_path):
 
 
 def test_samples_go_on_where_they_were_stopped(packed, tmp_path, monkeypatch):
-    """Whole batches are kept; what was begun with other prompts is made anew."""
+    """Whole batches are kept; what was begun with other prompts is made anew, with these and more not."""
     seeds, most = [], 2
 
     def batch(pipe, prompts, first_seed, steps, side, output_type):
@@ -381,6 +381,9 @@ def test_samples_go_on_where_they_were_stopped(packed, tmp_path, monkeypatch):
     seeds.clear()
     emoji_samples.main([*words, "--side", "32", "--sets", "compositions", "--batch", "4"])
     assert seeds == [0]
+    most, done = 99, len(prompt_sets(emoji_data())["compositions"])
+    emoji_samples.main([*words, "--side", "32", "--sets", "compositions", "held_out"])
+    assert seeds == [0, done]
     with pytest.raises(SystemExit):
         emoji_samples.main([*words, "--sets", "caption"])
 

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from eval.generate import run
 from eval.generate.prompts import first, load_prompts
 from eval.jsonl import append, read
-from eval.studies.emoji.trajectory import GUIDANCE, PROMPTS, SEED
+from eval.studies.emoji.trajectory import PROMPTS, SEED
 from eval.studies.study import Study, Trial, tofu
-from pipelines.emoji import MODELS
+from pipelines.emoji import GUIDANCE, MODELS
 from tofu_diffusers import Linearity, measure_linearity
 
 RATIO, CALLS = 0.5, 4

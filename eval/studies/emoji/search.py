@@ -27,8 +27,8 @@ from eval.jsonl import append
 from eval.metrics.paired import psnr_db
 from eval.provenance import provenance
 from eval.statistics import difference, of_mean
-from eval.studies.emoji.trajectory import FAMILIES, GUIDANCE, PROMPTS, SEED
-from pipelines.emoji import MODELS, load_pipeline, weights_hash
+from eval.studies.emoji.trajectory import FAMILIES, PROMPTS, SEED
+from pipelines.emoji import GUIDANCE, MODELS, load_pipeline, weights_hash
 from tofu_diffusers import SKIP_RULES, StepSkipping, Trajectory, apply_tofu, profile
 
 TEMPERATURE_DB = 0.6

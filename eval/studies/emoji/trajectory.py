@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.emoji import load_pipeline, weights_hash
+from pipelines.emoji import GUIDANCE, load_pipeline, weights_hash
 from tofu_diffusers import Trajectory, measure_trajectory
 
 FAMILIES = {"unet": "unet", "mmdit": "sd3"}
 PROMPTS = ("a purple guitar", "a dog face", "a hot dog", "an umbrella")
-STEPS, GUIDANCE, SEED = 50, 4.0, 1000
+STEPS, SEED = 50, 1000
 
 
 def measured(model: str, side: int) -> Trajectory:

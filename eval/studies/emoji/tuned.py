@@ -25,7 +25,7 @@ from eval.jsonl import append, read
 from eval.metrics.paired import psnr_db
 from eval.provenance import provenance
 from eval.statistics import of_mean
-from pipelines.emoji import MODELS, load_pipeline, weights_hash
+from pipelines.emoji import GUIDANCE, MODELS, load_pipeline, weights_hash
 from tofu_diffusers import Tuned, apply_tofu, tune
 
 FIRST = 100
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--searched", type=int, default=4, help="prompts tuned on (%(default)s)")
     parser.add_argument("--side", type=int, default=64, help="pixels to tune at (%(default)s)")
     parser.add_argument("--report-side", type=int, default=64, help="pixels (%(default)s)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="to tune at (%(default)s)")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="to tune at (%(default)s)")
     parser.add_argument("--report-guidance", type=float, help="default: that")
     parser.add_argument("-n", type=int, default=32, help="prompts to report on (%(default)s)")
     parser.add_argument("--minutes", type=float, default=60.0, help="for a search (%(default)s)")

@@ -58,7 +58,7 @@ def test_sd3_span_is_the_model_on_the_kept_tokens(dual, size, method):
 def test_block_scope_runs_as_a_span_where_that_is_the_same():
     """Prune, one plan: block by block and span differ by rounding only."""
     for model, inputs in (
-        (tiny.tiny_sd3().transformer, sd3_inputs()),
+        (tiny.tiny_sd3(num_layers=4).transformer, sd3_inputs()),
         (tiny.tiny_sd(transformer_layers=2).unet, unet_inputs()),
     ):
         for merge, unmerge in (("prune", "copy"), ("mean", "copy")):
@@ -113,7 +113,7 @@ def test_cached_keys_values_shrink_all_but_keys_and_values():
 
 @torch.no_grad()
 def test_controlnet_residuals_between_blocks_run_block_by_block():
-    model = tiny.tiny_sd3().transformer
+    model = tiny.tiny_sd3(num_layers=4).transformer
     inputs = sd3_inputs()
     residuals = [
         torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)

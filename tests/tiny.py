@@ -134,16 +134,21 @@ def tiny_sd(
     transformer_layers: int | Sequence[int] = 1,
     layers_per_block: int = 1,
     linear_projection: bool = False,
+    middle: bool = True,
     sample_size: int = 16,
     seed: int = 0,
 ) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.x: attention at both levels, 256 and 64 tokens at 128 x 128 pixels."""
+    """Stable Diffusion 1.x: attention at both levels, 256 and 64 tokens at 128 x 128 pixels.
+
+    middle: a block between the way down and the way up, as the real ones have.
+    """
     text = _clip(CLIPTextModel)
     levels = len(channels)
     unet = UNet2DConditionModel(
         sample_size=sample_size,
         block_out_channels=tuple(channels),
         down_block_types=("CrossAttnDownBlock2D",) * levels,
+        mid_block_type="UNetMidBlock2DCrossAttn" if middle else None,
         up_block_types=("CrossAttnUpBlock2D",) * levels,
         layers_per_block=layers_per_block,
         transformer_layers_per_block=_plain(transformer_layers),
@@ -223,7 +228,7 @@ def tiny_sd3(
     dual: bool = False,
     *,
     qk_norm: str | None = None,
-    num_layers: int = 4,
+    num_layers: int = 3,
     sample_size: int = 32,
     seed: int = 0,
 ) -> StableDiffusion3Pipeline:
@@ -297,7 +302,7 @@ def tiny_flux(
 
 
 @untouched_generator
-def tiny_pixart(*, num_layers: int = 3, seed: int = 0) -> PixArtSigmaPipeline:
+def tiny_pixart(*, num_layers: int = 2, seed: int = 0) -> PixArtSigmaPipeline:
     """PixArt-Sigma: one modulation for all blocks, learned sigma; 256 tokens at 256 x 256 pixels."""
     transformer = PixArtTransformer2DModel(
         sample_size=32,
@@ -319,7 +324,7 @@ def tiny_pixart(*, num_layers: int = 3, seed: int = 0) -> PixArtSigmaPipeline:
 
 
 @untouched_generator
-def tiny_dit(*, num_layers: int = 3, seed: int = 0) -> DiTPipeline:
+def tiny_dit(*, num_layers: int = 2, seed: int = 0) -> DiTPipeline:
     """DiT: of one square size, 64 tokens; classes for prompts, and 1000 for none, as in ImageNet."""
     transformer = DiTTransformer2DModel(
         sample_size=16,
@@ -336,7 +341,7 @@ def tiny_dit(*, num_layers: int = 3, seed: int = 0) -> DiTPipeline:
 
 @untouched_generator
 def tiny_wan(
-    *, two: bool = False, per_token: bool = False, num_layers: int = 3, seed: int = 0
+    *, two: bool = False, per_token: bool = False, num_layers: int = 2, seed: int = 0
 ) -> WanPipeline:
     """Wan: 5 frames of 64 x 96 pixels are 2 latent frames of 4 x 6 tokens.
 
@@ -370,7 +375,7 @@ def tiny_wan(
 
 
 @untouched_generator
-def tiny_qwen(*, num_layers: int = 3, seed: int = 0) -> QwenImagePipeline:
+def tiny_qwen(*, num_layers: int = 2, seed: int = 0) -> QwenImagePipeline:
     """Qwen-Image: joint blocks; 64 image tokens at 128 x 128 pixels."""
     transformer = QwenImageTransformer2DModel(
         num_layers=num_layers,

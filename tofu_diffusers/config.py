@@ -409,10 +409,14 @@ class TokenReduction(DenoiserConfig):
         return self.ratio * (factor if factor == 1.0 else quantise(factor))
 
     @property
+    def past_needed(self) -> int:
+        """Steps that must compute all tokens until there is a past."""
+        return max(self.make_method().warmup, int(self.keys_values == "cached"))
+
+    @property
     def steps_needed(self) -> int:
         """Steps that must compute all tokens first: as asked, and until there is a past."""
-        cached = int(self.keys_values == "cached")
-        return max(self.warmup_steps or 0, self.make_method().warmup, cached)
+        return max(self.warmup_steps or 0, self.past_needed)
 
     @property
     def needs_steps(self) -> list[str]:

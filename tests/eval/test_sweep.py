@@ -45,7 +45,8 @@ def test_a_sweep_from_one_command_and_again_after_a_stop(folder, tmp_path, monke
     out = tmp_path / "sweep"
     words = [
         "sweep",
-        *command(folder, out, "--ratios", "0.5", "--methods", "default", "--rounds", "1"),
+        *command(folder, out, "--ratios", "0.5", "--methods", "default", "--speedups", "2"),
+        *("--steps", "3", "--rounds", "1"),
     ]
 
     class Stop(Exception):

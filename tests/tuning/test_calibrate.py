@@ -1,6 +1,7 @@
 """tofu_diffusers.tuning.calibrate and .probes: gradients, the probes fitted to them, what reads those."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from scipy.stats import spearmanr
 
 from eval.__main__ import main
 from eval.generate.prompts import load_prompts
+from pipelines.emoji import GUIDANCE
 from tests import tiny
 from tests.families.test_families import BUILDERS, plans_of, run
 from tofu_diffusers import apply_tofu, calibrate_gradient, remove_tofu
@@ -181,7 +183,7 @@ def test_the_command_writes_probes_and_how_good_they_are(tmp_path):
     again = tmp_path / "again.safetensors"
     last = load_prompts("emoji")[-3:]
     agreement = calibrate_gradient(
-        tiny.tiny_sd(), last, again, seed=7, num_inference_steps=2, guidance_scale=4.0
+        tiny.tiny_sd(), last, again, seed=7, num_inference_steps=2, guidance_scale=GUIDANCE
     )
     assert about["rank_correlation"] == {name: round(value, 3) for name, value in agreement.items()}
     assert again.read_bytes() == out.read_bytes()
@@ -238,11 +240,17 @@ def test_probes_that_do_not_fit_are_refused_before_anything_is_touched(tmp_path)
     assert "_tofu" not in pipe.unet.__dict__
 
 
-@pytest.mark.parametrize("name", ["unet", "sd3"])
+SMALL = {
+    "unet": partial(tiny.tiny_sd, channels=(32,), middle=False),
+    "sd3": partial(tiny.tiny_sd3, num_layers=2),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_compiled_without_a_graph_break(name, tmp_path):
     torch._dynamo.reset()
     path = tmp_path / "probes.safetensors"
-    pipe, _ = calibrated(name, path)
+    pipe, _ = calibrated(name, path, SMALL[name]())
     options = {"source": {"gradient": 1, "change": 1}, "probe": str(path)}
     part = "unet" if name == "unet" else "transformer"
     model = getattr(pipe, part)

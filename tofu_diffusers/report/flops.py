@@ -18,7 +18,6 @@ from ..runtime.generation import FEW_STEPS, Generation
 from ..runtime.runtime import Runtime, shapes_only
 from .numberless import without_numbers
 
-WHOLE = 3  # steps before the counted one: enough evidence for any method
 TOTAL = FEW_STEPS + 1  # no warning of few steps
 
 
@@ -88,12 +87,14 @@ def _counted(
     reduced = {*settings} - {unreduced}
     with torch.no_grad():
         counts = {unreduced: flops_of(twin, at(0, unreduced))}
+        past = 1
         # Computed steps make the evidence and fill the caches that reduced steps read, if they read any.
         if reduced and reduction is not None and reduction.needs_steps:
-            for step in range(1, WHOLE):
+            past = max(past, reduction.past_needed)
+            for step in range(1, past):
                 twin(**at(step, unreduced))
         for setting in reduced:
-            counts[setting] = flops_of(twin, at(WHOLE, setting))
+            counts[setting] = flops_of(twin, at(past, setting))
     return counts
 
 

@@ -288,7 +288,7 @@ def test_threads_around_one_denoiser_are_right_or_refused(options):
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_views_by_turns_are_refused_by_the_name_of_their_pipeline(options):
-    pipe = around(StableDiffusionPanoramaPipeline, tiny.tiny_sd())
+    pipe = around(StableDiffusionPanoramaPipeline, tiny.tiny_sd(channels=(32,)))
     arguments = {"height": 512, "width": 576, "steps": 2}  # two views
     plain = tiny.generate(pipe, **arguments)
     with apply_tofu(pipe, **options), pytest.raises(RuntimeError, match="PanoramaPipeline stepped"):

@@ -27,8 +27,9 @@ TRANSIENT = 10.0
 is called on these latents, so that it costs more than it seems. Fitted on random schedules of the embedded
 pipelines, where 3 to 30 do as well."""
 
-DIMENSIONS, DIGITS = 16, 5
-"""Of the points of a measured trajectory: what they leave out changes no schedule for the worse."""
+DIMENSIONS, DIGITS = 32, 5
+"""Of the points of a measured trajectory. Where few steps are skipped their errors are small: planned with 16
+dimensions, 1.3x was behind 1.5x on the embedded `unet`; 50 are no better than 32."""
 
 Matrix = NDArray[np.float64]
 

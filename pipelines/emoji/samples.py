@@ -64,9 +64,9 @@ def generate(
     if part.exists():
         begun = torch.load(part, weights_only=True)
         # Other sets may have been asked for, as long as these begin alike.
-        made = begun["prompts"]
-        if begun["made_with"] == made_with and made == prompts[: len(made)]:
-            latents = begun["latents"]
+        if begun["made_with"] == made_with:
+            done = begun["prompts"]
+            latents = begun["latents"] if done == prompts[: len(done)] else []
     for i in range(sum(map(len, latents)), len(prompts), batch):
         if time.monotonic() >= until:
             return False

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.bench.models import SD15, SDXL
 from tests import tiny
 from tofu_diffusers import apply_tofu
+from tofu_diffusers.report.numberless import without_numbers
 
 SETTINGS = {
     "tome": {"ratio": 0.5, "method": "tome"},
@@ -176,3 +178,16 @@ def test_flops_do_not_depend_on_the_format_of_numbers(numbers):
                 assert not summary.uncounted
                 counted.append((summary.flops_unreduced, summary.flops_run))
             assert counted[0] == counted[1]
+
+
+def test_norms_and_activations_keep_their_shape_however_they_are_called():
+    x = torch.empty(2, 8, 3, device="meta")
+    with without_numbers():
+        for out in (
+            functional.group_norm(x, 4),
+            functional.group_norm(input=x, num_groups=4),
+            functional.layer_norm(input=x, normalized_shape=(3,)),
+            functional.silu(x),
+            functional.gelu(input=x),
+        ):
+            assert out.is_meta and out.shape == x.shape

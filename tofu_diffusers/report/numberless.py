@@ -47,7 +47,7 @@ class Numberless(TorchFunctionMode):
         kwargs = kwargs or {}
         if func.__name__ == "__get__":  # a shape, a dtype, a device: half of all calls
             return func(*args, **kwargs)
-        if func in SAME_SHAPE and args[0].is_meta:
+        if func in SAME_SHAPE and args and args[0].is_meta:
             return torch.empty_like(args[0])
         if func is torch.tensor:
             return func(*args, **{**kwargs, "device": "cpu"})

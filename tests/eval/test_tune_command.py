@@ -66,11 +66,13 @@ def test_the_study_has_a_row_for_each_kind_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "CHECKED", 1)
     out = tmp_path / "rows.jsonl"
     command = ["--model", "unet", "--steps", "10", "--speedup", "2", "--searched", "1", "-n", "2"]
-    command += ["--minutes", "1e-9", "--out", str(out)]
+    command += ["--report-side", "32", "64", "--minutes", "1e-9", "--out", str(out)]
     study.main(command)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["id"].split("/")[1] for row in rows] == ["steps-2", "default-2", "tuned-2"]
+    kinds = ["steps-2", "default-2", "tuned-2"]
+    assert [row["id"].split("/")[1] for row in rows] == [*kinds, *kinds]
+    assert [row["call"]["width"] for row in rows] == [32, 32, 32, 64, 64, 64]
     assert all(len(row["psnr_db"]) == 2 and row["flops_ratio"] == 2 for row in rows)
     assert {"profile", "own trajectory"} < {*rows[-1]["searched"]}
     study.main(command)
-    assert len(out.read_text().splitlines()) == 3
+    assert len(out.read_text().splitlines()) == 6

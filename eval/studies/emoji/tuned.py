@@ -2,8 +2,8 @@
 
     python -m eval.studies.emoji.tuned --model mmdit --out eval/results/tuned_mmdit.jsonl
 
-One row a speed-up each for the default, the tuned setting and as many steps fewer. The prompts tuned on come
-behind those reported on. Stopped anywhere, the same command goes on with the speed-ups that have no row.
+At each size, one row a speed-up each for the default, the tuned setting and as many steps fewer. The prompts
+tuned on come behind those reported on. Stopped anywhere, the same command goes on with what has no row.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_scheduler_argument(parser)
     parser.add_argument("--searched", type=int, default=4, help="prompts tuned on (%(default)s)")
     parser.add_argument("--side", type=int, default=64, help="pixels to tune at (%(default)s)")
-    parser.add_argument("--report-side", type=int, default=64, help="pixels (%(default)s)")
+    parser.add_argument(
+        "--report-side", type=int, nargs="+", default=[64, 128], help="pixels (%(default)s)"
+    )
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="to tune at (%(default)s)")
     parser.add_argument("--report-guidance", type=float, help="default: that")
     parser.add_argument("-n", type=int, default=32, help="prompts to report on (%(default)s)")
@@ -87,19 +89,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = provenance()
     prompts = load_prompts("emoji")
     given = {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
-    at, report_at = ({"height": side, "width": side} for side in (args.side, args.report_side))
-    call = {**given, **report_at}
-    if args.report_guidance is not None:
-        call["guidance_scale"] = args.report_guidance
-    stage = f"{args.model}-{args.report_side}px-{args.steps}steps-n{args.n}"
-    stage += f"-{args.scheduler}" if args.scheduler else ""
-    stage += f"-guidance{args.report_guidance:g}" if args.report_guidance is not None else ""
-    stage += f"-of{args.searched}" if args.searched != 4 else ""
+    at = {"height": args.side, "width": args.side}
+    calls, stages = {}, {}
+    for side in args.report_side:
+        calls[side] = call = {**given, "height": side, "width": side}
+        stage = f"{args.model}-{side}px-{args.steps}steps-n{args.n}"
+        stage += f"-{args.scheduler}" if args.scheduler else ""
+        if args.report_guidance is not None:
+            call["guidance_scale"] = args.report_guidance
+            stage += f"-guidance{args.report_guidance:g}"
+        stages[side] = stage + (f"-of{args.searched}" if args.searched != 4 else "")
     done = {row["id"] for row in read(args.out)}
     reported = first(prompts, args.n, least=2)
-    whole: Tensor | None = None
+    whole: dict[int, Tensor] = {}
     for speedup in args.speedup:
-        if f"{stage}/tuned-{speedup:g}" in done:
+        sides = [side for side in stages if f"{stages[side]}/tuned-{speedup:g}" not in done]
+        if not sides:
             continue
         last = FIRST + args.searched
         with TemporaryDirectory() as folder:
@@ -117,35 +122,42 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             tried = searched(Path(folder), speedup)
         print(tuned)
-        if whole is None:
-            whole = pictures(pipe, reported, call)
-        for kind, applied, changes in settings(pipe, tuned, speedup):
-            with applied:
-                made = pictures(pipe, reported, {**call, **changes})
-            drift = psnr_db(made, whole)
-            row = next(each for each in tuned.rows if each.kind == kind)
-            name = "steps" if kind == "fewer steps" else kind
-            entry = {
-                "id": f"{stage}/{name}-{speedup:g}",
-                "pipeline": args.model,
-                "weights": weights_hash(args.model),
-                "setting": {"name": row.name, "kind": kind, "options": {"speedup": speedup}},
-                "n": args.n,
-                "seed": 0,
-                "steps": args.steps,
-                "call": call,
-                **({"scheduler": args.scheduler} if args.scheduler else {}),
-                **about,
-                "flops_ratio": round(row.flops, 4),
-                "speed": None,
-                "plan": row.plan,
-                "tuned_on": {"prompts": args.searched, **at, "minutes": tuned.about["minutes"]},
-                "overfitted": speedup in tuned.overfitted,
-                **({"searched": tried} if kind == "tuned" else {}),
-                "metrics": {"psnr_db": of_mean(drift).entry()},
-                "psnr_db": [round(value, 2) for value in drift.tolist()],
-            }
-            append(args.out, entry)
+        for side in sides:
+            call = calls[side]
+            if side not in whole:
+                whole[side] = pictures(pipe, reported, call)
+            for kind, applied, changes in settings(pipe, tuned, speedup):
+                with applied:
+                    made = pictures(pipe, reported, {**call, **changes})
+                drift = psnr_db(made, whole[side])
+                row = next(each for each in tuned.rows if each.kind == kind)
+                name = "steps" if kind == "fewer steps" else kind
+                entry = {
+                    "id": f"{stages[side]}/{name}-{speedup:g}",
+                    "pipeline": args.model,
+                    "weights": weights_hash(args.model),
+                    "setting": {"name": row.name, "kind": kind, "options": {"speedup": speedup}},
+                    "n": args.n,
+                    "seed": 0,
+                    "steps": args.steps,
+                    "call": call,
+                    **({"scheduler": args.scheduler} if args.scheduler else {}),
+                    **about,
+                    "flops_ratio": round(row.flops, 4),
+                    "speed": None,
+                    "plan": row.plan,
+                    "tuned_on": {
+                        "prompts": args.searched,
+                        "guidance": args.guidance,
+                        **at,
+                        "minutes": tuned.about["minutes"],
+                    },
+                    "overfitted": speedup in tuned.overfitted,
+                    **({"searched": tried} if kind == "tuned" else {}),
+                    "metrics": {"psnr_db": of_mean(drift).entry()},
+                    "psnr_db": [round(value, 2) for value in drift.tolist()],
+                }
+                append(args.out, entry)
 
 
 def settings(pipe: Any, tuned: Tuned, speedup: float) -> Iterator[tuple[str, Any, dict[str, Any]]]:

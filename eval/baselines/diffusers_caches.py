@@ -1,19 +1,24 @@
-"""The caches of diffusers: Pyramid Attention Broadcast, TaylorSeer, First Block Cache."""
+"""The caches of diffusers: Pyramid Attention Broadcast, TaylorSeer, First Block Cache, MagCache."""
 
 from __future__ import annotations
 
+import ast
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+import torch
 from diffusers import CacheMixin
 from diffusers.hooks import (
     FirstBlockCacheConfig,
     HookRegistry,
+    MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
     apply_first_block_cache,
+    apply_mag_cache,
     apply_pyramid_attention_broadcast,
     apply_taylorseer_cache,
 )
@@ -28,6 +33,7 @@ from eval.baselines.host_state import attributes_kept, hook_registries
 PAB_HOOKS = ("pyramid_attention_broadcast",)
 TAYLORSEER_HOOKS = ("taylorseer_cache",)
 FIRST_BLOCK_HOOKS = ("fbc_leader_block_hook", "fbc_block_hook")
+MAG_HOOKS = ("mag_cache_leader_block_hook", "mag_cache_block_hook")
 
 
 @contextmanager
@@ -171,4 +177,57 @@ def first_block_cached(denoiser: nn.Module, *, threshold: float) -> Iterator[Non
             ) from error
 
     with hooked(denoiser, Clock(), apply, config, FIRST_BLOCK_HOOKS):
+        yield
+
+
+@contextmanager
+def magnitude_cached(
+    pipe: Any,
+    *,
+    threshold: float,
+    steps: int,
+    most: int = 3,
+    retention: float = 0.2,
+    prompt: str = "a red apple",
+) -> Iterator[None]:
+    """MagCache of diffusers (arXiv 2506.09045): the blocks' residual reused while its length changes little.
+
+    How it changes from step to step is measured first, in one generation of the pipeline.
+
+    Args:
+        pipe: A pipeline with a `transformer`.
+        threshold: Bound of the summed error that the lengths let expect. Higher reuses more.
+        steps: Of the generation.
+        most: Steps that are skipped in a row.
+        retention: Share of the steps, at the start, that are computed.
+        prompt: Of the generation that is measured.
+
+    Raises:
+        ValueError: if the pipeline has no transformer of blocks that diffusers knows; on a threshold that
+            nothing is under.
+    """
+    if threshold <= 0:
+        raise ValueError(f"threshold {threshold} reuses nothing; choose one above 0")
+    denoiser = getattr(pipe, "transformer", None)
+    if denoiser is None:
+        raise ValueError(f"MagCache serves pipelines with a transformer, not {type(pipe).__name__}")
+    told = io.StringIO()
+    measuring = MagCacheConfig(num_inference_steps=steps, calibrate=True)
+    with hooked(denoiser, Clock(), apply_mag_cache, measuring, MAG_HOOKS), redirect_stdout(told):
+        pipe(
+            prompt,
+            num_inference_steps=steps,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        )
+    # It hands its numbers over in print, to be copied.
+    ratios = [line for line in told.getvalue().splitlines() if line.startswith("[1")]
+    config = MagCacheConfig(
+        threshold=threshold,
+        max_skip_steps=most,
+        retention_ratio=retention,
+        num_inference_steps=steps,
+        mag_ratios=ast.literal_eval(ratios[0]),
+    )
+    with hooked(denoiser, Clock(), apply_mag_cache, config, MAG_HOOKS):
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,17 +33,21 @@ class StepCache:
     A step is told by its timestep; guidance in two calls has two predictions a step.
 
     Args:
+        computes: Whether a step is computed, from the clock and the latents at its first call.
         order: 0 repeats the last prediction; 1 extrapolates the last two (TaylorSeer's first order,
             arXiv 2503.06923, on the prediction instead of on every layer).
+
+    Attributes:
+        ran: How many calls were computed.
     """
 
-    def __init__(self, denoiser: nn.Module, total: int, computed: int, first: int, order: int):
+    def __init__(self, denoiser: nn.Module, computes: Callable[[Clock, Tensor], bool], order: int):
         if order not in (0, 1):
             raise ValueError(f"order {order} is not 0 (repeat) or 1 (extrapolate)")
-        self.inner, self.order, self.total = denoiser.forward, order, total
-        self.steps = computed_steps(total, computed, first)
+        self.inner, self.order, self.decides = denoiser.forward, order, computes
         self.clock = Clock()
         self.past: dict[int, list[tuple[int, Tensor]]] = {}
+        self.computes = True
         self.ran = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,8 +55,11 @@ class StepCache:
         if self.clock.starts(args, kwargs):
             self.past.clear()
         step = self.clock.step
+        if not self.clock.call:
+            latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            self.computes = self.decides(self.clock, latents)
         past = self.past.setdefault(self.clock.call, [])
-        if step in self.steps or not past:
+        if self.computes or not past:
             out = self.inner(*args, **kwargs)
             past.append((step, out[0]))
             del past[:-2]
@@ -71,11 +78,11 @@ class StepCache:
 
 
 @contextmanager
-def step_cached(
-    denoiser: nn.Module, *, total: int, computed: int, first: int = 2, order: int = 1
+def cached_where(
+    denoiser: nn.Module, computes: Callable[[Clock, Tensor], bool], order: int
 ) -> Iterator[StepCache]:
     """Put whole-step caching on a denoiser, outside of whatever its forward is now."""
-    cache = StepCache(denoiser, total, computed, first, order)
+    cache = StepCache(denoiser, computes, order)
     before = denoiser.__dict__.get("forward")
     denoiser.__dict__["forward"] = cache.forward
     try:
@@ -85,3 +92,13 @@ def step_cached(
             del denoiser.__dict__["forward"]
         else:
             denoiser.__dict__["forward"] = before
+
+
+@contextmanager
+def step_cached(
+    denoiser: nn.Module, *, total: int, computed: int, first: int = 2, order: int = 1
+) -> Iterator[StepCache]:
+    """Compute the steps of `computed_steps`, and make the others from the last ones."""
+    steps = computed_steps(total, computed, first)
+    with cached_where(denoiser, lambda clock, _: clock.step in steps, order) as cache:
+        yield cache

@@ -9,10 +9,17 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from eval.baselines.cache_dit import dual_block_cached
 from eval.baselines.deepcache import deep_cached
-from eval.baselines.diffusers_caches import broadcast_attention, extrapolated, first_block_cached
+from eval.baselines.diffusers_caches import (
+    broadcast_attention,
+    extrapolated,
+    first_block_cached,
+    magnitude_cached,
+)
 from eval.baselines.fewer_steps import rescheduled, scheduler_like
 from eval.baselines.options import check_types
+from eval.baselines.seacache import sea_cached
 from eval.baselines.step_cache import step_cached
 from eval.baselines.tomesd import merged_by_tomesd
 from tofu_diffusers import Config, Handle, StepSkipping, TokenReduction, apply_tofu
@@ -26,6 +33,9 @@ KINDS = (
     "pab",
     "taylorseer",
     "first_block_cache",
+    "magcache",
+    "seacache",
+    "dbcache",
     "deepcache",
     "stack",
 )
@@ -36,10 +46,13 @@ AROUND: dict[str, Callable[..., AbstractContextManager[Any]]] = {
     "pab": broadcast_attention,
     "taylorseer": extrapolated,
     "first_block_cache": first_block_cached,
+    "magcache": magnitude_cached,
+    "seacache": sea_cached,
+    "dbcache": dual_block_cached,
     "tomesd": merged_by_tomesd,
     "deepcache": deep_cached,
 }
-AROUND_PIPELINE = ("tomesd", "deepcache")
+AROUND_PIPELINE = ("tomesd", "deepcache", "magcache", "seacache", "dbcache")
 
 
 def denoiser_name(pipe: Any) -> str:
@@ -68,8 +81,10 @@ class Setting:
         kind: "unreduced"; "tofu" (options of apply_tofu: ratio or speedup, and more of that workflow);
             "fewer_steps" (steps; scheduler: None or "multistep"); "step_cache" (total, computed, first,
             order); "tomesd" (its own options); "pab" (skip, first, last); "taylorseer" (interval, first,
-            order, modules); "first_block_cache" (threshold); "deepcache" (interval, branch); "stack" (of:
-            settings as dictionaries, the first innermost).
+            order, modules); "first_block_cache" (threshold); "magcache" (threshold, steps, most, retention,
+            prompt); "seacache" (threshold, order, most); "dbcache" (threshold, steps, first, warmup,
+            forecast); "deepcache" (interval, branch); "stack" (of: settings as dictionaries, the first
+            innermost).
         options: Of the kind.
 
     Raises:

@@ -17,11 +17,12 @@ on.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from eval.baselines.cache_dit import FORECASTS
 from eval.bench.pipeline import UNREDUCED, Bench, one_batch
 from eval.files import mend
 from eval.generate import run
@@ -146,13 +148,52 @@ def skipping(steps: int, count: int) -> Iterator[Trial]:
 def rivals(steps: int) -> Iterator[Trial]:
     """Others that halve the FLOPs: a second-order solver, and predictions that are repeated.
 
-    As a stage, with the caches of other packages.
+    As a stage, with the caches of other packages, and beside each the default at as many FLOPs or fewer.
     """
     count = round(steps / 2)
     multistep = {"steps": count, "scheduler": "multistep"}
     cache = {"total": steps, "computed": count, "first": 2, "order": 0}
     yield Trial(Setting(f"multistep-{count}", "fewer_steps", multistep), steps)
     yield Trial(Setting(f"repeat-{count}", "step_cache", cache), steps)
+
+
+def caches(pipe: Any, steps: int) -> list[Setting]:
+    """What decides on the way when to compute, each from little to much skipped."""
+    settings = [
+        Setting(f"seacache-{threshold:g}", "seacache", {"threshold": threshold, "most": most})
+        for threshold, most in ((0.08, 2), (0.12, 2), (0.2, 4))
+    ]
+    if getattr(pipe, "transformer", None) is None:
+        return settings
+    settings += [
+        Setting(
+            f"magcache-{threshold:g}",
+            "magcache",
+            {"threshold": threshold, "most": most, "steps": steps},
+        )
+        for threshold, most in ((0.01, 3), (0.02, 3), (0.5, 5))
+    ]
+    if importlib.util.find_spec("cache_dit") is None:
+        warnings.warn("cache-dit is not installed: its rows are left out", stacklevel=2)
+        return settings
+    return settings + [
+        Setting(
+            f"dbcache-{forecast}-{threshold:g}",
+            "dbcache",
+            {"threshold": threshold, "forecast": forecast, "steps": steps},
+        )
+        for threshold in (0.1, 0.2, 0.4)
+        for forecast in FORECASTS
+    ]
+
+
+def beside(rows: Iterable[dict[str, Any]], steps: int) -> Iterator[Trial]:
+    """The default at the FLOPs of each of these rows, or fewer."""
+    for row in rows:
+        if row["setting"]["kind"] != "tofu" and row["flops_ratio"] > 1:
+            name = f"speedup-as-{row['setting']['name']}"
+            # Rows are rounded, and half of 25 steps is 12.
+            yield Trial(tofu(name, speedup=row["flops_ratio"] - 1e-4), steps)
 
 
 def samplers(steps: int) -> Iterator[Trial]:
@@ -306,10 +347,16 @@ class Study:
             parts.append(images.mul(255).round().to(torch.uint8))
         if failures:
             raise FailedPictures(told(trial.setting.name, failures, len(self.prompts)))
-        if saving is None:
-            bench = Bench(self.loaded.pipe, self.prompts[:1], self.seed, call)
-            saving = bench.flops(UNREDUCED) / bench.flops(trial.setting)
-        return torch.cat(parts), saving
+        return torch.cat(parts), self.counted(trial, call) if saving is None else saving
+
+    def counted(self, trial: Trial, call: dict[str, Any]) -> float:
+        """The unreduced FLOPs over those of a trial, whose choices may differ from batch to batch."""
+        run = 0.0
+        for start in range(0, len(self.prompts), self.batch_size):
+            batch = self.prompts[start : start + self.batch_size]
+            run += Bench(self.loaded.pipe, batch, self.seed + start, call).flops(trial.setting)
+        whole = Bench(self.loaded.pipe, self.prompts[:1], self.seed, call).flops(UNREDUCED)
+        return len(self.prompts) * whole / run
 
     def row(self, trial: Trial) -> dict[str, Any]:
         """One row, in the form that the report reads."""
@@ -373,11 +420,12 @@ def main(args: argparse.Namespace) -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         mend(args.out)
     state.wait_for_everyone()
-    done = {row["id"]: row for row in read(args.out)}
     trials = list(STAGES[args.stage](args.steps))
     if args.stage in ("front", "rivals"):
         merging = [0.5] if args.stage == "front" else []
         trials += [Trial(setting, args.steps) for setting in others(loaded.pipe, merging)]
+    if args.stage == "rivals":
+        trials += [Trial(setting, args.steps) for setting in caches(loaded.pipe, args.steps)]
     if args.match is not None:
         ids = {study.about(trial)["id"]: trial for trial in trials}
         trials = [trial for name, trial in ids.items() if re.search(args.match, name)]
@@ -385,6 +433,28 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"no row of stage {args.stage} matches {args.match!r}; ids are such as {next(iter(ids))}"
             )
+    without = measured(study, trials, args, state)
+    if args.stage == "rivals":
+        state.wait_for_everyone()
+        rows = {row["id"]: row for row in read(args.out)}
+        found = (rows.get(study.about(trial)["id"]) for trial in trials)
+        without += measured(study, [*beside(filter(None, found), args.steps)], args, state)
+    if without:
+        raise ValueError(
+            f"{len(without)} settings got no row, as pictures of theirs failed: "
+            f"{', '.join(without)}"
+        )
+
+
+def measured(
+    study: Study, trials: Sequence[Trial], args: argparse.Namespace, state: Any
+) -> list[str]:
+    """Add the rows of these trials that are not there, and name those whose pictures failed.
+
+    Raises:
+        ValueError: if the file holds another row of the same name.
+    """
+    done = {row["id"]: row for row in read(args.out)}
     todo = []
     for trial in trials:
         about = study.about(trial)
@@ -404,8 +474,4 @@ def main(args: argparse.Namespace) -> None:
         except FailedPictures as error:
             warnings.warn(f"{error}\nit gets no row", stacklevel=2)
             without.append(trial.setting.name)
-    if without:
-        raise ValueError(
-            f"{len(without)} of {len(mine)} settings got no row, as pictures of theirs failed: "
-            f"{', '.join(without)}"
-        )
+    return without

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.baselines.fewer_steps import scheduler_like
+from eval.baselines.seacache import filtered, sea_cached
 from eval.baselines.step_cache import StepCache, computed_steps
 from eval.bench.pipeline import Bench, counted_flops, measure
 from eval.generate.settings import Setting, denoiser_of
@@ -30,6 +31,10 @@ SETTINGS = [
     Setting("taylorseer", "taylorseer", {"interval": 2}),
     Setting("paper", "taylorseer", {"interval": 3, "first": 2, "order": 2, "modules": "paper"}),
     Setting("first-block", "first_block_cache", {"threshold": 0.5}),
+    Setting("magcache", "magcache", {"threshold": 5.0, "steps": STEPS}),
+    Setting("seacache", "seacache", {"threshold": 5.0}),
+    Setting("dbcache", "dbcache", {"threshold": 5.0, "steps": STEPS}),
+    Setting("forecast", "dbcache", {"threshold": 5.0, "steps": STEPS, "forecast": "taylorseer"}),
     Setting("deepcache", "deepcache", {"interval": 2}),
     Setting("deeper", "deepcache", {"interval": 3, "branch": 3}),
 ]
@@ -44,6 +49,9 @@ REFUSED = {
     ("taylorseer", "tiny_sd"): "finds no modules in UNet2DConditionModel",
     ("first-block", "tiny_sd"): "serves transformers of two blocks or more, not UNet2D",
     ("first-block", "tiny_sd3"): "fails on SD3Transformer2DModel",
+    ("magcache", "tiny_sd"): "serves pipelines with a transformer, not StableDiffusionPipeline",
+    ("dbcache", "tiny_sd"): "for SD3's transformer, not StableDiffusionPipeline",
+    ("forecast", "tiny_sd"): "for SD3's transformer, not StableDiffusionPipeline",
     ("deepcache", "tiny_sd3"): "serves pipelines with a UNet, not StableDiffusion3Pipeline",
     ("deeper", "tiny_sd3"): "serves pipelines with a UNet, not StableDiffusion3Pipeline",
 }
@@ -68,16 +76,18 @@ def test_changes_what_is_generated_and_leaves_no_trace(builder, setting):
     noise, scheduler = torch.get_rng_state(), pipe.scheduler
     attributes = own_attributes(pipe)
     refused = REFUSED.get((setting.name, builder.__name__))
+    if setting.kind == "dbcache" and not refused:
+        pytest.importorskip("cache_dit")
     if refused:
         with pytest.raises(ValueError, match=refused), setting.applied(pipe):
             pass
     else:
         calls = []
-        hook = denoiser_of(pipe).register_forward_pre_hook(lambda *_: calls.append(1))
         with setting.applied(pipe) as applied:
+            hook = denoiser_of(pipe).register_forward_pre_hook(lambda *_: calls.append(1))
             changed = generate(pipe, applied.call)
             again = generate(pipe, applied.call)
-        hook.remove()
+            hook.remove()
         assert len(calls) == 2 * (5 if setting.kind == "fewer_steps" else STEPS)
         assert torch.isfinite(changed).all() and not torch.equal(changed, before)
         # tomesd goes on drawing where it was.
@@ -97,6 +107,10 @@ def test_changes_what_is_generated_and_leaves_no_trace(builder, setting):
         ("taylorseer", {"interval": 2, "order": -1}, "interval 2, first 3, order -1"),
         ("taylorseer", {"interval": 2, "modules": "some"}, "unknown modules 'some'"),
         ("first_block_cache", {"threshold": 0.0}, "threshold 0.0 reuses nothing"),
+        ("magcache", {"threshold": 0.0, "steps": 7}, "threshold 0.0 reuses nothing"),
+        ("seacache", {"threshold": 0.0}, "threshold 0.0, most 2: SeaCache needs"),
+        ("dbcache", {"threshold": 0.0, "steps": 7}, "threshold 0.0, first 1, warmup 2: DBCache"),
+        ("dbcache", {"threshold": 0.1, "steps": 7, "forecast": "x"}, "unknown forecast 'x'"),
         ("deepcache", {"interval": 1}, "interval 1, branch 0"),
         ("tomesd", {"ratio": 0.5, "foo": 1}, "got an unexpected keyword argument 'foo'"),
         ("deepcache", {"interval": 2, "branch": 6}, "branch from 0 to 5"),
@@ -135,7 +149,7 @@ def test_impossible_step_caching_is_refused():
     with pytest.raises(ValueError, match="computes 9 of 8 steps"):
         computed_steps(8, 9, 2)
     with pytest.raises(ValueError, match="order 2 is not"):
-        StepCache(torch.nn.Linear(1, 1), 8, 4, 2, 2)
+        StepCache(torch.nn.Linear(1, 1), lambda clock, latents: True, 2)
 
 
 class Drifting(torch.nn.Module):
@@ -146,20 +160,45 @@ class Drifting(torch.nn.Module):
 
 
 def test_step_caching_repeats_or_extrapolates_each_condition():
+    steps = computed_steps(10, 6, 2)
     for order in (0, 1):
-        cache = StepCache(Drifting(), 10, 6, 2, order)
+        cache = StepCache(Drifting(), lambda clock, latents: clock.step in steps, order)
         for generation in range(2):
             for step in range(10):
                 for slope in (1.0, -3.0):
                     timestep = torch.tensor(10.0 - step)
                     out = cache.forward(torch.ones(2), timestep, slope, return_dict=False)[0]
-                    computed = max(s for s in cache.steps if s <= step)
+                    computed = max(s for s in steps if s <= step)
                     expected = 1 + slope * (step if order else computed)
                     assert torch.equal(out, torch.full((2,), expected)), (generation, step)
         assert cache.ran == 2 * 2 * 6
     with pytest.raises(ValueError, match="return_dict=False"):
         for step in range(4):
             cache.forward(torch.ones(2), torch.tensor(10.0 - step), 1.0, return_dict=True)
+
+
+def test_the_rule_of_seacache_counts_what_is_signal():
+    latents = torch.randn(2, 4, 6, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(filtered(latents, 0.5, 0.0), latents, atol=1e-5)
+    # In noise the signal is expected where pictures are strong, at low frequencies.
+    smooth, rough = torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
+    rough[..., ::2] = -1
+    kept = [filtered(each, 0.1, 0.9).abs().mean() for each in (smooth, rough)]
+    assert kept[0] > 10 * kept[1]
+
+
+def test_seacache_skips_more_the_higher_its_threshold():
+    pipe = tiny.tiny_sd()
+    ran = []
+    for threshold in (1e-9, 0.5, 1e9):
+        with sea_cached(pipe, threshold=threshold, most=0) as cache:
+            generate(pipe, {})
+        ran.append(cache.ran)
+    # The first step and the last one are always computed.
+    assert ran[0] == STEPS >= ran[1] >= ran[2] == 2
+    with sea_cached(pipe, threshold=1e9, most=2) as cache:
+        generate(pipe, {})
+    assert cache.ran == 3  # 0, 3 and 6
 
 
 def test_computing_every_step_is_the_original():

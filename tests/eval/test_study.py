@@ -194,6 +194,33 @@ def test_typed_settings_are_what_people_type():
     assert all(25 / n >= s for n, s in zip(counts, speedups, strict=True))
 
 
+def test_beside_each_rival_stands_the_default_at_as_many_flops():
+    rivals = [
+        Setting("steps-12", "fewer_steps", {"steps": 12}),
+        Setting("own", "tofu", {"speedup": 3.0}),
+        Setting("nothing-skipped", "seacache", {"threshold": 1e-9}),
+    ]
+    rows = [
+        {"setting": each.to_dict(), "flops_ratio": ratio}
+        for each, ratio in zip(rivals, (2.0833, 3.0, 1.0), strict=True)
+    ]
+    (trial,) = study.beside(rows, 25)
+    assert trial.setting.name == "speedup-as-steps-12"
+    assert computed_steps(25, trial.setting.options["speedup"], range(1, 25)) == 12
+
+
+def test_the_flops_of_what_decides_on_the_way_are_those_of_all_prompts(monkeypatch):
+    tiny_one = tiny_study()
+    counted = []
+    monkeypatch.setattr(
+        study.Bench,
+        "flops",
+        lambda bench, setting: counted.append(bench.prompts) or len(bench.prompts),
+    )
+    assert tiny_one.counted(Trial(UNREDUCED, 3), {}) == 1.0
+    assert [each for batch in counted[:-1] for each in batch] == tiny_one.prompts
+
+
 def test_rows_made_otherwise_are_not_mixed(command, capsys):
     run, out = command
     run()

@@ -208,6 +208,12 @@ class Handle:
     def __init__(self, roots: list[tuple[nn.Module, DenoiserHook]]) -> None:
         self._roots = roots
 
+    def __repr__(self) -> str:
+        if self.removed:
+            return "Handle(removed)"
+        asked = " and ".join(type(config).__name__ for config in self.configs)
+        return f"Handle({asked} on {', '.join(type(model).__name__ for model, _ in self._roots)})"
+
     @property
     def _generations(self) -> list[tuple[nn.Module, Generation]]:
         """Of each denoiser, what is in force in its last call."""
@@ -602,9 +608,10 @@ def _denoisers(
         return target, found
     its = ", ".join(f"{name}: {type(each).__name__}" for name, each in models.items())
     if skips:
+        wrapped = any(isinstance(each, nn.DataParallel) for each in models.values())
         raise ValueError(
             f"{type(target).__name__} has no denoiser (a model whose forward takes a timestep); it has "
-            f"{its or 'no models'}"
+            f"{its or 'no models'}" + ("; give the pipeline its .module" if wrapped else "")
         )
     raise ValueError(
         f"{type(target).__name__} has no denoiser of a known class; it has {its or 'no models'}, and "

@@ -176,6 +176,7 @@ def run(
         module, named, acts_between(hook, module, named), any(map(compiled_alone, blocks))
     )
     if runtime.call.skip:
+        check_gradients(module, named)
         # Some classes know no such argument, and have one form.
         asked = named.get("return_dict", True) if "return_dict" in hook.names else None
         return runtime.forecast(asked)
@@ -192,6 +193,21 @@ def run(
         out = call_or_clean_up(hook, module, args, kwargs)
     # 8 to 10
     return runtime.end(out)
+
+
+def check_gradients(module: nn.Module, named: Kwargs) -> None:
+    """Refuse to forecast where a gradient is wanted: none would pass.
+
+    Raises:
+        RuntimeError: if an argument requires one.
+    """
+    wants = (isinstance(each, torch.Tensor) and each.requires_grad for each in named.values())
+    if torch.is_grad_enabled() and any(wants):
+        raise RuntimeError(
+            f"gradients are wanted through a step at which {type(module).__name__} is skipped, and a "
+            "forecast passes none; generate under torch.no_grad(), or call remove_tofu (reduced tokens pass "
+            "gradients: ratio=0.5, method='tofu')"
+        )
 
 
 def choose_layout(hook: DenoiserHook, module: nn.Module) -> None:

@@ -117,7 +117,8 @@ class Summary:
         if not table:
             lines = []
         lines += [
-            f"{s.denoiser}: computed {s.computed} of {s.steps} steps  {s.plan}" for s in self.steps
+            f"{s.denoiser}: computed {s.computed} of {s.steps} steps  {s.plan}  (#: computed)"
+            for s in self.steps
         ]
         run = "call" if self.encoder else "generation"
         when = f"nominal, no {run} yet" if self.nominal else f"last {run}"

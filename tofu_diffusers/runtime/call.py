@@ -20,6 +20,15 @@ CALLS_LIMIT = 8
 CHECKPOINTING = "gradient checkpointing"
 
 
+def untold(how: str) -> RuntimeError:
+    """What to raise where a denoiser goes from step to step, and nobody tells them."""
+    return RuntimeError(
+        f"the denoiser was called {how} without a scheduler step; in a loop of your own, call "
+        "handle.step(i, n) before each step; for a pipeline that does not step its `scheduler` (as some "
+        "inversions), call remove_tofu before it"
+    )
+
+
 @dataclass(eq=False)
 class Call:
     """The running call; the first group is handed over by the generation, the rest is found at its start.
@@ -44,6 +53,7 @@ class Call:
         shapes: Of every branch's latents, and its numbers of tokens, to see when they change.
         beside_rested: Whether a network beside the denoiser did not run, because the step is skipped.
         began_anew: Whether a branch had no past in this step: the first one, or one whose shapes changed.
+        conditions: How many calls a step has by the pipeline's guider; 0: there is none.
         inputs: Arguments of the last call, on the meta device, for counted FLOPs.
     """
 
@@ -54,6 +64,7 @@ class Call:
     cfg_branches: str = "1"
     conditional_first: bool = False
     told_by_pipeline: bool = False
+    conditions: int = 0
 
     number: int = 0
     cfg_branch: str = "0"
@@ -77,11 +88,7 @@ class Call:
             RuntimeError: if there are too many in one step, so that nobody seems to tell it.
         """
         if self.step_known and self.number >= CALLS_LIMIT and setup.reduces:
-            raise RuntimeError(
-                f"the denoiser was called {self.number} times without a scheduler step; in a loop of your "
-                "own, call handle.step(i, n) before each step; for a pipeline that does not step "
-                "its `scheduler` (as some inversions), call remove_tofu before it"
-            )
+            raise untold(f"{self.number} times")
         self.cfg_branch = str(self.number)
         self.number += 1
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..steps.clock import exchanged, is_watched, watch
 from ..steps.pipelines import cached_by_cache_dit, generating, holds, schedulers
 from ..steps.reference import Reference
-from ..steps.sampler import Sampling, noise_level
+from ..steps.sampler import Sampling
+from .call import untold
 from .runtime import Runtime
 
 FEW_STEPS = 8
@@ -92,6 +93,7 @@ class Generation:
         compute_counts: By resolution, at how many steps each token was computed, [I, N].
         schedulers: Those that may tell the steps.
         broken_off: Those whose generation was not over when another one began.
+        unplanned_steps: How many steps were computed that were to be skipped.
         removed: Whether tofu was taken off.
         silent: Whether it warns of nothing, as one that only counts.
     """
@@ -103,13 +105,14 @@ class Generation:
         self.caller = Reference()
         self.index = 0
         self.sampling = Sampling()
-        self.computed_steps = self.forgotten_steps = 0
+        self.computed_steps = self.forgotten_steps = self.unplanned_steps = 0
         self.history: list[StepRecord] = []
         self.compute_counts: dict[int, Tensor] = {}
         self.schedulers: list[Reference] = []
         self.broken_off: list[Reference] = []
         self.removed = self.silent = False
         self._timestep: Any = None
+        self._first_timestep: Any = None
         self._trimmed = self._history_is_old = False
         self._apply_settings()
 
@@ -164,7 +167,7 @@ class Generation:
         self._history_is_old = bool(sampling)
         if not sampling:
             self._clear_history()
-        call.number = self.computed_steps = self.forgotten_steps = 0
+        call.number = self.computed_steps = self.forgotten_steps = self.unplanned_steps = 0
         call.began_anew = False
         caches.peak_bytes = 0
         self.runtime.reader.start()
@@ -184,7 +187,7 @@ class Generation:
                 return
             if self.index == 0:
                 # Where the call was traced, nobody could look before it.
-                self._trim_to_executed(scheduler, timestep)
+                self._trim_to_executed(timestep)
                 self._warn_of_few()
             self._check_stepped_once(timestep)
             self._finish_step()
@@ -192,6 +195,7 @@ class Generation:
             if not call.step_known:
                 # The generation is over: what decodes the latents may need the memory.
                 self.forget()
+                self._warn_of_unplanned()
 
     def set_step(self, index: int, total: int, cfg_branches: int) -> None:
         """Take a bare model's step from its user."""
@@ -211,7 +215,7 @@ class Generation:
             named: The denoiser's arguments.
 
         Raises:
-            RuntimeError: if another generation began while his was not over.
+            RuntimeError: if another generation began while his was not over, or his steps are told by nobody.
         """
         call = self.runtime.call
         if any(each() is scheduler for each in self.broken_off for scheduler in told_by):
@@ -228,10 +232,16 @@ class Generation:
                 # Set after `apply_tofu`, or in another pipeline around this denoiser.
                 self._follow(told_by[0], caller)
         call.told_by_pipeline = bool(told_by)
+        call.conditions = getattr(getattr(caller, "guider", None), "num_conditions", 0)
         family = self.runtime.setup.family
         scale = family.timestep_scale
-        if call.step_known and self.index == 0 and call.number == 0 and self.scheduler() and scale:
-            self._trim_to_executed(self.scheduler(), named[family.timestep_name] / scale)
+        if call.step_known and self.index == 0 and self.scheduler() and scale:
+            timestep = named[family.timestep_name] / scale
+            if call.number == 0:
+                self._trim_to_executed(timestep)
+                self._first_timestep = timestep
+            else:
+                self._check_first_step(timestep)
 
     def end(self) -> None:
         """End a generation that was broken off, if there is one."""
@@ -315,7 +325,18 @@ class Generation:
                 "tofu takes each for a step of the whole; call remove_tofu before it"
             )
 
-    def _trim_to_executed(self, scheduler: Any, timestep: Any) -> None:
+    def _check_first_step(self, timestep: Any) -> None:
+        """Refuse a loop that goes on to its second timestep and steps no scheduler.
+
+        In the first step only: to look costs a host read a call.
+        """
+        before = self._first_timestep
+        if before is None or not self.runtime.setup.reduces:
+            return
+        if self.sampling.nearest(timestep) == self.sampling.nearest(before) + 1:
+            raise untold("at a second timestep")
+
+    def _trim_to_executed(self, timestep: Any) -> None:
         """See which of the scheduler's steps are executed, from the first one's timestep.
 
         Image-to-image leaves out the first of them, a base model before a refiner the last. The timestep is
@@ -325,17 +346,13 @@ class Generation:
             return
         self._trimmed, pipeline, count = True, self.caller(), len(self.sampling)
         planned = getattr(pipeline, "num_timesteps", None)
-        if planned is None:
-            # Nothing is announced, by a loop of the user's or an old pipeline, but by the scheduler perhaps.
-            planned = count - (getattr(scheduler, "begin_index", None) or 0)
-        # A loop of the user's may begin anywhere, and goes on to the end.
-        latest = count - 1 if pipeline is None else count - planned
+        # Where nothing is announced, by a loop of the user's or an old pipeline, it may begin anywhere and
+        # goes on to the end.
+        latest = count - 1 if planned is None else count - planned
         if latest <= 0:
             return
-        level = noise_level(scheduler, timestep)
-        distances = [abs(noise - level) for noise in self.sampling.noise]
-        begin = min(distances.index(min(distances)), latest)
-        self.sampling = self.sampling.part(begin, planned)
+        begin = min(self.sampling.nearest(timestep), latest)
+        self.sampling = self.sampling.part(begin, count - begin if planned is None else planned)
         self.runtime.caches.begin(self.sampling)
         self._apply_settings()
 
@@ -369,8 +386,22 @@ class Generation:
             ]
             self._warn(
                 f"speedup {skipping.speedup:g} is not reached: {computed} of {steps} steps must be computed, "
-                f"the first one and one more at least ({steps / computed:.2f}x); "
+                f"the first one and at least one later one ({steps / computed:.2f}x); "
                 + " or ".join(["ask for more steps", *(f"lower {each}" for each in lower)])
+            )
+
+    def _warn_of_unplanned(self) -> None:
+        """Say so where steps had to be computed that were to be skipped, and the speed-up is missed."""
+        skipping, steps = self.runtime.setup.skipping, len(self.sampling)
+        if skipping is None or not self.unplanned_steps:
+            return
+        computed = self._steps_to_compute + self.unplanned_steps
+        if steps / computed < skipping.speedup - 1e-6:
+            self._warn(
+                f"speedup {skipping.speedup:g} is not reached: {computed} of {steps} steps were computed "
+                f"({steps / computed:.2f}x), {self.unplanned_steps} more than planned, because guidance "
+                "changed on the way or another denoiser took over; ask for a higher speedup, or lower "
+                "warmup_steps"
             )
 
     def warn_of_reach(self) -> None:
@@ -476,6 +507,11 @@ class Generation:
         self.history.append(self._record())
         self._count_computed()
         self.computed_steps += not call.skip
+        if not call.skip and self.index in self.runtime.setup.skipped_steps(self.sampling):
+            self.unplanned_steps += 1
+        if len(self.history) > 1 and self.history[-2].calls != call.number:
+            # A call that was of one branch of guidance may be of another one now.
+            self.forget()
         grid = self.runtime.reader.resolve_grid()
         if grid is not None and grid.tokens != call.grids[0].tokens:
             self._keep_tokens(grid.text_before, grid.tokens)

@@ -122,7 +122,7 @@ class Runtime:
         # 3  Make room, where this branch is new or its latents have another shape.
         call.open_span = None
         sizes = tuple((grid.tokens, grid.total) for grid in call.grids.values())
-        shape = (*[each.shape for each in latents], str(sample.device), sizes)
+        shape = (*[each.shape for each in latents], str(sample.device), call.conditions, sizes)
         if call.shapes.get(call.cfg_branch) != shape:
             self.caches.allocate(call, sample)
             # Caches made now (guidance began or ended on the way) are empty, where others hold a past.
@@ -280,10 +280,13 @@ class Runtime:
         beside = setup.reduction is None or whole
         beside = beside and call.told_by_pipeline and call.number < CALLS_LIMIT
         if setup.needs and not beside:
+            other = "remove_tofu"
+            if setup.skipping is None:
+                other = f"TokenReduction(method='tofu') or {other}"
             raise RuntimeError(
                 f"{', '.join(setup.needs)} must know the denoising step, and nobody told it: call "
                 "handle.step(i, n) before each step of a bare model; for a pipeline that steps no "
-                "scheduler of its own, use TokenReduction(method='tofu') or remove_tofu"
+                f"scheduler of its own, use {other}"
             )
         self.caches.clear_plans()
         call.number = call.number if beside else 0

@@ -95,7 +95,9 @@ def cache_dit(pipe: Any, amount: dict[str, float]) -> None:
 CACHES = (
     cache("First Block Cache", lambda pipe: FirstBlockCacheConfig(threshold=1.0)),
     cache(
-        "MagCache", lambda pipe: MagCacheConfig(mag_ratios=[1.0, 0.5] * 5, num_inference_steps=10)
+        "MagCache",
+        lambda pipe: MagCacheConfig(mag_ratios=[1.0, 0.5] * 5, num_inference_steps=10),
+        note="beside skipped steps it counts those that are computed: fit its ratios to them",
     ),
     cache("SeaCache", lambda pipe: SeaCacheConfig(threshold=1.0), transformer=WAN),
     cache(

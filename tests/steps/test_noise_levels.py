@@ -77,11 +77,9 @@ def test_levels_that_say_nothing_count_as_even():
 def test_plans_of_edm_are_those_of_its_noise_levels():
     pipe = tiny.tiny_sdxl()
     plans = []
-    for scheduler in (
-        EulerDiscreteScheduler(**tiny.NOISE, use_karras_sigmas=True),
-        EulerDiscreteScheduler(**tiny.NOISE, use_karras_sigmas=True, timestep_type="continuous"),
-    ):
-        pipe.scheduler = scheduler
+    options = {**tiny.NOISE, "use_karras_sigmas": True, "prediction_type": "v_prediction"}
+    for kind in ("discrete", "continuous"):
+        pipe.scheduler = EulerDiscreteScheduler(**options, timestep_type=kind)
         with apply_tofu(pipe, speedup=2.0) as handle:
             tiny.generate(pipe, steps=20)
             plans.append(handle.summary().steps[0].plan)

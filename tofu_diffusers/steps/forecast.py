@@ -115,13 +115,13 @@ class Forecaster:
         taken = None if self.corrections is None else at(self.corrections, past.last, step)
         corrected = []
         for values, tensor in zip(past.values, tensors, strict=True):
-            row = tensor.detach().reshape(1, -1)
+            row = tensor.reshape(1, -1)
             if taken is not None:
                 known = upcast(row[0]) + combined(torch.cat([row, values]), taken)
                 corrected.append(known.to(row.dtype).view(tensor.shape))
             # A second call within one step takes the place of the first.
             older = torch.where(step > past.last, values[:-1], values[1:])
-            values.copy_(torch.cat([row.to(values.dtype), older]))
+            values.copy_(torch.cat([row.detach().to(values.dtype), older]))
         past.last.copy_(step.float().reshape(1))
         return out if taken is None else with_tensors(out, corrected)
 

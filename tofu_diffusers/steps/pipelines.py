@@ -22,11 +22,7 @@ def cached_by_cache_dit(model: nn.Module) -> bool:
 
 def components(target: object) -> dict[str, Any]:
     """The named parts of a pipeline (modular ones too); empty if the target is none."""
-    try:
-        parts = getattr(target, "components", None)
-    except ValueError:  # a subclass that takes other parts than it registers
-        names = [name for name in getattr(target, "config", {}) if not name.startswith("_")]
-        parts = {name: getattr(target, name, None) for name in names}
+    parts = getattr(target, "components", None)
     return dict(parts) if isinstance(parts, dict) else {}
 
 

@@ -229,8 +229,8 @@ def searched_table() -> str:
             for computed in row["schedules"].values()
         )
         cells = [
-            f"`{row['pipeline']}`, {row['steps']} steps{sampler(row)}, {row['speedup']:g}x "
-            f"<!-- row: {SEARCHED.name}#{row['id']} -->",
+            f"`{row['pipeline']}`, {row['call']['width']} px, {row['steps']} steps{sampler(row)}, "
+            f"{row['speedup']:g}x <!-- row: {SEARCHED.name}#{row['id']} -->",
             interval(row["planned"], 1),
             interval(row["found"], 1),
             f"{ahead['held_out']:+.1f} ({ahead['low']:+.1f} to {ahead['high']:+.1f})",

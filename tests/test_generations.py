@@ -224,13 +224,20 @@ def test_schedulers_of_the_past_are_not_kept_alive():
 # ---- at the same time -----------------------------------------------------------------------------
 
 
-def interleaved(pipe, other, at):
-    """Generate with `pipe`, and behind step `at` of it with `other`."""
+def interleaved(pipe, other, at, in_thread):
+    """Generate with `pipe`, and behind step `at` of it with `other`, in a thread of its own or not."""
     result = {}
 
+    def generate_another():
+        result["other"] = tiny.generate(other, steps=STEPS)
+
     def begin_another(pipe, step, timestep, given):
-        if step == at:
-            result["other"] = tiny.generate(other, steps=STEPS)
+        if step == at and in_thread:
+            thread = threading.Thread(target=generate_another)
+            thread.start()
+            thread.join()
+        elif step == at:
+            generate_another()
         return given
 
     try:
@@ -240,12 +247,13 @@ def interleaved(pipe, other, at):
     return result
 
 
+@pytest.mark.parametrize("in_thread", [False, True])
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_a_generation_broken_into_is_refused_and_the_other_one_is_right(options):
+def test_a_generation_broken_into_is_refused_and_the_other_one_is_right(options, in_thread):
     pipe = tiny.tiny_sd()
     handle = apply_tofu(pipe, **options)
     expected = tiny.generate(pipe, steps=STEPS)
-    result = interleaved(pipe, request_of(pipe), at=4)
+    result = interleaved(pipe, request_of(pipe), at=4, in_thread=in_thread)
     assert torch.equal(result["other"], expected)
     assert "another generation began" in result["error"] and "pipe" not in result
     assert torch.equal(tiny.generate(pipe, steps=STEPS), expected)
@@ -281,6 +289,41 @@ def test_threads_around_one_denoiser_are_right_or_refused(options):
             assert torch.equal(result, expected[index])
     for prompt, wanted in zip(prompts, expected, strict=True):
         assert torch.equal(tiny.generate(pipe, prompt, steps=STEPS), wanted)
+
+
+@pytest.mark.parametrize("build", [tiny.tiny_sd, tiny.tiny_sd3])
+def test_denoisers_of_their_own_in_two_threads_are_as_alone(build):
+    """Step by step at the same time: each waits for the other behind every one."""
+    pipes = [build(), tiny.tiny_sd(seed=5)]
+    for pipe in pipes:
+        apply_tofu(pipe, speedup=2.0)
+    prompts = ["a cat", "a dog"]
+    expected = [
+        tiny.generate(pipe, prompt, steps=STEPS)
+        for pipe, prompt in zip(pipes, prompts, strict=True)
+    ]
+    meeting, met, found = threading.Barrier(2, timeout=60), [], {}
+
+    def wait(pipe, step, timestep, given):
+        met.append(meeting.wait())
+        return given
+
+    def work(index):
+        try:
+            found[index] = tiny.generate(
+                pipes[index], prompts[index], steps=STEPS, callback_on_step_end=wait
+            )
+        except BaseException:
+            meeting.abort()
+            raise
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(met) == 2 * STEPS
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 # ---- ways to step that cannot be followed -----------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,7 +119,8 @@ class Combination(Row):
         used = self.placed(pipe)
         with outcome():
             handle = apply_tofu(used, **amount)
-            first = self.generate(used)
+            with counted(used) as calls:
+                first = self.generate(used)
         if isinstance(outcome, Refused):
             remove_tofu(used)
             assert torch.equal(self.generate(used), both)
@@ -129,6 +130,8 @@ class Combination(Row):
         else:
             assert first.shape == both.shape and first.isfinite().all()
             assert is_active(handle) and not torch.equal(first, both)
+            if workflow == "steps":
+                assert len(calls) == planned_calls(handle) < CALLS[self.name, pipeline]
             if self.take is not None:
                 self.take(used)
                 handle.remove()
@@ -160,7 +163,10 @@ class Combination(Row):
         if key not in EXPECTED:
             pipe = self.build(pipeline)
             alone = None if self.take is None else self.generate(pipe, plain=True)
-            both = self.generate(self.placed(pipe))
+            placed = self.placed(pipe)
+            with counted(placed) as calls:
+                both = self.generate(placed)
+            CALLS[key] = len(calls)
             assert alone is None or not self.changes or not torch.equal(alone, both)
             EXPECTED[key] = alone, both
         return EXPECTED[key]
@@ -185,6 +191,7 @@ class Combination(Row):
 
 # By row and pipeline.
 EXPECTED: dict[tuple[str, str], tuple[Tensor | None, Tensor]] = {}
+CALLS: dict[tuple[str, str], int] = {}
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,23 @@ def is_active(handle: Handle) -> bool:
     return any(fewer_tokens) or any(
         step.skipped for each in handle.inspect() for step in each.steps
     )
+
+
+@contextmanager
+def counted(pipe: Any) -> Iterator[list[int]]:
+    """Note every call of the denoiser that really runs, seen by its first layer."""
+    calls: list[int] = []
+    layer = next(each for each in denoiser(pipe).modules() if not list(each.children()))
+    hook = layer.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def planned_calls(handle: Handle) -> int:
+    """Calls of the denoiser in the steps of the last generation that were not skipped."""
+    return sum(step.calls for step in handle.inspect()[0].steps if not step.skipped)
 
 
 def denoiser(pipe: Any) -> Any:

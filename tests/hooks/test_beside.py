@@ -6,10 +6,13 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
     SD3ControlNetModel,
     StableDiffusion3ControlNetPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetPipeline,
 )
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 
@@ -52,6 +55,30 @@ def sd3():
     return pipe
 
 
+def sdxl():
+    pipe = tiny.tiny_sdxl(channels=(32, 32), transformer_layers=(1, 2))
+    net = with_noise(ControlNetModel.from_unet(pipe.unet))
+    parts = {**pipe.components, "controlnet": net}
+    parts.pop("image_encoder")
+    pipe = StableDiffusionXLControlNetPipeline(**parts, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux():
+    pipe = tiny.tiny_flux()
+    net = FluxControlNetModel.from_transformer(
+        pipe.transformer, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2,
+    )  # fmt: skip
+    pipe = FluxControlNetPipeline(**{**pipe.components, "controlnet": with_noise(net)})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+FLUX = {"height": 128, "width": 128, "max_sequence_length": 16}
+
+
 def generate(pipe, **arguments):
     """SD3's pipeline encodes the control picture with the global generator's noise."""
     with torch.random.fork_rng(devices=[]):
@@ -78,6 +105,14 @@ CASES = {
         0.75,
     ),
     "sd3": (sd3, {"control_image": PICTURE}, 1),
+    "sdxl": (sdxl, {"image": PICTURE}, 1),
+    "flux": (flux, {"control_image": PICTURE, **FLUX}, 1),
+    # The denoiser is called twice a step, and the network once.
+    "flux, guided": (
+        flux,
+        {"control_image": PICTURE, "negative_prompt": "a dog", "true_cfg_scale": 3.0, **FLUX},
+        1,
+    ),
 }
 
 
@@ -85,13 +120,16 @@ CASES = {
 def test_a_controlnet_runs_where_the_denoiser_does(name):
     build, arguments, share = CASES[name]
     pipe = build()
+    denoised = counted(tiny.denoisers(pipe)[0])
     unreduced = generate(pipe, steps=STEPS, **arguments)
+    each = len(denoised) / (STEPS * share)
+    denoised.clear()
     calls = counted(pipe.controlnet)
     with apply_tofu(pipe, speedup=2.0) as handle:
         reduced = generate(pipe, steps=STEPS, **arguments)
         (steps,) = handle.summary().steps
     assert steps.steps == STEPS * share and steps.computed < steps.steps
-    assert len(calls) == steps.computed
+    assert len(calls) == steps.computed and len(denoised) == each * steps.computed
     calls.clear()
     assert torch.equal(generate(pipe, steps=STEPS, **arguments), unreduced)
     assert len(calls) == steps.steps and not torch.equal(reduced, unreduced)

@@ -25,7 +25,7 @@ SETTINGS = {
 }
 
 
-def generation_flops(pipe, steps):
+def generation_flops(pipe, steps, **size):
     """FLOPs of the denoiser alone over a generation, counted on the real forward."""
     model = getattr(pipe, "unet", None) or pipe.transformer
     counts = []
@@ -46,7 +46,7 @@ def generation_flops(pipe, steps):
     ]
     # FlopCounterMode does not know the CPU's fused attention; the plain form is the same product.
     with sdpa_kernel(SDPBackend.MATH):
-        tiny.generate(pipe, ["a cat", "a dog"], steps=steps, height=72, width=104)
+        tiny.generate(pipe, ["a cat", "a dog"], steps=steps, **size)
     for hook in hooks:
         hook.remove()
     return sum(counts)
@@ -56,15 +56,68 @@ def generation_flops(pipe, steps):
 @pytest.mark.parametrize("make", [tiny.tiny_sd, tiny.tiny_sdxl])
 def test_flops_saved_are_those_of_the_real_forward(make, setting):
     pipe = make()
-    whole = generation_flops(pipe, 5)
+    whole = generation_flops(pipe, 5, height=72, width=104)
     with apply_tofu(pipe, **SETTINGS[setting]) as handle:
-        run = generation_flops(pipe, 5)
+        run = generation_flops(pipe, 5, height=72, width=104)
         summary = handle.summary()
     assert summary.flops_unreduced == pytest.approx(whole, rel=0.02)
     assert summary.flops_run == pytest.approx(run, rel=0.02)
     assert summary.flops_saved == pytest.approx(1 - run / whole, abs=0.02)
     assert summary.flops_saved > 0.005
     assert summary.speedup == pytest.approx(whole / run, rel=0.03)
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"speedup": 2.0}], ids=str)
+def test_a_model_edited_by_hand_is_counted_as_it_runs(options):
+    """Of one joint block, where its configuration says two."""
+    pipe = tiny.tiny_flux()
+    as_configured = generation_flops(pipe, 9, height=64, width=96)
+    pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[:1]
+    whole = generation_flops(pipe, 9, height=64, width=96)
+    with apply_tofu(pipe, **options) as handle:
+        run = generation_flops(pipe, 9, height=64, width=96)
+        summary = handle.summary()
+    assert run < whole < 0.8 * as_configured
+    assert summary.flops_unreduced == pytest.approx(whole, rel=0.005)
+    assert summary.flops_run == pytest.approx(run, rel=0.01)
+
+
+@pytest.mark.parametrize("amount", [{"ratio": 0.5}, {"speedup": 2.0, "rule": "late"}], ids=str)
+@torch.no_grad()
+def test_a_bare_model_that_takes_more_channels_than_configured_is_counted(amount):
+    unet = tiny.tiny_sd(channels=(32,)).unet
+    draw = torch.Generator().manual_seed(0)
+    unet.conv_in = tiny.randomise(torch.nn.Conv2d(8, 32, 3, padding=1))
+    latents = torch.randn(2, 8, 16, 16, generator=draw)
+    words = torch.randn(2, 5, 32, generator=draw)
+
+    def steps(tell):
+        for step in range(10):
+            tell(step, 10)
+            unet(latents, 500, encoder_hidden_states=words)
+
+    counts = []
+    for reduced in (False, True):
+        handle = apply_tofu(unet, **amount) if reduced else None
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            steps(handle.step if reduced else lambda *_: None)
+        counts.append(counter.get_total_flops())
+    whole, run = counts
+    summary = handle.summary()
+    assert summary.flops_unreduced == pytest.approx(whole, rel=0.005)
+    assert summary.flops_run == pytest.approx(run, rel=0.02) and run < 0.95 * whole
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_pixart, tiny.tiny_dit])
+def test_one_step_is_counted_before_guidance_is_known(make):
+    """The pipeline does not say whether it guides; all tokens are computed until that is seen."""
+    pipe = make()
+    with apply_tofu(pipe, ratio=0.5, method="tome") as handle:
+        with pytest.warns(UserWarning, match="removes nothing in these 1 steps"):
+            run = generation_flops(pipe, 1)
+        summary = handle.summary()
+    assert not summary.nominal and summary.flops_saved == 0.0
+    assert summary.flops_run == pytest.approx(run, rel=0.02)
 
 
 def test_the_table_says_what_happened():

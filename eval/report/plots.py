@@ -29,6 +29,9 @@ STYLES = {
     "pab": ("#e69f00", "v"),
     "taylorseer": ("#7f3c8d", "<"),
     "first_block_cache": ("#8c564b", ">"),
+    "magcache": ("#b22222", "d"),
+    "seacache": ("#1fa3a3", "*"),
+    "dbcache": ("#5b5b00", "8"),
     "deepcache": ("#a5aa00", "h"),
     "stack": ("#56b4e9", "P"),
 }

@@ -433,23 +433,27 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"no row of stage {args.stage} matches {args.match!r}; ids are such as {next(iter(ids))}"
             )
-    without = measured(study, trials, args, state)
+    made = measured(study, trials, args, state)
     if args.stage == "rivals":
         state.wait_for_everyone()
         rows = {row["id"]: row for row in read(args.out)}
         found = (rows.get(study.about(trial)["id"]) for trial in trials)
-        without += measured(study, [*beside(filter(None, found), args.steps)], args, state)
+        made |= measured(study, [*beside(filter(None, found), args.steps)], args, state)
+    without = [each.rpartition("/")[2] for each, has_row in made.items() if not has_row]
     if without:
         raise ValueError(
-            f"{len(without)} settings got no row, as pictures of theirs failed: "
+            f"{len(without)} of {len(made)} settings got no row, as pictures of theirs failed: "
             f"{', '.join(without)}"
         )
 
 
 def measured(
     study: Study, trials: Sequence[Trial], args: argparse.Namespace, state: Any
-) -> list[str]:
-    """Add the rows of these trials that are not there, and name those whose pictures failed.
+) -> dict[str, bool]:
+    """Add the rows of these trials that are not there.
+
+    Returns:
+        Of each id that was to be added, whether it got a row: not if pictures failed.
 
     Raises:
         ValueError: if the file holds another row of the same name.
@@ -467,11 +471,12 @@ def measured(
                 "another --out"
             )
     mine = todo[state.process_index :: state.num_processes]
-    without: list[str] = []
+    made: dict[str, bool] = {}
     for trial in tqdm(mine, desc=args.stage, unit=" rows", disable=not state.is_main_process):
         try:
             append(args.out, study.row(trial))
+            made[study.about(trial)["id"]] = True
         except FailedPictures as error:
             warnings.warn(f"{error}\nit gets no row", stacklevel=2)
-            without.append(trial.setting.name)
-    return without
+            made[study.about(trial)["id"]] = False
+    return made

@@ -247,6 +247,7 @@ def test_guidance_by_skipped_layers_is_skipped_with_its_step(first, last, layers
     with apply_tofu(pipe, speedup=2.0) as handle:
         made, (steps,) = generate(pipe, **given)
         assert [signs(steps)] == plans(handle)
+        assert sum(step.ran for step in handle.inspect()[0].steps) == sum(map(len, steps))
     assert made.isfinite().all() and not torch.equal(made, plain)
     # A forecast has no past of that call where it begins: alone it runs there.
     begins = layers_skipped[0]

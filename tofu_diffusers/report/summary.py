@@ -179,8 +179,8 @@ def summarise(
             skips.append(StepCount(name, len(steps), computed, plan))
         weights = Counter[tuple[str, ...]]()
         for step in steps:
-            if not step.skipped:
-                weights[step.ratios] += step.calls
+            if step.ran:
+                weights[step.ratios] += step.ran
         unreduced = tuple("0.0" for _ in setup.sites)
         calls += sum(step.calls for step in steps)
         computed_calls += weights.total()
@@ -207,15 +207,13 @@ def _counts(
 ) -> Iterator[tuple[Site, int, int, int]]:
     """Each site in use, its calls, its tokens a call, and the tokens it kept over all calls."""
     setup, call = generation.runtime.setup, generation.runtime.call
-    steps = [step for step in steps if not step.skipped]
-    calls = sum(step.calls for step in steps)
+    calls = sum(step.ran for step in steps)
     for i, site in enumerate(setup.sites):
         if call.in_use(site) and site.resolution in call.grids:
             grid = call.grids[site.resolution]
             tokens = grid.tokens
             removed = sum(
-                step.calls * generation.runtime.tokens_removed(grid, step.ratios[i])
-                for step in steps
+                step.ran * generation.runtime.tokens_removed(grid, step.ratios[i]) for step in steps
             )
             yield site, calls, tokens, calls * tokens - removed
 

@@ -42,6 +42,7 @@ class Call:
         told_by_pipeline: Whether a pipeline calls, whose scheduler tells its steps.
         conditional_first: Whether the conditional rows stand before the others.
         number: How many calls of this step there were, the running one among them.
+        forecast: How many of them were forecast.
         cfg_branch: Which of the step's calls this is, the key of what is remembered.
         images, branches_in_batch: The batch holds so many images, each so many times.
         per_block: Whether blocks of a stack shrink one by one, because something acts between them.
@@ -67,6 +68,7 @@ class Call:
     conditions: int = 0
 
     number: int = 0
+    forecast: int = 0
     cfg_branch: str = "0"
     images: int = 1
     branches_in_batch: int = 1

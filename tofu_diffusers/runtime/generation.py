@@ -26,11 +26,20 @@ FEW_STEPS = 8
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one denoising step ran with: calls of the denoiser, every site's ratio, whether it was skipped."""
+    """What one denoising step ran with: calls of the denoiser, every site's ratio, whether it was skipped.
+
+    Where guidance begins on the way, its first call is computed, and others of that step may be forecast.
+    """
 
     calls: int
     ratios: tuple[str, ...]
     skipped: bool = False
+    forecast: int = 0
+
+    @property
+    def ran(self) -> int:
+        """How many of its calls were computed."""
+        return 0 if self.skipped else self.calls - self.forecast
 
 
 class Turn:
@@ -463,7 +472,7 @@ class Generation:
         call, reduction = self.runtime.call, self.runtime.setup.reduction
         self.index = index
         call.step_known = index < len(self.sampling)
-        call.number, call.beside_rested = 0, False
+        call.number, call.forecast, call.beside_rested = 0, 0, False
         if reduction is None or index % reduction.reuse == 0:
             self.runtime.caches.clear_plans()
         if call.step is None:
@@ -491,7 +500,7 @@ class Generation:
     def _record(self) -> StepRecord:
         call, sites = self.runtime.call, self.runtime.setup.sites
         ratios = tuple("0.0" if call.all_tokens else site.ratio for site in sites)
-        return StepRecord(call.number, ratios, call.skip)
+        return StepRecord(call.number, ratios, call.skip, call.forecast)
 
     def _finish_step(self) -> None:
         call = self.runtime.call

@@ -142,6 +142,7 @@ class Runtime:
         """What the denoiser would return at a step that skips it."""
         call, caches = self.call, self.caches
         assert caches.forecaster is not None and call.step is not None
+        call.forecast += 1
         out = caches.forecaster.forecast(call.cfg_branch, call.step, return_dict)
         if caches.corrects_tokens and caches.corrector is not None:
             # No token is computed; what the latents get is noted for when it is.

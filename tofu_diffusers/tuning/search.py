@@ -439,7 +439,7 @@ def flops_of(handle: Handle) -> float:
     # All computed calls are alike, and nothing must be counted.
     steps = [step for each in handle.inspect() for step in each.steps]
     calls = sum(step.calls for step in steps)
-    return calls / max(1, sum(step.calls for step in steps if not step.skipped))
+    return calls / max(1, sum(step.ran for step in steps))
 
 
 def rank() -> int:

@@ -53,6 +53,9 @@ def where(row: Row) -> str:
     """What a group of rows is of, in words."""
     steps = f"{row['steps']} steps{sampler(row)}"
     words = [f"`{row['pipeline']}`", f"{row['call']['width']} px", steps]
+    guidance, at = row["call"]["guidance_scale"], row["tuned_on"]["guidance"]
+    if guidance != at:
+        words.append(f"guidance {guidance:g}, tuned at {at:g}")
     if row["tuned_on"]["prompts"] != 4:
         words.append(f"tuned on {row['tuned_on']['prompts']} prompts")
     return ", ".join(words)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eval.baselines.clock import Clock
 from eval.baselines.step_cache import StepCache, cached_where
+from eval.denoiser import denoiser_of
 
 POWER = 3.0
 """Exponent of the frequency in the power of clean pictures, diffusers' default."""
@@ -93,12 +94,12 @@ def sea_cached(
         most: Steps that are skipped in a row, diffusers' default; 0 is no bound.
 
     Raises:
-        ValueError: on a threshold that nothing is under, or numbers that are none of these.
+        ValueError: on a threshold that nothing is under, or numbers that are none of these; if the pipeline
+            has no denoiser by a usual name.
     """
     if threshold <= 0 or most < 0:
         raise ValueError(
             f"threshold {threshold}, most {most}: SeaCache needs a threshold above 0 and 0 or more steps"
         )
-    denoiser = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
-    with cached_where(denoiser, Gate(pipe.scheduler, threshold, most), order) as cache:
+    with cached_where(denoiser_of(pipe), Gate(pipe.scheduler, threshold, most), order) as cache:
         yield cache

@@ -27,10 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eval.bench import denoisers
 from eval.bench.parity import check_kernels, kernels_run
+from eval.denoiser import denoiser_name, denoiser_of
 from eval.files import write_whole
 from eval.generate import run
 from eval.generate.prompts import as_prompts, first, load_prompts
-from eval.generate.settings import Applied, Setting, denoiser_name, denoiser_of
+from eval.generate.settings import Applied, Setting
 from eval.provenance import provenance
 from eval.statistics import spread
 from pipelines.timer import Timer

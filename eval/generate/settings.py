@@ -22,6 +22,7 @@ from eval.baselines.options import check_types
 from eval.baselines.seacache import sea_cached
 from eval.baselines.step_cache import step_cached
 from eval.baselines.tomesd import merged_by_tomesd
+from eval.denoiser import denoiser_of
 from tofu_diffusers import Config, Handle, StepSkipping, TokenReduction, apply_tofu
 
 KINDS = (
@@ -39,7 +40,6 @@ KINDS = (
     "deepcache",
     "stack",
 )
-DENOISERS = ("unet", "transformer")
 # Of kinds that are one context manager around a denoiser, or around the pipeline.
 AROUND: dict[str, Callable[..., AbstractContextManager[Any]]] = {
     "step_cache": step_cached,
@@ -53,23 +53,6 @@ AROUND: dict[str, Callable[..., AbstractContextManager[Any]]] = {
     "deepcache": deep_cached,
 }
 AROUND_PIPELINE = ("tomesd", "deepcache", "magcache", "seacache", "dbcache")
-
-
-def denoiser_name(pipe: Any) -> str:
-    """Where a pipeline keeps what it calls at every step.
-
-    Raises:
-        ValueError: if it has none by a usual name.
-    """
-    for name in DENOISERS:
-        if getattr(pipe, name, None) is not None:
-            return name
-    raise ValueError(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}")
-
-
-def denoiser_of(pipe: Any) -> Any:
-    """What a pipeline calls at every step; raises as `denoiser_name`."""
-    return getattr(pipe, denoiser_name(pipe))
 
 
 @dataclass(frozen=True)

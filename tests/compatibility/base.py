@@ -231,8 +231,8 @@ def counted(pipe: Any) -> Iterator[list[int]]:
 
 
 def planned_calls(handle: Handle) -> int:
-    """Calls of the denoiser in the steps of the last generation that were not skipped."""
-    return sum(step.calls for step in handle.inspect()[0].steps if not step.skipped)
+    """Calls of the denoiser in the last generation that were computed."""
+    return sum(step.ran for step in handle.inspect()[0].steps)
 
 
 def denoiser(pipe: Any) -> Any:

@@ -12,7 +12,8 @@ from eval.baselines.fewer_steps import scheduler_like
 from eval.baselines.seacache import filtered, sea_cached
 from eval.baselines.step_cache import StepCache, computed_steps
 from eval.bench.pipeline import Bench, counted_flops, measure
-from eval.generate.settings import Setting, denoiser_of
+from eval.denoiser import denoiser_of
+from eval.generate.settings import Setting
 from tests import tiny
 
 TOFU = {"name": "a", "kind": "tofu", "options": {"ratio": 0.5}}

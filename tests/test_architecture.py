@@ -61,7 +61,7 @@ PIPELINES_LAYERS = (
     {"emoji.__main__", "emoji.gpu"},
 )
 EVAL_LAYERS = (
-    {"files", "provenance", "statistics"},
+    {"denoiser", "files", "provenance", "statistics"},
     {"jsonl"},
     {"baselines"},
     {"generate"},

@@ -155,6 +155,19 @@ def rivals(steps: int) -> Iterator[Trial]:
     cache = {"total": steps, "computed": count, "first": 2, "order": 0}
     yield Trial(Setting(f"multistep-{count}", "fewer_steps", multistep), steps)
     yield Trial(Setting(f"repeat-{count}", "step_cache", cache), steps)
+    for method in ("random", "tome"):
+        yield Trial(few_tokens_early(method), steps)
+
+
+def few_tokens_early(method: str) -> Setting:
+    """All blocks compute 35 % of the tokens, later 67 %, in the end all: JiT's shares (arXiv 2603.10744).
+
+    A token that is not computed gets its match's update, in the place of what lies around it on the grid.
+    """
+    points = [(0.4, 1.0), (0.401, 0.5), (0.65, 0.5), (0.651, 0.0)]
+    schedule = {"kind": "explicit", "points": points}
+    options = {"ratio": 0.65, "merge": "prune", "schedule": schedule, "warmup_steps": 0}
+    return tofu(f"early-{method}", method=method, **options)
 
 
 def caches(pipe: Any, steps: int) -> list[Setting]:
@@ -190,7 +203,7 @@ def caches(pipe: Any, steps: int) -> list[Setting]:
 def beside(rows: Iterable[dict[str, Any]], steps: int) -> Iterator[Trial]:
     """The default at the FLOPs of each of these rows, or fewer."""
     for row in rows:
-        if row["setting"]["kind"] != "tofu" and row["flops_ratio"] > 1:
+        if row["flops_ratio"] > 1:
             name = f"speedup-as-{row['setting']['name']}"
             # Rows are rounded, and half of 25 steps is 12.
             yield Trial(tofu(name, speedup=row["flops_ratio"] - 1e-4), steps)
@@ -360,13 +373,24 @@ class Study:
 
     def row(self, trial: Trial) -> dict[str, Any]:
         """One row, in the form that the report reads."""
-        if trial.steps not in self.references:
+        reference = self.reference(trial.steps)
+        return self.entry(trial, reference, *self.pictures(trial))
+
+    def reference(self, steps: int) -> Tensor:
+        """The unreduced pictures of so many steps.
+
+        Raises:
+            ValueError: if any is of NaN or of one colour.
+        """
+        if steps not in self.references:
             try:
-                self.references[trial.steps], _ = self.pictures(Trial(UNREDUCED, trial.steps))
+                self.references[steps], _ = self.pictures(Trial(UNREDUCED, steps))
             except FailedPictures as error:  # with them, every row of these steps
                 raise ValueError(str(error)) from error
-        reference = self.references[trial.steps]
-        made, saving = self.pictures(trial)
+        return self.references[steps]
+
+    def entry(self, trial: Trial, reference: Tensor, made: Tensor, saving: float) -> dict[str, Any]:
+        """The row of pictures made by a trial, with the unreduced FLOPs over its own."""
         drift = psnr_db(made, reference)
         return {
             **self.about(trial),

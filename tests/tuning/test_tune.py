@@ -279,6 +279,24 @@ def test_nothing_is_fitted_under_a_sampler_that_draws_noise():
     assert not any("fitted" in row.name for row in tuned.rows)
 
 
+def test_forecasts_are_fitted_to_the_steps_that_image_to_image_executes(tmp_path):
+    pipe = StableDiffusionImg2ImgPipeline(**tiny.tiny_sd().components)
+    given = {"image": Image.new("RGB", (64, 64), "red"), "strength": 0.6}
+    call = {
+        "num_inference_steps": 20,
+        "generate": lambda *args, **more: pipe(*args, **given, **more),
+    }
+    tune(pipe, "a cat", speedup=2.0, folder=tmp_path, minutes=1e-9, progress=False, **call)
+    found = [json.loads(path.read_text()) for path in tmp_path.glob("fitted-*.json")]
+    assert found and all(len(each["levels"]) == 12 for each in found)
+    config = StepSkipping(speedup=2.0, rule="even", warmup_steps=1, fitted=found[0])
+    with apply_tofu(pipe, config) as handle:
+        pipe("a cat", num_inference_steps=20, **given)
+        assert "fitted to these 12 steps" in str(handle.summary())
+        (steps,) = handle.summary().steps
+        assert (steps.steps, steps.computed) == (12, len(found[0]["computed"]))
+
+
 def test_a_fit_brings_the_latents_nearer(tmp_path):
     """Under a solver of the second order too, whose past it must not disturb."""
     pipe = tiny.tiny_sd()

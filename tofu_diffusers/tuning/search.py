@@ -85,9 +85,10 @@ class Search:
         tokens = all(kind is not ANY for _, kind in found)
         late = self.began + 60 * minutes
         tried = self._tried(speedups, trajectory, tokens, late)
-        if self._can_fit(len(found)):
+        sampling = self._sampling()
+        if sampling is not None:
             with self._bar(FITS * len(speedups), "fit") as bar:
-                self._fit(tried, trajectory, late, bar)
+                self._fit(tried, sampling, trajectory, late, bar)
         # Of equals the one that was tried first.
         best = {
             speedup: max(scored, key=lambda each: (each.mean_db, -each.number))
@@ -192,23 +193,29 @@ class Search:
                 )
         return everyone
 
-    def _can_fit(self, denoisers: int) -> bool:
-        """Whether forecasts can be fitted: to one denoiser, under a sampler that draws no noise."""
+    def _sampling(self) -> Sampling | None:
+        """The steps that a generation executes, if forecasts can be fitted to them.
+
+        To one denoiser, called once a step, under a sampler that draws no noise.
+        """
         first = self.references[self.searched[0]]
-        sampling = Sampling.of(self.workload.scheduler)
-        each_once = len(first.behind) == len(first.path.levels) == len(sampling)
-        additive = sampling.sizes is not None and not first.made.draws_noise
-        return denoisers == 1 and each_once and additive
+        sampling, levels = Sampling.of(self.workload.scheduler), first.path.levels
+        # Image-to-image leaves out the first ones.
+        executed = sampling.part(len(sampling) - len(levels), len(levels))
+        each_once = len(first.behind) == len(levels) and executed.angles == levels
+        additive = executed.sizes is not None and not first.made.draws_noise
+        one = len(denoisers_of(self.pipe)) == 1
+        return executed if one and each_once and additive else None
 
     def _fit(
         self,
         tried: dict[float, list[Scored]],
+        sampling: Sampling,
         trajectory: Trajectory | None,
         late: float,
         bar: tqdm[Any],
     ) -> None:
         """Fit forecasts to the best choices of steps, and add them to what was tried."""
-        sampling = Sampling.of(self.workload.scheduler)
         plans: list[tuple[int, float, str]] = []
         for speedup, scored in tried.items():
             ordered = sorted(scored, key=lambda each: (-each.mean_db, each.number))

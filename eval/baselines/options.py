@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -17,7 +18,8 @@ def check_types(function: Callable[..., Any], options: Mapping[str, Any]) -> Non
     """
     hints = get_type_hints(inspect.unwrap(function))
     for name, value in options.items():
-        allowed = get_args(hints.get(name)) or (hints.get(name),)
+        hint = hints.get(name)
+        allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
         kinds = [kind for kind in allowed if kind in WORDS]
         # JSON's true is no number, and a whole number is a number, too.
         fits = type(value) in (*allowed, *([int] if float in kinds else []))

@@ -28,6 +28,7 @@ from tofu_diffusers import Config, Handle, StepSkipping, TokenReduction, apply_t
 KINDS = (
     "unreduced",
     "tofu",
+    "both",
     "fewer_steps",
     "step_cache",
     "tomesd",
@@ -62,12 +63,12 @@ class Setting:
     Args:
         name: Of its folder and rows: letters, digits and "-_.+=".
         kind: "unreduced"; "tofu" (options of apply_tofu: ratio or speedup, and more of that workflow);
-            "fewer_steps" (steps; scheduler: None or "multistep"); "step_cache" (total, computed, first,
-            order); "tomesd" (its own options); "pab" (skip, first, last); "taylorseer" (interval, first,
-            order, modules); "first_block_cache" (threshold); "magcache" (threshold, steps, most, retention,
-            prompt); "seacache" (threshold, order, most); "dbcache" (threshold, steps, first, warmup,
-            forecast); "deepcache" (interval, branch); "stack" (of: settings as dictionaries, the first
-            innermost).
+            "both" (tokens, steps: the options of each); "fewer_steps" (steps; scheduler: None or
+            "multistep"); "step_cache" (total, computed, first, order); "tomesd" (its own options); "pab"
+            (skip, first, last); "taylorseer" (interval, first, order, modules); "first_block_cache"
+            (threshold); "magcache" (threshold, steps, most, retention, prompt); "seacache" (threshold, order,
+            most); "dbcache" (threshold, steps, first, warmup, forecast); "deepcache" (interval, branch);
+            "stack" (of: settings as dictionaries, the first innermost).
         options: Of the kind.
 
     Raises:
@@ -94,7 +95,11 @@ class Setting:
     def _check_options(self) -> None:
         """Bind them as they will be; of tofu, `apply_tofu` says more than could be said here."""
         options = self.options
-        functions: dict[str, Callable[..., Any]] = {"fewer_steps": _fewer_steps, "stack": _stack}
+        functions: dict[str, Callable[..., Any]] = {
+            "both": _both,
+            "fewer_steps": _fewer_steps,
+            "stack": _stack,
+        }
         own = functions.get(self.kind)
         if self.kind in AROUND:
             inspect.signature(AROUND[self.kind]).bind(None, **options)
@@ -148,6 +153,10 @@ def config_of(options: Mapping[str, Any]) -> Config:
     return StepSkipping(**options) if "speedup" in options else TokenReduction(**options)
 
 
+def _both(*, tokens: dict[str, Any], steps: dict[str, Any]) -> tuple[Config, Config]:
+    return TokenReduction(**tokens), StepSkipping(**steps)
+
+
 def _fewer_steps(*, steps: int, scheduler: str | None = None) -> int:
     if scheduler not in (None, "multistep"):
         raise ValueError(f"unknown scheduler {scheduler!r}; choose multistep, or leave it out")
@@ -177,7 +186,7 @@ def known_saving(setting: Setting, applied: Applied, pipe: Any, steps: int) -> f
             saving *= steps / _fewer_steps(**each.options)
         elif each.kind == "step_cache" and plain:
             saving *= each.options["total"] / each.options["computed"]
-        elif each.kind not in ("unreduced", "tofu"):
+        elif each.kind not in ("unreduced", "tofu", "both"):
             return None
     return saving
 
@@ -193,6 +202,8 @@ def _applied(setting: Setting, pipe: Any) -> Iterator[Applied]:
             except TypeError as error:
                 raise ValueError(f"options of {setting.name!r}: {error}") from error
             done.handles.append(stack.enter_context(handle))
+        elif setting.kind == "both":
+            done.handles.append(stack.enter_context(apply_tofu(pipe, *_both(**options))))
         elif setting.kind == "fewer_steps":
             done.call["num_inference_steps"] = options["steps"]
             if options.get("scheduler") == "multistep":

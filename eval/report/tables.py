@@ -46,7 +46,7 @@ from eval.report.tables_study import (
     typed_table,
     worth_table,
 )
-from eval.report.tables_tuned import forecasts_table, rivals_table, tried_table, tuned_table
+from eval.report.tables_tuned import rivals_table, tried_table, tuned_table
 
 
 def measured(name: str, suffix: str = "csv") -> list[Path]:
@@ -79,7 +79,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "searched": searched_table,
     "tuned": tuned_table,
     "tried": tried_table,
-    "forecasts": forecasts_table,
     "rivals": rivals_table,
     "linearity": linearity_table,
     "merged by linearity": merged_table,

@@ -54,10 +54,15 @@ def described(row: Row) -> str:
             described({"setting": each, "steps": steps}) for each in options["of"]
         )
         return f"both: {inner}"
+    if kind == "both":
+        return f"both: `ratio={options['tokens']['ratio']:g}` and `speedup={options['steps']['speedup']:g}`"
     if kind != "tofu":
         numbers = ", ".join(f"{name} {value}" for name, value in options.items())
         return f"{kind}, {numbers}"
     corrector = ", corrector" if options.get("corrector") else ""
+    if len(options) == 1:  # as people type it
+        ((name, amount),) = options.items()
+        return f"`{name}={amount:g}`"
     if "speedup" in options:
         computed = round(steps / row["flops_ratio"])
         return (
@@ -75,7 +80,11 @@ def described(row: Row) -> str:
             f"tokens {how}, {options['unmerge']}{corrector}, keys_values {options['keys_values']}, "
             f"ratio {options['ratio']:g}, {options['warmup_steps']} warm-up steps"
         )
-    return f"{options['method']}, ratio {options['ratio']:g}"
+    if "schedule" in options:
+        return f"few tokens early (JiT's shares), {options['method']}"
+    merge = f", {options['merge']}" if "merge" in options else ""
+    where = ", around attention" if "scope" in options else ""
+    return f"{options['method']}{merge}{where}, ratio {options['ratio']:g}"
 
 
 def cite(model: str, row: Row, files: Mapping[str, Path] = RESULTS) -> str:

@@ -12,13 +12,6 @@ from eval.report.tables_study import FAMILY, Row, ahead, circumstances, sampler
 
 FILES = {model: ROOT / "eval" / "results" / f"tuned_{model}.jsonl" for model in FAMILY}
 RIVALS = {model: ROOT / "eval" / "results" / f"rivals_{model}.jsonl" for model in FAMILY}
-FITS = ROOT / "eval" / "results" / "forecasts.jsonl"
-FITTED = {
-    "fitted": "one prompt after another",
-    "fitted-batch": "all in one batch",
-    "fitted-curvature": "a third of the tokens each, by curvature",
-    "fitted-random": "the same, at random",
-}
 MAIN = "px-25steps-n32"
 """Of the stage at which everything is compared."""
 NAMES = {
@@ -27,8 +20,8 @@ NAMES = {
     "pab-2": "Pyramid Attention Broadcast (diffusers)",
     "taylorseer-2": "TaylorSeer, every 2nd step (diffusers)",
     "taylorseer-3": "TaylorSeer, every 3rd step (diffusers)",
-    "early-random": "few tokens early, chosen at random",
-    "early-tome": "few tokens early, chosen by ToMe",
+    "early-random": "few tokens early (JiT's shares), at random",
+    "early-tome": "few tokens early (JiT's shares), by ToMe",
     "deepcache-2": "DeepCache, every 2nd step",
     "deepcache-3": "DeepCache, every 3rd step",
 }
@@ -114,25 +107,6 @@ def tried_table() -> str:
             cells = (f"{db:.1f} ({flops:.2f}x)" for flops, db in shown)
             lines.append(f"| {where(row)}, {speedup:g}x {cite(row)} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def forecasts_table() -> str:
-    """How far forecasts that are fitted in several ways are ahead of the default at its own steps."""
-    head = ["", "default, dB", *(f"{words}, ahead by" for words in FITTED.values())]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    rows = {row["id"]: row for row in read(FITS)}
-    for name, row in rows.items():
-        if "/default-" not in name:
-            continue
-        cells = [
-            f"`{row['pipeline']}`, {row['setting']['options']['speedup']:g}x",
-            f"{interval(row['metrics']['psnr_db'], 1)} <!-- row: {FITS.name}#{name} -->",
-        ]
-        for kind in FITTED:
-            other = rows[name.replace("/default-", f"/{kind}-")]
-            cells.append(f"{ahead(other, row)} <!-- row: {FITS.name}#{other['id']} -->")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([circumstances([*rows.values()]), "", *lines])
 
 
 def rivals_table() -> str:

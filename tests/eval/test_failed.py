@@ -18,6 +18,7 @@ from eval.generate.manifest import Manifest, image_path
 from eval.generate.run import Loaded, generate
 from eval.generate.settings import Setting
 from eval.studies import study
+from eval.studies.stages import STAGES, Trial
 from tests import tiny
 
 PROMPTS = ["a dog", "a cat", "a fish"]
@@ -194,9 +195,7 @@ def test_a_study_has_no_rows_of_them(tmp_path, monkeypatch, capsys):
     assert "unreduced: 2 of 2 pictures failed" in capsys.readouterr().err
     pipe = tiny.tiny_sd()
     settings = (SHORT, Setting("same"))
-    monkeypatch.setitem(
-        study.STAGES, "typed", lambda steps: [study.Trial(each, steps) for each in settings]
-    )
+    monkeypatch.setitem(STAGES, "typed", lambda steps: [Trial(each, steps) for each in settings])
     inner = study.one_batch
 
     def spoilt(pipe, prompts, seed, call):

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import StepSkipping
 from ..steps.fitted import FittedForecasts, past_of
 from ..steps.outputs import tensors_in
 from ..steps.sampler import Sampling
@@ -29,13 +28,6 @@ RIDGE = 1e-4
 
 BUMP = 1e-2
 """Share by which a prediction is made larger, to see how far a step moves the latents."""
-
-
-def handing_on(computed: Sequence[int], total: int, sampling: Sampling) -> StepSkipping:
-    """The setting that computes these steps, and at the others hands on the last computed prediction."""
-    still = Fit(computed, total).forecasts(sampling)  # with weights of nothing
-    speedup = total / len(computed)
-    return StepSkipping(speedup=speedup, rule="even", warmup_steps=1, fitted=still, corrector=False)
 
 
 class Fit:
@@ -89,9 +81,9 @@ class Fit:
             basis = torch.stack([known[0], *(each - known[0] for each in known[1:])]).double()
 
             def after(given: Tensor) -> Tensor:
-                return tried_step(scheduler, given, timestep, sample, args, kwargs)
+                return _tried(scheduler, given, timestep, sample, args, kwargs)
 
-            self.add(index, basis, missing(after, known[0], wanted[index]))
+            self._add(index, basis, missing(after, known[0], wanted[index]))
             weights = self.weights(index).to(basis.device)
             sum_ = torch.einsum("k,k...->...", weights, basis)
             index += 1
@@ -102,13 +94,7 @@ class Fit:
         with stepping_by(scheduler, step):
             yield
 
-    def add(self, step: int, basis: Tensor, missing: Tensor) -> None:
-        """One generation more at a step.
-
-        Args:
-            basis: [K, ...] float64, of what `weights` says how much to add.
-            missing: [...], what should be added.
-        """
+    def _add(self, step: int, basis: Tensor, missing: Tensor) -> None:
         rows = basis.flatten(1)
         # Each generation counts alike, however large its numbers.
         scale = rows[0].square().sum().clamp(min=torch.finfo(torch.float64).tiny)
@@ -131,7 +117,7 @@ def missing(after: Callable[[Tensor], Tensor], prediction: Tensor, wanted: Tenso
     return (wanted.to(base.device).double() - base) / move
 
 
-def tried_step(
+def _tried(
     scheduler: Any, prediction: Tensor, timestep: Any, sample: Tensor, args: Any, kwargs: Any
 ) -> Tensor:
     """The latents behind a step of a sampler, which does not notice."""

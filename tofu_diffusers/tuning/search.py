@@ -16,14 +16,14 @@ from torch import distributed
 from tqdm import tqdm
 
 from ..api import Handle, apply_tofu, denoisers_of
-from ..config import TokenReduction
+from ..config import StepSkipping, TokenReduction
 from ..families import ANY
 from ..steps.fitted import FittedForecasts
 from ..steps.sampler import Sampling
 from ..steps.trajectory import Trajectory
 from ..tuned import DEFAULT, FEWER, TUNED, Measured, Tuned
 from .candidates import Candidate, candidates, default, fitted, raised
-from .fit import Fit, handing_on
+from .fit import Fit
 from .ledger import Ledger, Score
 from .references import Example, Generated, Reference, Workload, latents_db, psnr_db
 from .trajectory import LEAST_STEPS, mean_trajectory
@@ -246,7 +246,15 @@ class Search:
             return kept
         computed = [step for step, sign in enumerate(plan) if sign == "#"]
         fit = Fit(computed, len(plan))
-        config = handing_on(computed, len(plan), sampling)
+        # With weights of nothing the last computed prediction is handed on.
+        still = Fit(computed, len(plan)).forecasts(sampling)
+        config = StepSkipping(
+            speedup=len(plan) / len(computed),
+            rule="even",
+            warmup_steps=1,
+            fitted=still,
+            corrector=False,
+        )
         for example in self.searched:
             behind = self.references[example].behind
             # Inside the steps that tofu follows: what is handed on is of the fit.

@@ -21,7 +21,8 @@ from eval.generate import run
 from eval.generate.prompts import first, load_prompts
 from eval.jsonl import append, read
 from eval.studies.emoji.trajectory import PROMPTS, SEED
-from eval.studies.study import Study, Trial, tofu
+from eval.studies.stages import Trial, tofu
+from eval.studies.study import Study
 from pipelines.emoji import GUIDANCE, MODELS
 from tofu_diffusers import Linearity, measure_linearity
 

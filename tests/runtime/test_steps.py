@@ -152,6 +152,10 @@ def test_a_bare_model_stands_alone_or_is_told():
         for step in range(4):
             handle.step(step, 4)
             unet(**inputs)
+    handle.step(0, 4)  # the next generation
+    unet(**inputs)
+    with pytest.warns(UserWarning, match="step 0 of 4 was told twice in a row.*count on"):
+        handle.step(0, 4)
     with pytest.raises(ValueError, match="step 4 is not one of 4 steps"):
         handle.step(4, 4)
     remove_tofu(unet)

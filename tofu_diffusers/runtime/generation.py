@@ -208,7 +208,13 @@ class Generation:
 
     def set_step(self, index: int, total: int, cfg_branches: int) -> None:
         """Take a bare model's step from its user."""
-        if index == 0 or not self.runtime.call.step_known or total != len(self.sampling):
+        call = self.runtime.call
+        if index == self.index == 0 and call.step_known and call.number and total > 1:
+            self._warn(
+                f"step 0 of {total} was told twice in a row, which begins a new generation each time, so that "
+                "no step is ever skipped or reduced by what was before; count on: handle.step(i, total)"
+            )
+        if index == 0 or not call.step_known or total != len(self.sampling):
             self.begin(Sampling.evenly(total), cfg_branches)
             self._warn_of_few()
         else:

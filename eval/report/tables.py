@@ -46,7 +46,7 @@ from eval.report.tables_study import (
     typed_table,
     worth_table,
 )
-from eval.report.tables_tuned import rivals_table, tried_table, tuned_table
+from eval.report.tables_tuned import late_table, rivals_table, tried_table, tuned_table
 
 
 def measured(name: str, suffix: str = "csv") -> list[Path]:
@@ -78,6 +78,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rules": rules_table,
     "searched": searched_table,
     "tuned": tuned_table,
+    "late": late_table,
     "tried": tried_table,
     "rivals": rivals_table,
     "linearity": linearity_table,

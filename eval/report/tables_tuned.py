@@ -8,7 +8,15 @@ from typing import Any
 from eval.jsonl import read
 from eval.provenance import ROOT
 from eval.report.cells import interval
-from eval.report.tables_study import FAMILY, Row, ahead, circumstances, sampler
+from eval.report.tables_study import (
+    CHOSEN_WARMUP,
+    FAMILY,
+    RULES,
+    Row,
+    ahead,
+    circumstances,
+    sampler,
+)
 
 FILES = {model: ROOT / "eval" / "results" / f"tuned_{model}.jsonl" for model in FAMILY}
 RIVALS = {model: ROOT / "eval" / "results" / f"rivals_{model}.jsonl" for model in FAMILY}
@@ -92,6 +100,27 @@ def tuned_table() -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([circumstances(every), "", *lines])
+
+
+def late_table() -> str:
+    """How far tuned settings are ahead of rule "late", on the pictures that both were measured on."""
+    lines = ["| | rule `late`, dB | tuned, ahead by |", "|---|---|---|"]
+    for stage, speedup, rows in groups():
+        row = rows["tuned"]
+        model = row["pipeline"]
+        if stage != f"{model}-64{MAIN}":
+            continue
+        name = f"late-{speedup:g}-first{CHOSEN_WARMUP[model]}"
+        found = (each for each in read(RULES[model]) if each["setting"]["name"] == name)
+        late = next(each for each in found if each["id"].startswith(f"{model}-64px-25steps-n8/"))
+        same_pictures = {**row, "psnr_db": row["psnr_db"][: late["n"]]}
+        cells = [
+            f"{where(row)}, {speedup:g}x {cite(row)}",
+            f"{interval(late['metrics']['psnr_db'], 1)} <!-- row: {RULES[model].name}#{late['id']} -->",
+            ahead(same_pictures, late),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def tried_table() -> str:

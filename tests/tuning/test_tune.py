@@ -1,5 +1,6 @@
 """tune: what it finds is what it measured, wherever it was stopped, and the pipeline is as before."""
 
+import copy
 import inspect
 import json
 import os
@@ -31,6 +32,7 @@ from tofu_diffusers.tuning.references import (
     latents_db,
     psnr_db,
 )
+from tofu_diffusers.tuning.trajectory import told_of_steps
 
 PROMPTS = ["a cat", "a dog", "a car"]
 CALL = {"num_inference_steps": 10, "height": 64, "width": 64}
@@ -242,8 +244,10 @@ def test_it_calls_what_it_is_given_and_takes_one_prompt_in_few_steps():
     assert all("trajectory" not in row.name for row in tuned.rows)
 
 
-def test_video_in_several_parts_is_judged_by_its_latents():
-    pipe = tiny.tiny_wan()
+@pytest.mark.parametrize("make", [tiny.tiny_wan, tiny.tiny_ltx2])
+def test_video_in_several_parts_is_judged_by_its_latents(make):
+    """That with sound, too, which is stepped by a copy of the scheduler."""
+    pipe = make()
     call = {**tiny.CALLS[type(pipe)], "num_inference_steps": 10}
     tuned = tune(pipe, PROMPTS[:2], speedup=2.0, minutes=1e-9, progress=False, **call)
     assert all(row.held_out_db and row.pixels_db for row in tuned.rows)
@@ -272,6 +276,25 @@ def test_a_watched_generation_is_the_one_that_the_pipeline_makes(watched):
         with Fit((0, 2), 6).watching(pipe.scheduler, [wanted] * 6):
             seen += inspect.signature(pipe.scheduler.step).parameters
         assert seen == [*inspect.signature(own).parameters]
+
+
+def test_a_copy_of_a_watched_scheduler_steps_by_itself():
+    """Pipelines of video and sound copy theirs for the sound."""
+    pipe = tiny.tiny_sd()
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.set_timesteps(4)
+    noise, seen = torch.ones(1, 4, 8, 8), []
+    first = pipe.scheduler.timesteps[0]
+    with (
+        told_of_steps(pipe.scheduler, lambda *args: seen.append(1)),
+        told_of_steps(pipe.scheduler, lambda *args: seen.append(2)),
+    ):
+        twin = copy.deepcopy(pipe.scheduler)
+        twin.step(noise, first, noise)
+        assert not seen and (twin.step_index, pipe.scheduler.step_index) == (1, None)
+        assert copy.deepcopy(vars(pipe.scheduler))["step"] is pipe.scheduler.step
+        pipe.scheduler.step(noise, first, noise)
+    assert seen == [1, 2] and pipe.scheduler.step_index == 1
 
 
 def test_nothing_is_fitted_under_a_sampler_that_draws_noise():

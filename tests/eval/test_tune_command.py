@@ -52,7 +52,7 @@ def test_bad_arguments_are_refused_before_anything_is_made(folder, capsys):
     command = ["tune", "--pipeline", str(folder / "model"), "--out", str(out)]
     for changes, words in (
         (["--held-out", "0"], "--held-out 0 is below 1"),
-        (["--speedup", "1"], "not above 1"),
+        (["--speedup", "1"], "no number above 1"),
         (["-n", "17"], "17 prompts to search on"),
     ):
         with pytest.raises(SystemExit):

@@ -186,7 +186,8 @@ def test_other_denoisers_and_several_speedups_are_refused_in_words(found):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"speedup": 1.0}, "not above 1"),
+        ({"speedup": 1.0}, "speedup 1.0 is no number above 1"),
+        ({"speedup": {2.0}}, "give one or a list of them"),
         ({"speedup": ()}, "no speedup"),
         ({"minutes": 0}, "more than 0"),
         ({"held_out": []}, "held_out is empty"),
@@ -196,6 +197,12 @@ def test_other_denoisers_and_several_speedups_are_refused_in_words(found):
 def test_bad_arguments_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tuned_tiny(tiny.tiny_sd(), **changes)
+
+
+def test_a_speedup_out_of_reach_is_refused_with_what_was_reached():
+    said = r"speedup 3\.5 in 6 steps, the highest had 3\.00x"
+    with pytest.raises(ValueError, match=said):
+        tuned_tiny(tiny.tiny_sd(), "a cat", speedup=(2.0, 3.5), num_inference_steps=6)
 
 
 def test_what_a_search_sets_itself_cannot_be_given():

@@ -72,6 +72,7 @@ class Search:
         self.references: dict[Example, Reference] = {}
         self.left_out: dict[str, str] = {}
         self.counted: dict[str, float] = {}
+        self.short_of: dict[float, float] = {}
         self.began = time.monotonic()
 
     def run(self, speedups: list[float], minutes: float) -> Tuned:
@@ -182,14 +183,18 @@ class Search:
                         )
                 bar.update()
         everyone: dict[float, list[Scored]] = {each: [] for each in speedups}
-        for part in gathered(found):
+        for part, short_of in gathered((found, self.short_of)):
             for speedup, each in part.items():
                 everyone[speedup] += each
+            for speedup, flops in short_of.items():
+                self.short_of[speedup] = max(flops, self.short_of.get(speedup, 1.0))
         for speedup, each in everyone.items():
             if not each:
+                steps = self.references[self.searched[0]].made.steps
                 raise ValueError(
-                    f"no setting reaches speedup {speedup:g}: of so few steps too many must be computed; ask "
-                    "for more steps or a lower speedup"
+                    f"no setting reaches speedup {speedup:g} in {steps} steps, the highest had "
+                    f"{self.short_of[speedup]:.2f}x: too many must be computed; ask for more steps or a "
+                    "lower speedup"
                 )
         return everyone
 
@@ -283,6 +288,7 @@ class Search:
                 key = f"{speedup:g}/{candidate.name} {candidate.configs[-1]}/{n}"
                 score = self._generated(candidate, key, example)
             if score.flops < speedup - 1e-6:
+                self.short_of[speedup] = max(score.flops, self.short_of.get(speedup, 1.0))
                 return None
             plan = plan or score.plan
             mine.append(score.latents_db)

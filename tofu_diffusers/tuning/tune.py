@@ -152,7 +152,10 @@ def _speedups(given: float | Sequence[float]) -> list[float]:
     for each in several:
         number = isinstance(each, (int, float)) and not isinstance(each, bool)
         if not number or not 1 < each < math.inf:
-            raise ValueError(f"speedup {each!r} is not above 1: 2.0 asks for half of the FLOPs")
+            raise ValueError(
+                f"speedup {each!r} is no number above 1; give one or a list of them: 2.0 asks for half of "
+                "the FLOPs"
+            )
     if not several:
         raise ValueError("no speedup to tune for; give one above 1, such as 2.0")
     return sorted({float(each) for each in several})

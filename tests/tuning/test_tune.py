@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tofu_diffusers.steps.sampler import Sampling
 from tofu_diffusers.tuning import search
 from tofu_diffusers.tuning import tune as module
 from tofu_diffusers.tuning.fit import Fit
+from tofu_diffusers.tuning.ledger import written_whole
 from tofu_diffusers.tuning.references import (
     BROKEN_DB,
     EQUAL_DB,
@@ -474,11 +476,39 @@ def test_another_class_of_pipelines_around_such_a_denoiser_is_warned_of(found):
         apply_tofu(other, tuned, speedup=2.0).remove()
 
 
-@pytest.mark.parametrize("name", ["search.json", "scores.jsonl"])
+@pytest.mark.parametrize("name", ["search.json", "scores.jsonl", "reference-0.safetensors"])
 def test_a_damaged_search_is_named(tmp_path, name):
     (tmp_path / name).write_text("{\n")
     with pytest.raises(ValueError, match=rf"{name} is damaged .* delete it"):
         tune(tiny.tiny_sd(), PROMPTS, folder=tmp_path, num_inference_steps=10, progress=False)
+
+
+@pytest.mark.filterwarnings(
+    "error::ResourceWarning", "error::pytest.PytestUnraisableExceptionWarning"
+)
+def test_a_temporary_folder_goes_with_the_search_however_it_ends(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    held = []
+
+    def generate(prompt, **options):
+        held.append([*tmp_path.iterdir()])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned_tiny(tiny.tiny_sd(), generate=generate)
+    assert len(held[0]) == 1 and not [*tmp_path.iterdir()]
+
+
+def test_two_may_write_one_file(tmp_path, monkeypatch):
+    """What one process has begun, another neither takes nor overwrites."""
+    path = tmp_path / "file.json"
+    with written_whole(path) as mine:
+        mine.write_text("mine")
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with written_whole(path) as other:
+            other.write_text("other")
+        assert path.read_text() == "other" and mine.exists()
+    assert path.read_text() == "mine" and [*tmp_path.iterdir()] == [path]
 
 
 def test_a_speedup_that_is_none_is_refused(found):

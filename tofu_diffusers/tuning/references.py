@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..steps.outputs import tensors_in
+from .ledger import damaged, written_whole
 from .trajectory import PredictionPath, followed, told_of_steps
 
 OTHER_SEED = 2**40
@@ -120,10 +121,9 @@ class Workload:
         tensors["facts"] = torch.tensor([made.steps, made.calls, int(made.draws_noise)])
         if made.pictures is not None:
             tensors["pictures"] = made.pictures
-        part = file.with_suffix(".part")
-        # One tensor in two places would be refused.
-        save_file({name: each.clone().contiguous() for name, each in tensors.items()}, part)
-        part.replace(file)
+        with written_whole(file) as part:
+            # One tensor in two places would be refused.
+            save_file({name: each.clone().contiguous() for name, each in tensors.items()}, part)
         return Reference.load(file)
 
 
@@ -164,10 +164,13 @@ class Reference:
 
     @classmethod
     def load(cls, file: Path) -> Reference:
-        """Read what `Workload.reference` wrote."""
-        with safe_open(file, framework="pt") as stored:
-            names = [*stored.keys()]
-            found = {name: stored.get_tensor(name) for name in names if "." not in name}
+        """Read what `Workload.reference` wrote; raises ValueError if the file is damaged."""
+        try:
+            with safe_open(file, framework="pt") as stored:
+                names = [*stored.keys()]
+                found = {name: stored.get_tensor(name) for name in names if "." not in name}
+        except SafetensorError as error:
+            raise ValueError(damaged(file, error)) from error
         steps, calls, draws = found["facts"].tolist()
         return cls(
             Generated(found["latents"], found.get("pictures"), steps, calls, bool(draws)),

@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,9 @@ def tune(
         raise ValueError(
             f"{processes()} processes need a folder that all of them see; give folder=..."
         )
-    search = Search(
-        pipe, workload, Ledger(folder, about), searched, kept_apart, behind_db, progress
-    )
-    return search.run(speedups, minutes)
+    with closing(Ledger(folder, about)) as ledger:
+        search = Search(pipe, workload, ledger, searched, kept_apart, behind_db, progress)
+        return search.run(speedups, minutes)
 
 
 def described(value: Any) -> str:

@@ -47,6 +47,14 @@ class Measured:
     held_out_db: tuple[float, ...] = ()
     pixels_db: tuple[float, ...] = ()
 
+    @property
+    def num_inference_steps(self) -> int | None:
+        """What the pipeline was asked for instead of the call's own: of "fewer steps" alone.
+
+        Samplers of two calls a step have more steps than that, image-to-image fewer.
+        """
+        return int(self.name.split()[0]) if self.kind == FEWER else None
+
 
 @dataclass(frozen=True)
 class Tuned:

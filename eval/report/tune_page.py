@@ -41,8 +41,8 @@ def pictures(
             with apply_tofu(pipe, tuned, speedup=speedup):
                 row.append((f"{speedup:g}x, tuned", made()))
             if "fewer steps" in own:
-                steps = len(own["fewer steps"].plan)
-                row.append((f"{steps} steps", made(num_inference_steps=steps)))
+                fewer = own["fewer steps"]
+                row.append((fewer.name, made(num_inference_steps=fewer.num_inference_steps)))
         shown.append((prompt, row))
     return shown
 

@@ -2,12 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 from eval.__main__ import main
 from eval.generate.prompts import load_prompts
+from eval.report import tune_page
 from eval.studies.emoji import tuned as study
 from tests import tiny
 from tofu_diffusers import Tuned, apply_tofu
@@ -45,6 +49,22 @@ def test_the_page_has_each_row_its_steps_and_the_pictures(folder):
     assert "http" not in page.replace("http-equiv", "")
     for prompt in load_prompts("emoji")[2:4]:
         assert f"<p>{prompt}</p>" in page
+
+
+def test_fewer_steps_are_drawn_with_as_many_as_were_asked_for(folder, monkeypatch):
+    """Under a sampler of two calls a step its plan has more."""
+    tuned, asked = Tuned.load(folder / "out"), []
+    rows = [replace(row, plan="#" * 9) if row.name == "5 steps" else row for row in tuned.rows]
+
+    def one_batch(pipe, prompts, seed, given):
+        asked.append(given["num_inference_steps"])
+        return SimpleNamespace(images=torch.zeros(1, 3, 8, 8))
+
+    monkeypatch.setattr(tune_page, "one_batch", one_batch)
+    ((_, row),) = tune_page.pictures(
+        tiny.tiny_sd(), replace(tuned, rows=tuple(rows)), ["a cat"], 0, {"num_inference_steps": 10}
+    )
+    assert asked == [10, 10, 10, 5] and row[-1][0] == "5 steps"
 
 
 def test_bad_arguments_are_refused_before_anything_is_made(folder, capsys):

@@ -365,7 +365,10 @@ def test_prompts_may_be_whatever_is_called_with_them(prompt):
     assert tuned.rows
 
 
-@pytest.mark.parametrize(("passes", "why"), [(False, "did not pass"), (None, "takes no")])
+@pytest.mark.parametrize(
+    ("passes", "why"),
+    [(False, "did not pass"), (None, "3 steps are refused ("), (6, "refused (just 6)")],
+)
 def test_fewer_steps_are_left_out_where_they_cannot_be_asked_for(passes, why):
     pipe = tiny.tiny_sd()
 
@@ -373,11 +376,36 @@ def test_fewer_steps_are_left_out_where_they_cannot_be_asked_for(passes, why):
         given = {"generator": generator, "output_type": output_type, "return_dict": return_dict}
         if passes is None:
             given |= options
+        elif options.get("num_inference_steps", 6) != 6 and passes == 6:
+            raise ValueError("just 6")
         return pipe(prompt, num_inference_steps=6, height=64, width=64, **given)
 
     tuned = tune(pipe, "a cat", speedup=2.0, generate=generate, minutes=1e-9, progress=False)
     assert [row.kind for row in tuned.rows] == ["default", "tuned"]
     assert why in tuned.about["left out, fewer steps"]
+
+
+def test_a_prompt_that_makes_another_picture_each_time_is_refused():
+    pipe, seeds = tiny.tiny_sd(), iter(range(99))
+
+    def generate(prompt, generator, **options):
+        return pipe(prompt, generator=generator.manual_seed(next(seeds)), **options)
+
+    with pytest.raises(ValueError, match="twice with one seed, has other latents"):
+        tuned_tiny(pipe, generate=generate)
+
+
+@pytest.mark.parametrize("returned", ["pictures", "nothing"])
+def test_what_is_called_instead_of_the_pipeline_may_return_less(returned):
+    pipe = tiny.tiny_sd()
+
+    def generate(prompt, **options):
+        pictures, _ = pipe(prompt, **options)
+        return pictures if returned == "pictures" else None
+
+    tuned = tuned_tiny(pipe, generate=generate, minutes=1e-9, num_inference_steps=4)
+    pictured = 1 if returned == "pictures" else 0
+    assert [len(row.pixels_db) for row in tuned.rows] == [pictured] * 3
 
 
 def test_fewer_steps_are_counted_by_calls():
@@ -387,8 +415,10 @@ def test_fewer_steps_are_counted_by_calls():
     tuned = tuned_tiny(pipe, minutes=1e-9)
     row = tuned.rows[-1]
     assert row.kind == "fewer steps"
-    steps = int(row.name.split()[0])
+    steps = row.num_inference_steps
+    assert row.name == f"{steps} steps" and len(row.plan) == 2 * steps - 1
     assert row.flops == pytest.approx((2 * 10 - 1) / (2 * steps - 1))
+    assert tuned.rows[0].num_inference_steps is None
 
 
 def test_options_are_told_apart_by_what_they_hold():

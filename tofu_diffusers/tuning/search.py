@@ -129,7 +129,8 @@ class Search:
     def _refer(self, bar: tqdm[Any]) -> None:
         """Generate all references, or read them.
 
-        The first one is always generated, to see that what was kept is of this very model.
+        The first one is generated again, to see that what was kept is of this very model, and that a prompt
+        and a seed make one picture.
         """
         examples = [*self.searched, *self.held_out]
         files = [self.ledger.reference_file(number) for number in range(len(examples))]
@@ -142,13 +143,15 @@ class Search:
             distributed.barrier()
         for example, file in zip(examples, files, strict=True):
             self.references[example] = Reference.load(file)
-        if known or rank() > 0:
-            again = self.workload.generated(examples[0]).latents
-            if latents_db(again, self.references[examples[0]].made.latents) < SAME_DB:
-                raise ValueError(
-                    f"{self.ledger.folder} holds a search on another model: the first prompt's latents are "
-                    "others by now (weights, LoRA, dtype or inputs); choose another folder"
-                )
+        again = self.workload.generated(examples[0]).latents
+        if latents_db(again, self.references[examples[0]].made.latents) < SAME_DB:
+            raise ValueError(
+                f"{self.ledger.folder} holds a search on another model: the first prompt's latents are "
+                "others by now (weights, LoRA, dtype or inputs); choose another folder"
+                if known or rank() > 0
+                else "the first prompt, generated twice with one seed, has other latents: nothing can be "
+                "compared; let generate=... pass on the generator that it is given"
+            )
 
     def _tried(
         self,
@@ -355,10 +358,11 @@ class Search:
                 whole = self.references[example].made
                 try:
                     made = self.workload.generated(example, True, num_inference_steps=fewer)
-                except TypeError as error:
-                    self.left_out["fewer steps"] = (
-                        f"generate takes no num_inference_steps ({error})"
-                    )
+                except (
+                    TypeError,
+                    ValueError,
+                ) as error:  # as when generate sets steps or sigmas itself
+                    self.left_out["fewer steps"] = f"{fewer} steps are refused ({error})"
                     return None
                 if made.steps >= whole.steps:
                     self.left_out["fewer steps"] = "generate did not pass num_inference_steps on"

@@ -75,7 +75,7 @@ def tune(
             generated. More compares more settings and takes longer.
         generate: Called instead of the pipeline, with the same arguments: a prompt, `generator=`,
             `output_type=`, `return_dict=`, the options and `num_inference_steps=`, which it passes on.
-            Pictures and control inputs it adds itself.
+            Pictures and control inputs it adds itself. It returns what the pipeline does, or its pictures.
         folder: Keeps what was measured; stopped anywhere, the same call goes on. None: nothing is kept.
         seed: Of the pictures; the n-th prompt has seed + n.
         progress: Whether a bar is shown.

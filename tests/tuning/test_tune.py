@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from PIL import Image
 from tests import tiny
 from tofu_diffusers import StepSkipping, TokenReduction, Tuned, apply_tofu, remove_tofu, tune
 from tofu_diffusers.steps.sampler import Sampling
+from tofu_diffusers.tuned import Measured
 from tofu_diffusers.tuning import search
 from tofu_diffusers.tuning import tune as module
 from tofu_diffusers.tuning.fit import Fit
@@ -466,8 +467,12 @@ def test_a_compiled_denoiser_is_refused():
 )
 def test_files_that_hold_nothing_tuned_are_refused_in_words(tmp_path, text):
     (tmp_path / "tuned.json").write_text(text)
-    with pytest.raises(ValueError, match=r"tuned.json holds .* tune again"):
+    with pytest.raises(ValueError, match=r"tuned.json holds .* tune again") as refused:
         Tuned.load(tmp_path)
+    assert ("update tofu_diffusers" in str(refused.value)) == ('"version": 9' in text)
+
+
+ROW = asdict(Measured("default", "profile", 2.0, 2.0, "#.", (1.0,), (1.0,), (1.0,)))
 
 
 @pytest.mark.parametrize(
@@ -476,6 +481,14 @@ def test_files_that_hold_nothing_tuned_are_refused_in_words(tmp_path, text):
         ({"denoisers": "UNet2DConditionModel"}, "denoisers must be a list"),
         ({"about": 5}, "about an object"),
         ({"choices": [{"speedup": 2.0, "configs": []}]}, "a speed-up without configurations"),
+        ({"about": {"overfitted": [None]}}, "NoneType"),
+        ({"rows": [{"kind": "default"}]}, "speedup"),
+        ({"rows": [{**ROW, "flops": "x"}]}, "could not convert string to float: 'x'"),
+        ({"rows": [{**ROW, "pixels_db": [None]}]}, "NoneType"),
+        (
+            {"rows": [{**ROW, "kind": "x"}]},
+            "a row of kind 'x'; there are default, tuned, fewer steps",
+        ),
     ],
 )
 def test_damaged_parts_of_a_tuned_file_are_named(found, tmp_path, change, said):

@@ -328,6 +328,12 @@ def test_forecasts_are_fitted_to_the_steps_that_image_to_image_executes(tmp_path
         assert "fitted to these 12 steps" in str(handle.summary())
         (steps,) = handle.summary().steps
         assert (steps.steps, steps.computed) == (12, len(found[0]["computed"]))
+        # With another strength as many steps are others; they go by the rule.
+        with pytest.warns(
+            UserWarning, match="fitted to 12 steps of .* and these are 12 of .* strength"
+        ):
+            pipe("a cat", num_inference_steps=40, **{**given, "strength": 0.3})
+        assert "rule even" in str(handle.summary())
 
 
 def test_a_fit_brings_the_latents_nearer(tmp_path):

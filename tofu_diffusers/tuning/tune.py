@@ -69,8 +69,8 @@ def tune(
         speedup: How many times fewer FLOPs of the denoiser, one or several, above 1. Higher drifts more.
         held_out: Prompts to compare on in the end. None: every third of `prompts`, which is then not searched
             on; of fewer than three, the same with other seeds.
-        minutes: After which no further setting is begun. The default and the own trajectory are tried in any
-            case, and the comparison in the end takes its own time.
+        minutes: From the call on, after which no further setting is begun. The default, the own trajectory
+            and one fit for each speed-up are tried in any case, and the comparison takes its own time.
         behind_db: A setting is broken off once it is so many dB behind the best on the prompts that it has
             generated. More compares more settings and takes longer.
         generate: Called instead of the pipeline, with the same arguments: a prompt, `generator=`,

@@ -224,6 +224,17 @@ def test_tokens_that_cannot_be_reduced_are_left_out_and_said(monkeypatch):
     assert len(reasons) == 2 and all("fused" in why for why in reasons)
 
 
+def test_what_other_processes_left_out_is_said_too_and_bars_end_full(monkeypatch, capsys):
+    def gathered(mine):
+        return [mine] if mine else [mine, {"theirs": "a reason"}]
+
+    monkeypatch.setattr(search, "gathered", gathered)
+    tuned = tuned_tiny(tiny.tiny_sd(), minutes=1e-9, progress=True)
+    assert tuned.about["left out, theirs"] == "a reason"
+    told = capsys.readouterr().err
+    assert all(f"{name}: 100%" in told for name in ("references", "search", "fit", "held out"))
+
+
 def test_no_prompts_too_many_no_pipeline_and_tofu_are_refused():
     pipe = tiny.tiny_sd()
     with pytest.raises(ValueError, match="0 prompts to search on"):

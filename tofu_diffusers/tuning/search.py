@@ -88,8 +88,7 @@ class Search:
         tried = self._tried(speedups, trajectory, tokens, late)
         sampling = self._sampling()
         if sampling is not None:
-            with self._bar(FITS * len(speedups), "fit") as bar:
-                self._fit(tried, sampling, trajectory, late, bar)
+            self._fit(tried, sampling, trajectory, late)
         # Of equals the one that was tried first.
         best = {
             speedup: max(scored, key=lambda each: (each.mean_db, -each.number))
@@ -111,6 +110,7 @@ class Search:
             lost = db[DEFAULT] - db[TUNED] > won
             choices[speedup] = (default(speedup) if lost else scored.candidate).configs
             overfitted += [speedup] if lost else []
+        left_out = {name: why for part in gathered(self.left_out) for name, why in part.items()}
         size = sum(each.nbytes for each in self.references.values())
         about = {
             "overfitted": overfitted,
@@ -120,7 +120,7 @@ class Search:
             "prompts": f"{len(self.searched)} searched on, {len(self.held_out)} kept apart",
             "settings generated on all prompts": sum(map(len, tried.values())),
             "references": f"{size / 2**20:.1f} MiB",
-            **{f"left out, {name}": why for name, why in self.left_out.items()},
+            **{f"left out, {name}": why for name, why in left_out.items()},
             "minutes": round((time.monotonic() - self.began) / 60, 1),
         }
         names = tuple(type(model).__name__ for model, _ in found)
@@ -221,7 +221,6 @@ class Search:
         sampling: Sampling,
         trajectory: Trajectory | None,
         late: float,
-        bar: tqdm[Any],
     ) -> None:
         """Fit forecasts to the best choices of steps, and add them to what was tried."""
         plans: list[tuple[int, float, str]] = []
@@ -232,17 +231,20 @@ class Search:
             plans += [(place, speedup, plan) for place, plan in enumerate([*distinct][:FITS])]
         plans.sort()  # the best of each speed-up first
         found: dict[float, list[Scored]] = {each: [] for each in tried}
-        for number, (_, speedup, plan) in enumerate(plans):
-            in_time = number < len(tried) or time.monotonic() < late
-            if in_time and number % processes() == rank():
-                forecasts = self._fitted(plan, sampling)
-                candidate = fitted(speedup, forecasts, trajectory)
-                scored_ = self._scored(candidate, speedup, BEHIND + number, tried[speedup])
-                if scored_ is not None:
-                    found[speedup].append(scored_)
-                    top = max([*tried[speedup], *found[speedup]], key=lambda each: each.mean_db)
-                    bar.set_postfix_str(f"{speedup:g}x: {top.mean_db:.1f} dB, {top.candidate.name}")
-            bar.update()
+        with self._bar(len(plans), "fit") as bar:
+            for number, (_, speedup, plan) in enumerate(plans):
+                in_time = number < len(tried) or time.monotonic() < late
+                if in_time and number % processes() == rank():
+                    forecasts = self._fitted(plan, sampling)
+                    candidate = fitted(speedup, forecasts, trajectory)
+                    scored_ = self._scored(candidate, speedup, BEHIND + number, tried[speedup])
+                    if scored_ is not None:
+                        found[speedup].append(scored_)
+                        top = max([*tried[speedup], *found[speedup]], key=lambda each: each.mean_db)
+                        bar.set_postfix_str(
+                            f"{speedup:g}x: {top.mean_db:.1f} dB, {top.candidate.name}"
+                        )
+                bar.update()
         for part in gathered(found):
             for speedup, more in part.items():
                 tried[speedup] += more

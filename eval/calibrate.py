@@ -21,7 +21,9 @@ from tofu_diffusers import calibrate_gradient
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `generate` but the setting."""
-    run.add_run_arguments(parser, out="safetensors file", prompts="last", batches=False)
+    run.add_run_arguments(
+        parser, out="safetensors file", n="only the last n prompts", batches=False
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from eval.files import write_whole
 from eval.generate import run
-from eval.generate.prompts import first, load_prompts
+from eval.generate.prompts import load_prompts
 from eval.provenance import provenance
 from eval.report import tune_page
 from tofu_diffusers import tune
@@ -27,7 +27,10 @@ SHOWN = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `generate` but the setting, and what to tune for."""
     run.add_run_arguments(
-        parser, out="folder with tuned.json and report.html; goes on where it was", batches=False
+        parser,
+        out="folder with tuned.json and report.html; goes on where it was",
+        n="the first n prompts are searched on, 1 to 16 (%(default)s)",
+        batches=False,
     )
     parser.set_defaults(n=4)
     parser.add_argument(
@@ -43,7 +46,13 @@ def main(args: argparse.Namespace) -> None:
     """`python -m eval tune`. A mistake in the arguments is a ValueError."""
     if args.held_out < 1:
         raise ValueError(f"--held-out {args.held_out} is below 1")
-    prompts = first(load_prompts(args.prompts, args.prompt_column), args.n + args.held_out)
+    given = load_prompts(args.prompts, args.prompt_column)
+    if len(given) < args.n + args.held_out:
+        raise ValueError(
+            f"-n {args.n} prompts to search on and --held-out {args.held_out} to compare on are more than "
+            f"the {len(given)} given; lower one, or give more"
+        )
+    prompts = given[: args.n + args.held_out]
     loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     call = run.call_of(args)
     searched, held_out = prompts[: args.n], prompts[args.n :]
@@ -64,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
         pictures = tune_page.pictures(
             loaded.pipe, tuned, held_out[:SHOWN], args.seed + len(searched), call
         )
-        about = {"pipeline": loaded.identity()["name"], **call, **provenance(loaded.device)}
+        about = {"model": loaded.name, **call, **provenance(loaded.device)}
         out: Path = args.out / "report.html"
         write_whole(out, tune_page.page(tuned, pictures, about).encode())
         print(f"{out}; apply_tofu(pipe, {str(args.out)!r}, speedup={tuned.rows[0].speedup:g})")

@@ -47,6 +47,24 @@ class Measured:
     held_out_db: tuple[float, ...] = ()
     pixels_db: tuple[float, ...] = ()
 
+    @property
+    def num_inference_steps(self) -> int | None:
+        """What the pipeline was asked for instead of the call's own: of "fewer steps" alone.
+
+        Samplers of two calls a step have more steps than that, image-to-image fewer.
+        """
+        return int(self.name.split()[0]) if self.kind == FEWER else None
+
+    @classmethod
+    def _of(cls, data: Any) -> Measured:
+        several = ("searched_db", "held_out_db", "pixels_db")
+        numbers = {name: float(data[name]) for name in ("speedup", "flops")}
+        decibels = {name: tuple(map(float, data[name])) for name in several}
+        row = cls(**{**data, **numbers, **decibels})
+        if row.kind not in KINDS:
+            raise ValueError(f"a row of kind {row.kind!r}; there are {', '.join(KINDS)}")
+        return row
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -168,8 +186,8 @@ class Tuned:
             raise ValueError(f"{path} holds no tuned settings ({error!r}); tune again") from error
         if (kind, version) != ("Tuned", VERSION):
             raise ValueError(
-                f"{path} holds {kind} of version {version}, and this reads Tuned of version {VERSION}; tune "
-                "again"
+                f"{path} holds {kind} of version {version}, and this reads Tuned of version {VERSION}; "
+                "update tofu_diffusers, or tune again"
             )
         try:
             return cls._of(state["data"])
@@ -191,12 +209,10 @@ class Tuned:
             raise ValueError("a speed-up without configurations")
         if not isinstance(data["denoisers"], list) or not isinstance(data["about"], dict):
             raise TypeError("denoisers must be a list, and about an object")
-        numbers = ("searched_db", "held_out_db", "pixels_db")
-        rows = tuple(
-            Measured(**{**row, **{name: tuple(row[name]) for name in numbers}})
-            for row in data["rows"]
-        )
-        return cls(choices, rows, tuple(data["denoisers"]), data["about"])
+        rows = tuple(map(Measured._of, data["rows"]))
+        overfitted = [float(each) for each in data["about"].get("overfitted", ())]
+        about = {**data["about"], "overfitted": overfitted}
+        return cls(choices, rows, tuple(map(str, data["denoisers"])), about)
 
     def __str__(self) -> str:
         header = ("speedup", "", "setting", "FLOPs", "latents, dB", "pixels, dB", "steps")

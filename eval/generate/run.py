@@ -232,14 +232,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_run_arguments(
     parser: argparse.ArgumentParser,
     out: str = "folder; goes on where it was",
-    prompts: str = "first",
+    n: str = "only the first n prompts",
     batches: bool = True,
 ) -> None:
     """Those that say what to generate, whatever the setting.
 
     Args:
         out: What --out is.
-        prompts: Which ones -n leaves.
+        n: What -n is.
         batches: Whether images are generated together.
     """
     embedded, sets = ", ".join(sorted(MODELS)), ", ".join(sorted(BUILT_IN))
@@ -253,7 +253,7 @@ def add_run_arguments(
     )
     parser.add_argument("--prompt-column", help=f"of a CSV or JSON-lines file ({COLUMN})")
     # torchrun takes --n for its own, shortened; -n goes through.
-    parser.add_argument("-n", "--n", type=int, help=f"only the {prompts} n prompts")
+    parser.add_argument("-n", "--n", type=int, help=n)
     parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--steps", type=int, default=25, help="(%(default)s)")
     parser.add_argument("--guidance", type=float, default=GUIDANCE, help="(%(default)s)")

@@ -24,13 +24,20 @@ KINDS = {"default": ("#009e73", "D"), "tuned": STYLES["tofu"], "fewer steps": ST
 def pictures(
     pipe: Any, tuned: Tuned, prompts: Sequence[str], seed: int, call: Mapping[str, Any]
 ) -> list[tuple[str, list[tuple[str, str]]]]:
-    """For each prompt the unreduced picture and those of every row, with captions, as data URIs."""
-    shown = []
+    """For each prompt the unreduced picture and those of every row, with captions, as data URIs.
+
+    Of a video the frame in the middle; none where tune compared no pictures, as of sound.
+    """
+    shown: list[tuple[str, list[tuple[str, str]]]] = []
+    if not any(row.pixels_db for row in tuned.rows):
+        return shown
     for n, prompt in enumerate(prompts):
 
         def made(n: int = n, prompt: str = prompt, **changes: Any) -> str:
             given = {**call, **changes, "output_type": "pt"}
-            image = one_batch(pipe, [prompt], seed + n, given).images[0]
+            image = one_batch(pipe, [prompt], seed + n, given)[0][0]
+            if image.dim() > 3:
+                image = image[len(image) // 2]
             return _inline(image.float().cpu().clamp(0, 1).permute(1, 2, 0).numpy())
 
         row = [("unreduced", made())]
@@ -41,8 +48,8 @@ def pictures(
             with apply_tofu(pipe, tuned, speedup=speedup):
                 row.append((f"{speedup:g}x, tuned", made()))
             if "fewer steps" in own:
-                steps = len(own["fewer steps"].plan)
-                row.append((f"{steps} steps", made(num_inference_steps=steps)))
+                fewer = own["fewer steps"]
+                row.append((fewer.name, made(num_inference_steps=fewer.num_inference_steps)))
         shown.append((prompt, row))
     return shown
 

@@ -2,12 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 from eval.__main__ import main
 from eval.generate.prompts import load_prompts
+from eval.report import tune_page
 from eval.studies.emoji import tuned as study
 from tests import tiny
 from tofu_diffusers import Tuned, apply_tofu
@@ -35,6 +38,7 @@ def test_what_it_finds_is_applied_from_its_folder(folder):
 def test_the_page_has_each_row_its_steps_and_the_pictures(folder):
     page = (folder / "out" / "report.html").read_text()
     tuned = Tuned.load(folder / "out")
+    assert "<h1>model: tuned</h1>" in page and "pipeline: StableDiffusionPipeline" in page
     for row in tuned.rows:
         assert f"<td>{row.name}</td>" in page
         # As many cells as steps, filled where they were computed.
@@ -47,13 +51,48 @@ def test_the_page_has_each_row_its_steps_and_the_pictures(folder):
         assert f"<p>{prompt}</p>" in page
 
 
+def test_the_page_of_a_video_shows_a_frame_and_that_of_sound_no_picture(folder):
+    pipe = tiny.tiny_wan()
+    pipe.set_progress_bar_config(disable=True)
+    call = {**tiny.CALLS[type(pipe)], "num_inference_steps": 4}
+    about = {"pipeline": "WanPipeline"}
+    tuned = replace(Tuned.load(folder / "out"), denoisers=("WanTransformer3DModel",), about=about)
+    ((prompt, row),) = tune_page.pictures(pipe, tuned, ["a cat"], 0, call)
+    assert prompt == "a cat" and [caption for caption, _ in row][-1] == "5 steps"
+    rows = tuple(replace(each, pixels_db=()) for each in tuned.rows)
+    sound = replace(tuned, rows=rows)
+    assert tune_page.pictures(pipe, sound, ["a cat"], 0, call) == []
+    assert "Pictures" not in tune_page.page(sound, [], {"model": "mine"})
+
+
+def test_fewer_steps_are_drawn_with_as_many_as_were_asked_for(folder, monkeypatch):
+    """Under a sampler of two calls a step its plan has more."""
+    tuned, asked = Tuned.load(folder / "out"), []
+    rows = [replace(row, plan="#" * 9) if row.name == "5 steps" else row for row in tuned.rows]
+
+    def one_batch(pipe, prompts, seed, given):
+        asked.append(given["num_inference_steps"])
+        return (torch.zeros(1, 3, 8, 8),)
+
+    monkeypatch.setattr(tune_page, "one_batch", one_batch)
+    ((_, row),) = tune_page.pictures(
+        tiny.tiny_sd(), replace(tuned, rows=tuple(rows)), ["a cat"], 0, {"num_inference_steps": 10}
+    )
+    assert asked == [10, 10, 10, 5] and row[-1][0] == "5 steps"
+
+
 def test_bad_arguments_are_refused_before_anything_is_made(folder, capsys):
-    out = folder / "none"
+    out, few = folder / "none", folder / "few.txt"
+    few.write_text("a cat\na dog\n")
     command = ["tune", "--pipeline", str(folder / "model"), "--out", str(out)]
     for changes, words in (
         (["--held-out", "0"], "--held-out 0 is below 1"),
-        (["--speedup", "1"], "not above 1"),
+        (["--speedup", "1"], "no number above 1"),
         (["-n", "17"], "17 prompts to search on"),
+        (
+            ["--prompts", str(few)],
+            "-n 4 prompts to search on and --held-out 4 to compare on are more",
+        ),
     ):
         with pytest.raises(SystemExit):
             main([*command, *changes])

@@ -617,7 +617,7 @@ def test_generations_of_other_steps_go_by_the_rule_and_say_so():
     pipe.scheduler = diffusers.DDPMScheduler.from_config(own.config)
     with (
         apply_tofu(pipe, StepSkipping(**options, fitted=fitted)),
-        pytest.warns(UserWarning, match="these are 8 others, of DDPMScheduler"),
+        pytest.warns(UserWarning, match="these are 8 of DDPMScheduler"),
     ):
         tiny.generate(pipe, steps=STEPS)
 

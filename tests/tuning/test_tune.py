@@ -1,11 +1,13 @@
 """tune: what it finds is what it measured, wherever it was stopped, and the pipeline is as before."""
 
+import copy
 import inspect
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,11 @@ from PIL import Image
 from tests import tiny
 from tofu_diffusers import StepSkipping, TokenReduction, Tuned, apply_tofu, remove_tofu, tune
 from tofu_diffusers.steps.sampler import Sampling
+from tofu_diffusers.tuned import Measured
 from tofu_diffusers.tuning import search
 from tofu_diffusers.tuning import tune as module
 from tofu_diffusers.tuning.fit import Fit
+from tofu_diffusers.tuning.ledger import written_whole
 from tofu_diffusers.tuning.references import (
     BROKEN_DB,
     EQUAL_DB,
@@ -31,6 +35,7 @@ from tofu_diffusers.tuning.references import (
     latents_db,
     psnr_db,
 )
+from tofu_diffusers.tuning.trajectory import told_of_steps
 
 PROMPTS = ["a cat", "a dog", "a car"]
 CALL = {"num_inference_steps": 10, "height": 64, "width": 64}
@@ -184,7 +189,8 @@ def test_other_denoisers_and_several_speedups_are_refused_in_words(found):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"speedup": 1.0}, "not above 1"),
+        ({"speedup": 1.0}, "speedup 1.0 is no number above 1"),
+        ({"speedup": {2.0}}, "give one or a list of them"),
         ({"speedup": ()}, "no speedup"),
         ({"minutes": 0}, "more than 0"),
         ({"held_out": []}, "held_out is empty"),
@@ -194,6 +200,12 @@ def test_other_denoisers_and_several_speedups_are_refused_in_words(found):
 def test_bad_arguments_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tuned_tiny(tiny.tiny_sd(), **changes)
+
+
+def test_a_speedup_out_of_reach_is_refused_with_what_was_reached():
+    said = r"speedup 3\.5 in 6 steps, the highest had 3\.00x"
+    with pytest.raises(ValueError, match=said):
+        tuned_tiny(tiny.tiny_sd(), "a cat", speedup=(2.0, 3.5), num_inference_steps=6)
 
 
 def test_what_a_search_sets_itself_cannot_be_given():
@@ -210,6 +222,17 @@ def test_tokens_that_cannot_be_reduced_are_left_out_and_said(monkeypatch):
     tuned = tuned_tiny(pipe, **call)
     reasons = [why for name, why in tuned.about.items() if name.startswith("left out")]
     assert len(reasons) == 2 and all("fused" in why for why in reasons)
+
+
+def test_what_other_processes_left_out_is_said_too_and_bars_end_full(monkeypatch, capsys):
+    def gathered(mine):
+        return [mine] if mine else [mine, {"theirs": "a reason"}]
+
+    monkeypatch.setattr(search, "gathered", gathered)
+    tuned = tuned_tiny(tiny.tiny_sd(), minutes=1e-9, progress=True)
+    assert tuned.about["left out, theirs"] == "a reason"
+    told = capsys.readouterr().err
+    assert all(f"{name}: 100%" in told for name in ("references", "search", "fit", "held out"))
 
 
 def test_no_prompts_too_many_no_pipeline_and_tofu_are_refused():
@@ -242,8 +265,10 @@ def test_it_calls_what_it_is_given_and_takes_one_prompt_in_few_steps():
     assert all("trajectory" not in row.name for row in tuned.rows)
 
 
-def test_video_in_several_parts_is_judged_by_its_latents():
-    pipe = tiny.tiny_wan()
+@pytest.mark.parametrize("make", [tiny.tiny_wan, tiny.tiny_ltx2])
+def test_video_in_several_parts_is_judged_by_its_latents(make):
+    """That with sound, too, which is stepped by a copy of the scheduler."""
+    pipe = make()
     call = {**tiny.CALLS[type(pipe)], "num_inference_steps": 10}
     tuned = tune(pipe, PROMPTS[:2], speedup=2.0, minutes=1e-9, progress=False, **call)
     assert all(row.held_out_db and row.pixels_db for row in tuned.rows)
@@ -274,6 +299,25 @@ def test_a_watched_generation_is_the_one_that_the_pipeline_makes(watched):
         assert seen == [*inspect.signature(own).parameters]
 
 
+def test_a_copy_of_a_watched_scheduler_steps_by_itself():
+    """Pipelines of video and sound copy theirs for the sound."""
+    pipe = tiny.tiny_sd()
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.set_timesteps(4)
+    noise, seen = torch.ones(1, 4, 8, 8), []
+    first = pipe.scheduler.timesteps[0]
+    with (
+        told_of_steps(pipe.scheduler, lambda *args: seen.append(1)),
+        told_of_steps(pipe.scheduler, lambda *args: seen.append(2)),
+    ):
+        twin = copy.deepcopy(pipe.scheduler)
+        twin.step(noise, first, noise)
+        assert not seen and (twin.step_index, pipe.scheduler.step_index) == (1, None)
+        assert copy.deepcopy(vars(pipe.scheduler))["step"] is pipe.scheduler.step
+        pipe.scheduler.step(noise, first, noise)
+    assert seen == [1, 2] and pipe.scheduler.step_index == 1
+
+
 def test_nothing_is_fitted_under_a_sampler_that_draws_noise():
     tuned = tuned_tiny(tiny.tiny_sd(), eta=1.0, minutes=1e-9)
     assert not any("fitted" in row.name for row in tuned.rows)
@@ -295,6 +339,12 @@ def test_forecasts_are_fitted_to_the_steps_that_image_to_image_executes(tmp_path
         assert "fitted to these 12 steps" in str(handle.summary())
         (steps,) = handle.summary().steps
         assert (steps.steps, steps.computed) == (12, len(found[0]["computed"]))
+        # With another strength as many steps are others; they go by the rule.
+        with pytest.warns(
+            UserWarning, match="fitted to 12 steps of .* and these are 12 of .* strength"
+        ):
+            pipe("a cat", num_inference_steps=40, **{**given, "strength": 0.3})
+        assert "rule even" in str(handle.summary())
 
 
 def test_a_fit_brings_the_latents_nearer(tmp_path):
@@ -333,7 +383,10 @@ def test_prompts_may_be_whatever_is_called_with_them(prompt):
     assert tuned.rows
 
 
-@pytest.mark.parametrize(("passes", "why"), [(False, "did not pass"), (None, "takes no")])
+@pytest.mark.parametrize(
+    ("passes", "why"),
+    [(False, "did not pass"), (None, "3 steps are refused ("), (6, "refused (just 6)")],
+)
 def test_fewer_steps_are_left_out_where_they_cannot_be_asked_for(passes, why):
     pipe = tiny.tiny_sd()
 
@@ -341,11 +394,36 @@ def test_fewer_steps_are_left_out_where_they_cannot_be_asked_for(passes, why):
         given = {"generator": generator, "output_type": output_type, "return_dict": return_dict}
         if passes is None:
             given |= options
+        elif options.get("num_inference_steps", 6) != 6 and passes == 6:
+            raise ValueError("just 6")
         return pipe(prompt, num_inference_steps=6, height=64, width=64, **given)
 
     tuned = tune(pipe, "a cat", speedup=2.0, generate=generate, minutes=1e-9, progress=False)
     assert [row.kind for row in tuned.rows] == ["default", "tuned"]
     assert why in tuned.about["left out, fewer steps"]
+
+
+def test_a_prompt_that_makes_another_picture_each_time_is_refused():
+    pipe, seeds = tiny.tiny_sd(), iter(range(99))
+
+    def generate(prompt, generator, **options):
+        return pipe(prompt, generator=generator.manual_seed(next(seeds)), **options)
+
+    with pytest.raises(ValueError, match="twice with one seed, has other latents"):
+        tuned_tiny(pipe, generate=generate)
+
+
+@pytest.mark.parametrize("returned", ["pictures", "nothing"])
+def test_what_is_called_instead_of_the_pipeline_may_return_less(returned):
+    pipe = tiny.tiny_sd()
+
+    def generate(prompt, **options):
+        pictures, _ = pipe(prompt, **options)
+        return pictures if returned == "pictures" else None
+
+    tuned = tuned_tiny(pipe, generate=generate, minutes=1e-9, num_inference_steps=4)
+    pictured = 1 if returned == "pictures" else 0
+    assert [len(row.pixels_db) for row in tuned.rows] == [pictured] * 3
 
 
 def test_fewer_steps_are_counted_by_calls():
@@ -355,8 +433,10 @@ def test_fewer_steps_are_counted_by_calls():
     tuned = tuned_tiny(pipe, minutes=1e-9)
     row = tuned.rows[-1]
     assert row.kind == "fewer steps"
-    steps = int(row.name.split()[0])
+    steps = row.num_inference_steps
+    assert row.name == f"{steps} steps" and len(row.plan) == 2 * steps - 1
     assert row.flops == pytest.approx((2 * 10 - 1) / (2 * steps - 1))
+    assert tuned.rows[0].num_inference_steps is None
 
 
 def test_options_are_told_apart_by_what_they_hold():
@@ -404,8 +484,12 @@ def test_a_compiled_denoiser_is_refused():
 )
 def test_files_that_hold_nothing_tuned_are_refused_in_words(tmp_path, text):
     (tmp_path / "tuned.json").write_text(text)
-    with pytest.raises(ValueError, match=r"tuned.json holds .* tune again"):
+    with pytest.raises(ValueError, match=r"tuned.json holds .* tune again") as refused:
         Tuned.load(tmp_path)
+    assert ("update tofu_diffusers" in str(refused.value)) == ('"version": 9' in text)
+
+
+ROW = asdict(Measured("default", "profile", 2.0, 2.0, "#.", (1.0,), (1.0,), (1.0,)))
 
 
 @pytest.mark.parametrize(
@@ -414,6 +498,14 @@ def test_files_that_hold_nothing_tuned_are_refused_in_words(tmp_path, text):
         ({"denoisers": "UNet2DConditionModel"}, "denoisers must be a list"),
         ({"about": 5}, "about an object"),
         ({"choices": [{"speedup": 2.0, "configs": []}]}, "a speed-up without configurations"),
+        ({"about": {"overfitted": [None]}}, "NoneType"),
+        ({"rows": [{"kind": "default"}]}, "speedup"),
+        ({"rows": [{**ROW, "flops": "x"}]}, "could not convert string to float: 'x'"),
+        ({"rows": [{**ROW, "pixels_db": [None]}]}, "NoneType"),
+        (
+            {"rows": [{**ROW, "kind": "x"}]},
+            "a row of kind 'x'; there are default, tuned, fewer steps",
+        ),
     ],
 )
 def test_damaged_parts_of_a_tuned_file_are_named(found, tmp_path, change, said):
@@ -444,11 +536,39 @@ def test_another_class_of_pipelines_around_such_a_denoiser_is_warned_of(found):
         apply_tofu(other, tuned, speedup=2.0).remove()
 
 
-@pytest.mark.parametrize("name", ["search.json", "scores.jsonl"])
+@pytest.mark.parametrize("name", ["search.json", "scores.jsonl", "reference-0.safetensors"])
 def test_a_damaged_search_is_named(tmp_path, name):
     (tmp_path / name).write_text("{\n")
     with pytest.raises(ValueError, match=rf"{name} is damaged .* delete it"):
         tune(tiny.tiny_sd(), PROMPTS, folder=tmp_path, num_inference_steps=10, progress=False)
+
+
+@pytest.mark.filterwarnings(
+    "error::ResourceWarning", "error::pytest.PytestUnraisableExceptionWarning"
+)
+def test_a_temporary_folder_goes_with_the_search_however_it_ends(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    held = []
+
+    def generate(prompt, **options):
+        held.append([*tmp_path.iterdir()])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned_tiny(tiny.tiny_sd(), generate=generate)
+    assert len(held[0]) == 1 and not [*tmp_path.iterdir()]
+
+
+def test_two_may_write_one_file(tmp_path, monkeypatch):
+    """What one process has begun, another neither takes nor overwrites."""
+    path = tmp_path / "file.json"
+    with written_whole(path) as mine:
+        mine.write_text("mine")
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        with written_whole(path) as other:
+            other.write_text("other")
+        assert path.read_text() == "other" and mine.exists()
+    assert path.read_text() == "mine" and [*tmp_path.iterdir()] == [path]
 
 
 def test_a_speedup_that_is_none_is_refused(found):

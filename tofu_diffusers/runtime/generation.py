@@ -383,11 +383,12 @@ class Generation:
         if skipping is None:
             return
         if skipping.fitted is not None and not setup.fitted(self.sampling):
+            levels, kind = self.sampling.angles, self.sampling.kind or "a loop"
             self._warn(
                 f"forecasts were fitted to {len(skipping.fitted.levels)} steps of {skipping.fitted.sampler} "
                 f"from noise level {skipping.fitted.levels[0]:.3f} to {skipping.fitted.levels[-1]:.3f}, and "
-                f"these are {steps} others, of {self.sampling.kind or 'a loop'}, which go by rule "
-                f"{skipping.rule!r}; tune with these steps and this sampler"
+                f"these are {steps} of {kind} from {levels[0]:.3f} to {levels[-1]:.3f}, which go by rule "
+                f"{skipping.rule!r}; tune with these steps, this strength and this sampler"
             )
         computed = max(1, computed)
         if steps / computed < skipping.speedup - 1e-6:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,27 @@ def damaged(path: Path, error: Exception) -> str:
     return f"{path} is damaged ({error}); delete it, or choose another folder"
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file, which is then put in its place: it is there as a whole or not at all.
+
+    Each process has its own: two may write one file.
+    """
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 class Ledger:
     """Scores by key, and unreduced generations by number.
 
     Several processes may add to one folder: each line is written at once.
 
     Args:
-        folder: Where to keep them; None: in a temporary one, which goes with this object.
+        folder: Where to keep them; None: in a temporary one, until `close`.
         about: What tells this search from others; JSON values.
 
     Raises:
@@ -49,6 +64,7 @@ class Ledger:
     """
 
     def __init__(self, folder: str | Path | None, about: Mapping[str, Any]) -> None:
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         if folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="tofu-tune-")
             folder = self._temporary.name
@@ -69,9 +85,8 @@ class Ledger:
                         f"{about[name]!r}; ask for the same, or choose another folder"
                     )
         else:
-            part = known.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(about), encoding="utf-8")
-            part.replace(known)
+            with written_whole(known) as part:
+                part.write_text(json.dumps(about), encoding="utf-8")
         path = self.folder / "scores.jsonl"
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         # A line that a killed process left unfinished is cut off: others are added behind it.
@@ -85,6 +100,11 @@ class Ledger:
                 self.scores[key] = Score(**data)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(damaged(path, error)) from error
+
+    def close(self) -> None:
+        """Remove a temporary folder."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def add(self, key: str, score: Score) -> None:
         """Keep a score."""
@@ -109,10 +129,8 @@ class Ledger:
 
     def keep_fitted(self, plan: str, fitted: FittedForecasts) -> None:
         """Keep fitted forecasts."""
-        path = self._fitted_file(plan)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(fitted)), encoding="utf-8")
-        part.replace(path)
+        with written_whole(self._fitted_file(plan)) as part:
+            part.write_text(json.dumps(asdict(fitted)), encoding="utf-8")
 
     def _fitted_file(self, plan: str) -> Path:
         signs = plan.replace("#", "1").replace(".", "0")

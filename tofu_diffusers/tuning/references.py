@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..steps.outputs import tensors_in
+from .ledger import damaged, written_whole
 from .trajectory import PredictionPath, followed, told_of_steps
 
 OTHER_SEED = 2**40
@@ -101,7 +102,10 @@ class Workload:
         with torch.random.fork_rng(devices):
             torch.manual_seed(example.seed + OTHER_SEED)
             made = self.generate(example.prompt, generator=generator, **given)
-        found = tensors_in(made[0]) if decoded else []
+        if not decoded or made is None:
+            return None
+        # What is called instead of the pipeline may return the pictures alone.
+        found = tensors_in(made if isinstance(made, Tensor) else made[0])
         # Sound has fewer axes.
         return _kept(found[0]) if len(found) == 1 and found[0].dim() > 3 else None
 
@@ -120,10 +124,9 @@ class Workload:
         tensors["facts"] = torch.tensor([made.steps, made.calls, int(made.draws_noise)])
         if made.pictures is not None:
             tensors["pictures"] = made.pictures
-        part = file.with_suffix(".part")
-        # One tensor in two places would be refused.
-        save_file({name: each.clone().contiguous() for name, each in tensors.items()}, part)
-        part.replace(file)
+        with written_whole(file) as part:
+            # One tensor in two places would be refused.
+            save_file({name: each.clone().contiguous() for name, each in tensors.items()}, part)
         return Reference.load(file)
 
 
@@ -164,10 +167,13 @@ class Reference:
 
     @classmethod
     def load(cls, file: Path) -> Reference:
-        """Read what `Workload.reference` wrote."""
-        with safe_open(file, framework="pt") as stored:
-            names = [*stored.keys()]
-            found = {name: stored.get_tensor(name) for name in names if "." not in name}
+        """Read what `Workload.reference` wrote; raises ValueError if the file is damaged."""
+        try:
+            with safe_open(file, framework="pt") as stored:
+                names = [*stored.keys()]
+                found = {name: stored.get_tensor(name) for name in names if "." not in name}
+        except SafetensorError as error:
+            raise ValueError(damaged(file, error)) from error
         steps, calls, draws = found["facts"].tolist()
         return cls(
             Generated(found["latents"], found.get("pictures"), steps, calls, bool(draws)),

@@ -72,6 +72,7 @@ class Search:
         self.references: dict[Example, Reference] = {}
         self.left_out: dict[str, str] = {}
         self.counted: dict[str, float] = {}
+        self.short_of: dict[float, float] = {}
         self.began = time.monotonic()
 
     def run(self, speedups: list[float], minutes: float) -> Tuned:
@@ -87,8 +88,7 @@ class Search:
         tried = self._tried(speedups, trajectory, tokens, late)
         sampling = self._sampling()
         if sampling is not None:
-            with self._bar(FITS * len(speedups), "fit") as bar:
-                self._fit(tried, sampling, trajectory, late, bar)
+            self._fit(tried, sampling, trajectory, late)
         # Of equals the one that was tried first.
         best = {
             speedup: max(scored, key=lambda each: (each.mean_db, -each.number))
@@ -110,6 +110,7 @@ class Search:
             lost = db[DEFAULT] - db[TUNED] > won
             choices[speedup] = (default(speedup) if lost else scored.candidate).configs
             overfitted += [speedup] if lost else []
+        left_out = {name: why for part in gathered(self.left_out) for name, why in part.items()}
         size = sum(each.nbytes for each in self.references.values())
         about = {
             "overfitted": overfitted,
@@ -119,7 +120,7 @@ class Search:
             "prompts": f"{len(self.searched)} searched on, {len(self.held_out)} kept apart",
             "settings generated on all prompts": sum(map(len, tried.values())),
             "references": f"{size / 2**20:.1f} MiB",
-            **{f"left out, {name}": why for name, why in self.left_out.items()},
+            **{f"left out, {name}": why for name, why in left_out.items()},
             "minutes": round((time.monotonic() - self.began) / 60, 1),
         }
         names = tuple(type(model).__name__ for model, _ in found)
@@ -128,7 +129,8 @@ class Search:
     def _refer(self, bar: tqdm[Any]) -> None:
         """Generate all references, or read them.
 
-        The first one is always generated, to see that what was kept is of this very model.
+        The first one is generated again, to see that what was kept is of this very model, and that a prompt
+        and a seed make one picture.
         """
         examples = [*self.searched, *self.held_out]
         files = [self.ledger.reference_file(number) for number in range(len(examples))]
@@ -141,13 +143,15 @@ class Search:
             distributed.barrier()
         for example, file in zip(examples, files, strict=True):
             self.references[example] = Reference.load(file)
-        if known or rank() > 0:
-            again = self.workload.generated(examples[0]).latents
-            if latents_db(again, self.references[examples[0]].made.latents) < SAME_DB:
-                raise ValueError(
-                    f"{self.ledger.folder} holds a search on another model: the first prompt's latents are "
-                    "others by now (weights, LoRA, dtype or inputs); choose another folder"
-                )
+        again = self.workload.generated(examples[0]).latents
+        if latents_db(again, self.references[examples[0]].made.latents) < SAME_DB:
+            raise ValueError(
+                f"{self.ledger.folder} holds a search on another model: the first prompt's latents are "
+                "others by now (weights, LoRA, dtype or inputs); choose another folder"
+                if known or rank() > 0
+                else "the first prompt, generated twice with one seed, has other latents: nothing can be "
+                "compared; let generate=... pass on the generator that it is given"
+            )
 
     def _tried(
         self,
@@ -182,14 +186,18 @@ class Search:
                         )
                 bar.update()
         everyone: dict[float, list[Scored]] = {each: [] for each in speedups}
-        for part in gathered(found):
+        for part, short_of in gathered((found, self.short_of)):
             for speedup, each in part.items():
                 everyone[speedup] += each
+            for speedup, flops in short_of.items():
+                self.short_of[speedup] = max(flops, self.short_of.get(speedup, 1.0))
         for speedup, each in everyone.items():
             if not each:
+                steps = self.references[self.searched[0]].made.steps
                 raise ValueError(
-                    f"no setting reaches speedup {speedup:g}: of so few steps too many must be computed; ask "
-                    "for more steps or a lower speedup"
+                    f"no setting reaches speedup {speedup:g} in {steps} steps, the highest had "
+                    f"{self.short_of[speedup]:.2f}x: too many must be computed; ask for more steps or a "
+                    "lower speedup"
                 )
         return everyone
 
@@ -213,7 +221,6 @@ class Search:
         sampling: Sampling,
         trajectory: Trajectory | None,
         late: float,
-        bar: tqdm[Any],
     ) -> None:
         """Fit forecasts to the best choices of steps, and add them to what was tried."""
         plans: list[tuple[int, float, str]] = []
@@ -224,17 +231,20 @@ class Search:
             plans += [(place, speedup, plan) for place, plan in enumerate([*distinct][:FITS])]
         plans.sort()  # the best of each speed-up first
         found: dict[float, list[Scored]] = {each: [] for each in tried}
-        for number, (_, speedup, plan) in enumerate(plans):
-            in_time = number < len(tried) or time.monotonic() < late
-            if in_time and number % processes() == rank():
-                forecasts = self._fitted(plan, sampling)
-                candidate = fitted(speedup, forecasts, trajectory)
-                scored_ = self._scored(candidate, speedup, BEHIND + number, tried[speedup])
-                if scored_ is not None:
-                    found[speedup].append(scored_)
-                    top = max([*tried[speedup], *found[speedup]], key=lambda each: each.mean_db)
-                    bar.set_postfix_str(f"{speedup:g}x: {top.mean_db:.1f} dB, {top.candidate.name}")
-            bar.update()
+        with self._bar(len(plans), "fit") as bar:
+            for number, (_, speedup, plan) in enumerate(plans):
+                in_time = number < len(tried) or time.monotonic() < late
+                if in_time and number % processes() == rank():
+                    forecasts = self._fitted(plan, sampling)
+                    candidate = fitted(speedup, forecasts, trajectory)
+                    scored_ = self._scored(candidate, speedup, BEHIND + number, tried[speedup])
+                    if scored_ is not None:
+                        found[speedup].append(scored_)
+                        top = max([*tried[speedup], *found[speedup]], key=lambda each: each.mean_db)
+                        bar.set_postfix_str(
+                            f"{speedup:g}x: {top.mean_db:.1f} dB, {top.candidate.name}"
+                        )
+                bar.update()
         for part in gathered(found):
             for speedup, more in part.items():
                 tried[speedup] += more
@@ -291,6 +301,7 @@ class Search:
                 key = f"{speedup:g}/{candidate.name} {candidate.configs[-1]}/{n}"
                 score = self._generated(candidate, key, example)
             if score.flops < speedup - 1e-6:
+                self.short_of[speedup] = max(score.flops, self.short_of.get(speedup, 1.0))
                 return None
             plan = plan or score.plan
             mine.append(score.latents_db)
@@ -357,10 +368,11 @@ class Search:
                 whole = self.references[example].made
                 try:
                     made = self.workload.generated(example, True, num_inference_steps=fewer)
-                except TypeError as error:
-                    self.left_out["fewer steps"] = (
-                        f"generate takes no num_inference_steps ({error})"
-                    )
+                except (
+                    TypeError,
+                    ValueError,
+                ) as error:  # as when generate sets steps or sigmas itself
+                    self.left_out["fewer steps"] = f"{fewer} steps are refused ({error})"
                     return None
                 if made.steps >= whole.steps:
                     self.left_out["fewer steps"] = "generate did not pass num_inference_steps on"

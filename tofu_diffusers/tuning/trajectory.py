@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,9 +138,8 @@ def told_of_steps(scheduler: Any, note: Callable[[Tensor, Any, Any], None]) -> I
 @contextmanager
 def stepping_by(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
     """Let a function stand in for a scheduler's `step`, whose arguments it takes."""
-    before, own = scheduler.step, scheduler.__dict__.get("step")
-    # Pipelines read from its arguments what they may give it, such as a generator.
-    scheduler.step = wraps(before)(step)
+    own = scheduler.__dict__.get("step")
+    scheduler.step = _StandIn(scheduler, step)
     try:
         yield
     finally:
@@ -147,6 +147,25 @@ def stepping_by(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
             del scheduler.step
         else:
             scheduler.step = own
+
+
+class _StandIn:
+    """A function in the place of a scheduler's `step`; a copy of the scheduler steps as it did before."""
+
+    def __init__(self, scheduler: Any, step: Callable[..., Any]) -> None:
+        self._scheduler, self._step = scheduler, step
+        # Pipelines read from its arguments what they may give it, such as a generator.
+        self.__wrapped__ = scheduler.step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # Pipelines of video and sound copy their scheduler; the copy would step the original.
+        twin = memo.get(id(self._scheduler))
+        if twin is None:
+            return self  # of the scheduler's attributes alone, to be put back later (Panorama)
+        return copy.deepcopy(self.__wrapped__, memo)
 
 
 def descending(

@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,13 @@ def tune(
         speedup: How many times fewer FLOPs of the denoiser, one or several, above 1. Higher drifts more.
         held_out: Prompts to compare on in the end. None: every third of `prompts`, which is then not searched
             on; of fewer than three, the same with other seeds.
-        minutes: After which no further setting is begun. The default and the own trajectory are tried in any
-            case, and the comparison in the end takes its own time.
+        minutes: From the call on, after which no further setting is begun. The default, the own trajectory
+            and one fit for each speed-up are tried in any case, and the comparison takes its own time.
         behind_db: A setting is broken off once it is so many dB behind the best on the prompts that it has
             generated. More compares more settings and takes longer.
         generate: Called instead of the pipeline, with the same arguments: a prompt, `generator=`,
             `output_type=`, `return_dict=`, the options and `num_inference_steps=`, which it passes on.
-            Pictures and control inputs it adds itself.
+            Pictures and control inputs it adds itself. It returns what the pipeline does, or its pictures.
         folder: Keeps what was measured; stopped anywhere, the same call goes on. None: nothing is kept.
         seed: Of the pictures; the n-th prompt has seed + n.
         progress: Whether a bar is shown.
@@ -126,10 +127,9 @@ def tune(
         raise ValueError(
             f"{processes()} processes need a folder that all of them see; give folder=..."
         )
-    search = Search(
-        pipe, workload, Ledger(folder, about), searched, kept_apart, behind_db, progress
-    )
-    return search.run(speedups, minutes)
+    with closing(Ledger(folder, about)) as ledger:
+        search = Search(pipe, workload, ledger, searched, kept_apart, behind_db, progress)
+        return search.run(speedups, minutes)
 
 
 def described(value: Any) -> str:
@@ -152,7 +152,10 @@ def _speedups(given: float | Sequence[float]) -> list[float]:
     for each in several:
         number = isinstance(each, (int, float)) and not isinstance(each, bool)
         if not number or not 1 < each < math.inf:
-            raise ValueError(f"speedup {each!r} is not above 1: 2.0 asks for half of the FLOPs")
+            raise ValueError(
+                f"speedup {each!r} is no number above 1; give one or a list of them: 2.0 asks for half of "
+                "the FLOPs"
+            )
     if not several:
         raise ValueError("no speedup to tune for; give one above 1, such as 2.0")
     return sorted({float(each) for each in several})

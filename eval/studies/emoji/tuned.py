@@ -165,7 +165,7 @@ def settings(pipe: Any, tuned: Tuned, speedup: float) -> Iterator[tuple[str, Any
 
     The tuned one comes last: with its row a speed-up is done.
     """
-    steps = next(len(row.plan) for row in tuned.rows if row.kind == "fewer steps")
+    steps = next(row.num_inference_steps for row in tuned.rows if row.kind == "fewer steps")
     yield "fewer steps", nullcontext(), {"num_inference_steps": steps}
     yield "default", apply_tofu(pipe, speedup=speedup), {}
     yield "tuned", apply_tofu(pipe, tuned, speedup=speedup), {}

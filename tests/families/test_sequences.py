@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from diffusers import SkyReelsV2DiffusionForcingPipeline
 
 from tests import tiny
 from tests.denoisers import DENOISERS
+from tests.tiny_pipelines import PIPELINES, plain_texts
 from tofu_diffusers import StepSkipping, apply_tofu
 
 
@@ -68,3 +70,28 @@ def test_prx_refuses_fresh_keys_and_values():
     words = r"keys_values 'fresh' cannot be had in PRXTransformer2DModel: one projection .*use keys_values="
     with pytest.raises(ValueError, match=words):
         apply_tofu(model, ratio=0.5, method="random", keys_values="fresh")
+
+
+@pytest.mark.parametrize("amount", [{"ratio": 0.5}, {"speedup": 2}], ids=str)
+def test_frames_with_schedulers_of_their_own_are_refused_and_the_pipeline_without_is_named(amount):
+    """Diffusion forcing steps a copy of its scheduler for each frame, and nobody tells the denoiser's steps."""
+    plain = PIPELINES["SkyReelsV2Transformer3DModel"]()
+    pipe = SkyReelsV2DiffusionForcingPipeline(**plain.components)
+    pipe.set_progress_bar_config(disable=True)
+    plain_texts(pipe)
+
+    def generate(**options):
+        options |= tiny.CALLS[type(plain)] | {"num_inference_steps": 3, "output_type": "latent"}
+        generator = torch.Generator().manual_seed(0)
+        return pipe(prompt="a cat", generator=generator, **options).frames
+
+    orders = {
+        "at a second timestep": {},
+        "for 5 steps, more than the 3": {"ar_step": 1, "causal_block_size": 1},  # frames by turns
+    }
+    for words, order in orders.items():
+        before = generate(**order)
+        named = f"{words}.* SkyReelsV2Pipeline takes the same components"
+        with apply_tofu(pipe, **amount), pytest.raises(RuntimeError, match=named):
+            generate(**order)
+        assert torch.equal(generate(**order), before)

@@ -1,5 +1,7 @@
 """Calls that single classes are given, beside those of their tiny models."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import SkyReelsV2DiffusionForcingPipeline
@@ -74,7 +76,7 @@ def test_prx_refuses_fresh_keys_and_values():
 
 @pytest.mark.parametrize("amount", [{"ratio": 0.5}, {"speedup": 2}], ids=str)
 def test_frames_with_schedulers_of_their_own_are_refused_and_the_pipeline_without_is_named(amount):
-    """Diffusion forcing steps a copy of its scheduler for each frame, and nobody tells the denoiser's steps."""
+    """Diffusion forcing steps a copy of its scheduler for each frame, which tells nobody."""
     plain = PIPELINES["SkyReelsV2Transformer3DModel"]()
     pipe = SkyReelsV2DiffusionForcingPipeline(**plain.components)
     pipe.set_progress_bar_config(disable=True)
@@ -95,3 +97,47 @@ def test_frames_with_schedulers_of_their_own_are_refused_and_the_pipeline_withou
         with apply_tofu(pipe, **amount), pytest.raises(RuntimeError, match=named):
             generate(**order)
         assert torch.equal(generate(**order), before)
+
+
+OVER_TIME = {
+    "I2VGenXLUNet": "TransformerTemporalModel",
+    "LatteTransformer3DModel": "temporal_transformer_blocks",
+    "UNet3DConditionModel": "TransformerTemporalModel",
+    "UNetMotionModel": "AnimateDiffTransformer3D",
+    "UNetSpatioTemporalConditionModel": "TemporalBasicTransformerBlock",
+}
+"""Of classes whose frames keep tokens of their own, what attends over time: its class, or where it stands."""
+
+
+@pytest.mark.parametrize("name", OVER_TIME)
+@torch.no_grad()
+def test_what_attends_over_time_has_all_tokens(name):
+    model, inputs = of(name)
+    over_time, given = OVER_TIME[name], []
+    for path, module in model.named_modules():
+        if over_time in (type(module).__name__, path.rpartition(".")[0]):
+            module.register_forward_pre_hook(lambda module, args: given.append(args[0].shape))
+    model(**inputs)
+    whole = given.copy()
+    given.clear()
+    with apply_tofu(model, ratio=0.5, method="tome") as handle:
+        model(**inputs)
+        assert all(row["tokens_kept"] < row["tokens_in"] for row in handle.stats())
+    assert whole and given == whole
+
+
+def test_attention_on_maps_is_refused():
+    """Of Kandinsky 2 and DeepFloyd IF, whose UNet is of Stable Diffusion's class, and of Kandinsky 3."""
+    described = DENOISERS["UNet2DConditionModel"]
+    changes = {
+        "down_block_types": ("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"),
+    }
+    on_maps = replace(described, config={**described.config, **changes}).build()
+    for model, words in (
+        (on_maps, "its attention may work on maps"),
+        (DENOISERS["Kandinsky3UNet"].build(), "Kandinsky3UNet"),
+    ):
+        with pytest.raises(ValueError, match=rf"{words}.*speedup=2"):
+            apply_tofu(model, ratio=0.5)

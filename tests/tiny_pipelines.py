@@ -309,7 +309,7 @@ add(
     "Lumina2Pipeline",
     "Lumina2Transformer2DModel",
     language(flux_vae, "Gemma2Model"),
-    PICTURE | SHORT,
+    PICTURE | {"max_sequence_length": 64, "system_prompt": "", "negative_prompt": "a dog"},
 )
 add(
     "CogView4Pipeline",

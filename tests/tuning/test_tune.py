@@ -18,6 +18,7 @@ from diffusers import (
 from PIL import Image
 
 from tests import tiny
+from tests.tiny_pipelines import PIPELINES
 from tofu_diffusers import StepSkipping, TokenReduction, Tuned, apply_tofu, remove_tofu, tune
 from tofu_diffusers.steps.sampler import Sampling
 from tofu_diffusers.tuning import search
@@ -249,6 +250,19 @@ def test_video_in_several_parts_is_judged_by_its_latents():
     assert all(row.held_out_db and row.pixels_db for row in tuned.rows)
 
 
+def test_a_batch_of_texts_of_their_own_lengths():
+    """Lumina 2, whose images begin where the row's text ends."""
+    pipe = PIPELINES["Lumina2Transformer2DModel"]()
+    call = {**tiny.CALLS[type(pipe)], "num_inference_steps": 6}
+    prompts = ["a cat", "two dogs in the snow"]
+    tuned = tune(pipe, prompts, speedup=1.5, minutes=1e-9, progress=False, **call)
+    assert all(row.held_out_db and row.pixels_db for row in tuned.rows)
+    with apply_tofu(pipe, tuned) as handle:
+        assert torch.isfinite(tiny.generate(pipe, prompts, steps=6)).all()
+        (steps,) = handle.summary().steps
+        assert steps.computed == 4
+
+
 def workload(pipe, **options):
     options = {"num_inference_steps": 6, "height": 64, "width": 64, **options}
     return Workload(pipe, pipe.scheduler, [pipe.unet], options)
@@ -455,6 +469,7 @@ import torch
 from torch import distributed
 from tests.tuning.test_tune import PROMPTS, tuned_tiny
 from tests import tiny
+from tests.tiny_pipelines import PIPELINES
 distributed.init_process_group("gloo")
 tuned = tuned_tiny(tiny.tiny_sd(), folder=sys.argv[1], minutes=1e-9)
 if distributed.get_rank() == 0:

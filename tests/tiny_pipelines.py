@@ -48,11 +48,14 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 NO_PIPELINES = {"Flux3Transformer2DModel": "diffusers has no pipeline that denoises with it"}
 """Classes without one, and why."""
 
-PICTURE = {"height": 64, "width": 96}
+PICTURE = {"height": 80, "width": 112}
+"""Of 5 x 7 tokens in most."""
+OF_32 = {"height": 96, "width": 160}
+"""For pipelines that take multiples of 32 pixels: 3 x 5 tokens in most."""
 VIDEO = {**PICTURE, "num_frames": 9}
 FRAMES = {**PICTURE, "num_frames": 3}
 SHORT = {"max_sequence_length": 16}
-GIVEN = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+GIVEN = Image.linear_gradient("L").resize((112, 80)).convert("RGB")
 FLOW = partial(
     UniPCMultistepScheduler, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
 )
@@ -231,7 +234,7 @@ add(
     PICTURE | SHORT,
     scheduler=diffusers.CogVideoXDDIMScheduler,
 )
-add("LTXPipeline", "LTXVideoTransformer3DModel", t5(ltx_vae), VIDEO | SHORT)
+add("LTXPipeline", "LTXVideoTransformer3DModel", t5(ltx_vae), VIDEO | SHORT | OF_32)
 add(
     "LattePipeline",
     "LatteTransformer3DModel",
@@ -325,18 +328,18 @@ add(
             in_channels=3,
             latent_channels=4,
             attention_head_dim=2,
-            encoder_block_types=("ResBlock",) * 4,
-            decoder_block_types=("ResBlock",) * 4,
-            encoder_block_out_channels=(8,) * 4,
-            decoder_block_out_channels=(8,) * 4,
-            encoder_qkv_multiscales=((),) * 4,
-            decoder_qkv_multiscales=((),) * 4,
-            encoder_layers_per_block=(1,) * 4,
-            decoder_layers_per_block=(1,) * 4,
+            encoder_block_types=("ResBlock",) * 6,
+            decoder_block_types=("ResBlock",) * 6,
+            encoder_block_out_channels=(8,) * 6,
+            decoder_block_out_channels=(8,) * 6,
+            encoder_qkv_multiscales=((),) * 6,
+            decoder_qkv_multiscales=((),) * 6,
+            encoder_layers_per_block=(1,) * 6,
+            decoder_layers_per_block=(1,) * 6,
         ),
         "Gemma2Model",
     ),
-    PICTURE | SHORT | {"use_resolution_binning": False, "complex_human_instruction": None},
+    OF_32 | SHORT | {"use_resolution_binning": False, "complex_human_instruction": None},
 )
 add(
     "PRXPipeline",
@@ -561,7 +564,7 @@ def joy() -> Components:
 
 
 def joy_size(pipe: Any) -> None:
-    BUCKETS[96] = [(64, 96)]  # all others are of a million pixels
+    BUCKETS[96] = [(80, 112)]  # all others are of a million pixels
     pipe.vae_image_processor.register_to_config(basesize=96)
 
 
@@ -634,7 +637,7 @@ add(
     "GlmImagePipeline",
     "GlmImageTransformer2DModel",
     glm,
-    PICTURE | SHORT | {"prior_token_ids": torch.arange(24)[None] % 20},
+    OF_32 | SHORT | {"prior_token_ids": torch.arange(6 * 10)[None] % 20},
 )
 
 

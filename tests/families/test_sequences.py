@@ -99,6 +99,25 @@ def test_frames_with_schedulers_of_their_own_are_refused_and_the_pipeline_withou
         assert torch.equal(generate(**order), before)
 
 
+@torch.no_grad()
+def test_the_sound_of_ltx2_keeps_its_tokens():
+    """And hears those of the picture that were removed, from memory."""
+    model, inputs = of("LTX2VideoTransformer3DModel")
+    _, expected = model(**inputs, return_dict=False)
+    rows = []
+    for block in model.transformer_blocks:
+        for layer in (block.audio_attn1.to_q, block.video_to_audio_attn.to_q, block.audio_ff):
+            layer.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    options = {"method": "random", "unmerge": "temporal", "keys_values": "cached"}
+    handle = apply_tofu(model, ratio=0.5, warmup_steps=1, **options)
+    for step in range(3):
+        handle.step(step, 3)
+        _, sound = model(**inputs, return_dict=False)
+    assert all(row["tokens_kept"] < row["tokens_in"] for row in handle.stats())
+    assert rows == [7] * (3 * len(model.transformer_blocks) * 3)
+    torch.testing.assert_close(sound, expected, rtol=1e-4, atol=1e-4)
+
+
 OVER_TIME = {
     "I2VGenXLUNet": "TransformerTemporalModel",
     "LatteTransformer3DModel": "temporal_transformer_blocks",

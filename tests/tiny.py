@@ -566,17 +566,16 @@ def generate(
     elif isinstance(pipe, QwenImagePipeline) and options.get("true_cfg_scale", 4.0) > 1:
         # It guides only with a negative prompt, and a single one would not do for a batch.
         options.setdefault("negative_prompt", [""] * len(prompts))
-    names = [*inspect.signature(pipe.__call__).parameters]
-    if "image" in names and "prompt" not in names:  # made of a picture alone
+    first, *others = inspect.signature(pipe.__call__).parameters
+    if "prompt" in others:  # behind a picture
+        output = pipe(prompt=asked, **options)
+    elif first == "image":  # made of a picture alone
         output = pipe(**options)
     else:
-        # Some have a picture for their first argument.
-        output = pipe(**{"prompt" if "prompt" in names else names[0]: asked}, **options)
+        output = pipe(asked, **options)
     result = next(iter(output.values()))  # beside which there may be sound
-    if isinstance(result, list) and isinstance(
-        result[0], Tensor
-    ):  # of FramePack, a history of each piece
-        return result[-1]
+    if isinstance(result, list) and isinstance(result[0], Tensor):
+        return result[-1]  # of FramePack, which grows piece by piece
     return result if isinstance(result, Tensor) else torch.as_tensor(result)
 
 

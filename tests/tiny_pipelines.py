@@ -553,6 +553,7 @@ add(
 
 
 def joy() -> Components:
+    """Without a picture to edit: what reads one needs torchvision, which is not here."""
     processor = parts.TextProcessor()
     vocabulary = len(processor.tokenizer)
     return {

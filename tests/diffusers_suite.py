@@ -216,25 +216,32 @@ def subclasses(base: type) -> set[type]:
 
 def build_hub(folder: Path) -> None:
     """Lay out tiny models as the hub's cache, under the names that diffusers' tests load: no network."""
-    from transformers import BertConfig, BertModel, BertTokenizer, GemmaTokenizer, LlamaTokenizer
+    from transformers import (
+        BertConfig,
+        BertModel,
+        BertTokenizer,
+        GemmaTokenizer,
+        LlamaTokenizer,
+        UMT5EncoderModel,
+    )
 
-    from tests import tiny
+    from tests import tiny, tiny_parts
 
     special = ["<pad>", "<unk>", "<bos>", "<eos>", "<s>", "</s>", "<mask>"]
-    pieces = {piece: i for i, piece in enumerate(special + tiny._byte_letters())}
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *tiny._byte_letters()]
+    pieces = {piece: i for i, piece in enumerate(special + tiny_parts.byte_letters())}
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *tiny_parts.byte_letters()]
     bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
-    qwen = tiny._qwen_tokenizer()
+    qwen = tiny_parts.qwen_tokenizer()
     named = ("vision_start", "vision_end", "image_pad", "video_pad")
     qwen.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in named]})
     qwen.chat_template = "{% for each in messages %}{{ each['content'] }}{% endfor %}"
-    t5, llama = tiny._t5_tokenizer(), LlamaTokenizer(vocab=pieces, merges=[])
+    t5, llama = tiny_parts.t5_tokenizer(), LlamaTokenizer(vocab=pieces, merges=[])
     hub: dict[str, tuple[Any, ...]] = {
-        "tiny-random-t5": (t5, tiny._t5(32)),
+        "tiny-random-t5": (t5, tiny_parts.t5(32)),
         "tiny-random-T5Model": (t5,),
-        "tiny-random-T5ForConditionalGeneration": (t5, tiny._t5(32)),
-        "tiny-random-umt5": (t5, tiny._t5(32, tiny.UMT5EncoderModel, tiny.UMT5Config)),
-        "tiny-random-clip": (tiny._clip_tokenizer(),),
+        "tiny-random-T5ForConditionalGeneration": (t5, tiny_parts.t5(32)),
+        "tiny-random-umt5": (t5, tiny_parts.t5(32, UMT5EncoderModel)),
+        "tiny-random-clip": (tiny_parts.clip_tokenizer(),),
         "tiny-random-Qwen2VLForConditionalGeneration": (qwen,),
         "dummy-gemma": (GemmaTokenizer(vocab=pieces, merges=[]),),
         "llama-tokenizer": (llama,),

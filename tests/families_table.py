@@ -1,4 +1,4 @@
-"""The table of families and the list of denoisers in docs/models.md, from what the tests really run.
+"""The tables of families and the list of denoisers in docs/models.md, from what the tests really run.
 
 `python -m tests.families_table` rebuilds it; a test holds the document to it.
 """
@@ -14,9 +14,10 @@ import torch
 
 from tests import markdown
 from tests.denoisers import DENOISERS, NO_DENOISERS
-from tofu_diffusers import FAMILIES, apply_tofu, remove_tofu
+from tofu_diffusers import FAMILIES, TokenReduction, apply_tofu, remove_tofu
 from tofu_diffusers.config import KEYS_VALUES, SCOPES
-from tofu_diffusers.families import known_family
+from tofu_diffusers.families import known_classes, known_family
+from tofu_diffusers.profiles import origin, resolve
 from tofu_diffusers.steps.outputs import tensors_in
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "models.md"
@@ -25,7 +26,18 @@ LIST_MARKS = ("<!-- denoisers: python -m tests.families_table -->", "<!-- /denoi
 CLASSES = sorted({name for family in FAMILIES.values() for name in family.classes} & {*DENOISERS})
 """Of denoisers whose tokens are reduced."""
 SKIPPED = sorted({*DENOISERS} - {*NO_DENOISERS})
-HEADER = ("denoiser", "pipelines", "grid", *(f"`{scope}`" for scope in SCOPES), "images of a batch")
+HEADER = (
+    "denoiser",
+    "pipelines",
+    "grid",
+    *(f"`{scope}`" for scope in SCOPES),
+    "images of a batch",
+    "profile",
+)
+MAPS = {"deepfloyd_if", "kandinsky", "kandinsky2_2"}
+"""Pipelines with UNets whose attention works on maps, which is refused."""
+REFUSED_MARKS = ("<!-- refused: python -m tests.families_table -->", "<!-- /refused -->")
+REFUSED_HEADER = ("denoiser", "refused", "because")
 
 
 @torch.no_grad()
@@ -63,7 +75,7 @@ def batches(model: Any, inputs: dict[str, Any]) -> str:
 def pipeline_sources() -> list[tuple[frozenset[str], list[str]]]:
     """Of every file of diffusers' pipelines, the words in it and the pipelines that it defines."""
     files = Path(diffusers.pipelines.__path__[0]).rglob("pipeline_*.py")
-    texts = [path.read_text(encoding="utf-8") for path in files]
+    texts = [path.read_text(encoding="utf-8") for path in files if path.parent.name not in MAPS]
     return [
         (
             frozenset(re.findall(r"\w+", text)),
@@ -92,7 +104,26 @@ def row(name: str) -> tuple[str, ...]:
     pipelines = pipelines_of(name)
     others = f" and {len(pipelines) - 1} more" if len(pipelines) > 1 else ""
     named = f"`{pipelines[0]}`{others}" if pipelines else "-"
-    return (f"`{name}`", named, " x ".join(sides), *scopes, batches(model, inputs))
+    grid, profile = " x ".join(sides), default_profile(family.name)
+    return (f"`{name}`", named, grid, *scopes, batches(model, inputs), profile)
+
+
+def default_profile(family: str) -> str:
+    """Whose profile `ratio=` takes, and whether it was measured there, as a summary says it."""
+    said = origin(family, resolve(TokenReduction(ratio=0.5), family))
+    return said.removeprefix(" (default profile, ").removesuffix(")")
+
+
+def refused() -> str:
+    """The classes in which a choice of keys and values or a scope cannot be had, and why, as Markdown."""
+    rows = []
+    for name in CLASSES:
+        family = FAMILIES[known_classes()[name]]
+        choices = [f"`keys_values={each!r}`" for each in family.keys_values_refused]
+        choices += [f"`scope={each!r}`" for each in family.scopes_refused]
+        if choices:
+            rows.append((f"`{name}`", ", ".join(choices), family.refused_because))
+    return markdown.table(REFUSED_HEADER, rows)
 
 
 def table() -> str:
@@ -107,8 +138,9 @@ def denoisers() -> str:
 
 
 def document() -> str:
-    """The page with both made anew."""
+    """The page with all three made anew."""
     text = markdown.between(MARKS, f"\n{table()}\n", DOCUMENT.read_text(encoding="utf-8"))
+    text = markdown.between(REFUSED_MARKS, f"\n{refused()}\n", text)
     return markdown.between(LIST_MARKS, f"\n{denoisers()}\n", text)
 
 

@@ -5,30 +5,23 @@ Weights depend on the arguments only, and building leaves the global generator a
 are an eighth of the image, as in the real models: 120 pixels give an odd grid of 15 rows.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import (
-    AnimateDiffPipeline,
-    AuraFlowPipeline,
-    AutoencoderKL,
     AutoencoderKLCogVideoX,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
-    AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
-    BriaPipeline,
-    ChromaPipeline,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
-    CogView3PlusPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -42,11 +35,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     HunyuanVideo15Pipeline,
-    LattePipeline,
     LTX2Pipeline,
-    LTXPipeline,
-    MotionAdapter,
-    OvisImagePipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
@@ -60,6 +49,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
     ZImagePipeline,
 )
 from diffusers.guiders import ClassifierFreeGuidance
@@ -68,37 +58,27 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
     ByT5Tokenizer,
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    PreTrainedConfig,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
-    Qwen2Tokenizer,
-    Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-    UMT5Config,
     UMT5EncoderModel,
 )
 
 from pipelines.emoji.captions import held_out
 from pipelines.emoji.data import Emoji
+from tests import tiny_parts as parts
 from tests.denoisers import DENOISERS
 
 # The constructors of diffusers draw weights that are replaced below.
 untouched_generator = torch.random.fork_rng(devices=[])
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # How `generate` calls them unless told otherwise. With models of this size, text of the pipelines' own
-# length would outweigh the image, and their own sizes would take minutes.
+# length would outweigh the image, and their own sizes would take minutes. Those of `tests.tiny_pipelines` are
+# added there.
 CALLS: dict[type[DiffusionPipeline], dict[str, Any]] = {
     StableDiffusion3Pipeline: {"max_sequence_length": 16},
     FluxPipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
@@ -114,14 +94,6 @@ CALLS: dict[type[DiffusionPipeline], dict[str, Any]] = {
     Flux2KleinPipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
     HunyuanVideo15Pipeline: {"height": 64, "width": 96, "num_frames": 9},
     LTX2Pipeline: {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16},
-    LTXPipeline: {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16},
-    LattePipeline: {"height": 64, "width": 96, "video_length": 3, "clean_caption": False},
-    AnimateDiffPipeline: {"height": 64, "width": 96, "num_frames": 3},
-    AuraFlowPipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
-    BriaPipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
-    ChromaPipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
-    CogView3PlusPipeline: {"height": 128, "width": 128, "max_sequence_length": 16},
-    OvisImagePipeline: {"height": 128, "width": 128},
     DDPMPipeline: {"output_type": "pt"},  # no latents: it draws the picture itself
 }
 
@@ -142,7 +114,7 @@ def tiny_sd(
 
     middle: a block between the way down and the way up, as the real ones have.
     """
-    text = _clip(CLIPTextModel)
+    text = parts.clip(CLIPTextModel)
     levels = len(channels)
     unet = UNet2DConditionModel(
         sample_size=sample_size,
@@ -158,9 +130,9 @@ def tiny_sd(
         use_linear_projection=linear_projection,
     )
     pipe = StableDiffusionPipeline(
-        vae=_vae(4),
+        vae=parts.vae(4),
         text_encoder=text,
-        tokenizer=_clip_tokenizer(),
+        tokenizer=parts.clip_tokenizer(),
         unet=unet,
         scheduler=DDIMScheduler(
             **NOISE,
@@ -173,7 +145,7 @@ def tiny_sd(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 def tiny_sd2(
@@ -211,16 +183,16 @@ def tiny_sdxl(
         projection_class_embeddings_input_dim=80,  # 6 sizes x 8, and 32 of the pooled text
     )
     pipe = StableDiffusionXLPipeline(
-        vae=_vae(4),
-        text_encoder=_clip(CLIPTextModel),
-        text_encoder_2=_clip(CLIPTextModelWithProjection),
-        tokenizer=_clip_tokenizer(),
-        tokenizer_2=_clip_tokenizer(),
+        vae=parts.vae(4),
+        text_encoder=parts.clip(CLIPTextModel),
+        text_encoder_2=parts.clip(CLIPTextModelWithProjection),
+        tokenizer=parts.clip_tokenizer(),
+        tokenizer_2=parts.clip_tokenizer(),
         unet=unet,
         scheduler=EulerDiscreteScheduler(**NOISE, steps_offset=1, timestep_spacing="leading"),
         add_watermarker=False,
     )
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 @untouched_generator
@@ -255,15 +227,15 @@ def tiny_sd3(
     pipe = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(4, shift_factor=0.06),
-        text_encoder=_clip(CLIPTextModelWithProjection),
-        tokenizer=_clip_tokenizer(),
-        text_encoder_2=_clip(CLIPTextModelWithProjection),
-        tokenizer_2=_clip_tokenizer(),
-        text_encoder_3=_t5(64),
-        tokenizer_3=_t5_tokenizer(),
+        vae=parts.vae(4, shift_factor=0.06),
+        text_encoder=parts.clip(CLIPTextModelWithProjection),
+        tokenizer=parts.clip_tokenizer(),
+        text_encoder_2=parts.clip(CLIPTextModelWithProjection),
+        tokenizer_2=parts.clip_tokenizer(),
+        text_encoder_3=parts.t5(64),
+        tokenizer_3=parts.t5_tokenizer(),
     )
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 @untouched_generator
@@ -292,13 +264,13 @@ def tiny_flux(
     pipe = FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=_vae(1, shift_factor=0.1),
-        text_encoder=_clip(CLIPTextModel),
-        tokenizer=_clip_tokenizer(),
-        text_encoder_2=_t5(64),
-        tokenizer_2=_t5_tokenizer(),
+        vae=parts.vae(1, shift_factor=0.1),
+        text_encoder=parts.clip(CLIPTextModel),
+        tokenizer=parts.clip_tokenizer(),
+        text_encoder_2=parts.t5(64),
+        tokenizer_2=parts.t5_tokenizer(),
     )
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 @untouched_generator
@@ -316,11 +288,11 @@ def tiny_pixart(*, num_layers: int = 2, seed: int = 0) -> PixArtSigmaPipeline:
         transformer=transformer,
         # Where the real ones start, in more noise, a random model's first guess is in the thousands.
         scheduler=DPMSolverMultistepScheduler(**NOISE, timestep_spacing="leading"),
-        vae=_vae(4),
-        text_encoder=_t5(64),
-        tokenizer=_t5_tokenizer(),
+        vae=parts.vae(4),
+        text_encoder=parts.t5(64),
+        tokenizer=parts.t5_tokenizer(),
     )
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 @untouched_generator
@@ -334,9 +306,11 @@ def tiny_dit(*, num_layers: int = 2, seed: int = 0) -> DiTPipeline:
         num_attention_heads=2,
     )
     pipe = DiTPipeline(
-        transformer=transformer, scheduler=DDIMScheduler(**NOISE, clip_sample=False), vae=_vae(4)
+        transformer=transformer,
+        scheduler=DDIMScheduler(**NOISE, clip_sample=False),
+        vae=parts.vae(4),
     )
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 @untouched_generator
@@ -366,12 +340,12 @@ def tiny_wan(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
         vae=AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        text_encoder=_t5(64, UMT5EncoderModel, UMT5Config),
-        tokenizer=_t5_tokenizer(),
+        text_encoder=parts.t5(64, UMT5EncoderModel),
+        tokenizer=parts.t5_tokenizer(),
         boundary_ratio=0.875 if two else None,
         expand_timesteps=per_token,
     )
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 @untouched_generator
@@ -384,31 +358,31 @@ def tiny_qwen(*, num_layers: int = 2, seed: int = 0) -> QwenImagePipeline:
         joint_attention_dim=64,
         axes_dims_rope=(4, 6, 6),
     )
-    tokenizer = _qwen_tokenizer()
+    tokenizer = parts.qwen_tokenizer()
     pipe = QwenImagePipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
         vae=AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        text_encoder=_qwen_text(len(tokenizer)),
+        text_encoder=parts.qwen_text(len(tokenizer)),
         tokenizer=tokenizer,
     )
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 @untouched_generator
 def tiny_z_image(*, seed: int = 0) -> ZImagePipeline:
     """Z-Image: image and text in one sequence; 64 image tokens at 128 x 128 pixels."""
-    tokenizer = _chat_tokenizer()
+    tokenizer = parts.chat_tokenizer()
     pipe = ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(4, shift_factor=0.1),
-        text_encoder=Qwen3Model(_qwen3(len(tokenizer))),
+        vae=parts.vae(4, shift_factor=0.1),
+        text_encoder=parts.language_model(Qwen3Model, len(tokenizer)),
         tokenizer=tokenizer,
         transformer=DENOISERS["ZImageTransformer2DModel"].build(seed),
     )
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 @untouched_generator
@@ -417,8 +391,8 @@ def tiny_cogvideox(*, seed: int = 0) -> CogVideoXPipeline:
     model = DENOISERS["CogVideoXTransformer3DModel"]
     config = {**model.config, "in_channels": 4, "ofs_embed_dim": None, "max_text_seq_length": 16}
     pipe = CogVideoXPipeline(
-        tokenizer=_t5_tokenizer(),
-        text_encoder=_t5(16),
+        tokenizer=parts.t5_tokenizer(),
+        text_encoder=parts.t5(16),
         vae=AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4,
             up_block_types=("CogVideoXUpBlock3D",) * 4,
@@ -430,13 +404,13 @@ def tiny_cogvideox(*, seed: int = 0) -> CogVideoXPipeline:
         transformer=replace(model, config=config).build(seed),
         scheduler=CogVideoXDDIMScheduler(),
     )
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 @untouched_generator
 def tiny_flux2(*, seed: int = 0) -> Flux2KleinPipeline:
     """FLUX.2 Klein: joint blocks, then single ones; 64 image tokens at 128 x 128 pixels."""
-    model, tokenizer = DENOISERS["Flux2Transformer2DModel"], _chat_tokenizer()
+    model, tokenizer = DENOISERS["Flux2Transformer2DModel"], parts.chat_tokenizer()
     config = {**model.config, "guidance_embeds": False, "joint_attention_dim": 3 * 16}
     pipe = Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -448,28 +422,25 @@ def tiny_flux2(*, seed: int = 0) -> Flux2KleinPipeline:
             latent_channels=4,
             norm_num_groups=4,
         ),
-        text_encoder=Qwen3ForCausalLM(_qwen3(len(tokenizer), layers=28)),  # it reads 9, 18, 27
+        text_encoder=parts.language_model(
+            Qwen3ForCausalLM, len(tokenizer), layers=28
+        ),  # it reads 9, 18, 27
         tokenizer=tokenizer,
         transformer=replace(model, config=config).build(seed),
     )
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 @untouched_generator
 def tiny_hunyuan_video15(*, seed: int = 0) -> HunyuanVideo15Pipeline:
     """HunyuanVideo 1.5: joint blocks; 3 frames of 4 x 6 tokens at 9 frames of 64 x 96 pixels."""
-    model, tokenizer = DENOISERS["HunyuanVideo15Transformer3DModel"], _chat_tokenizer()
-    text = Qwen2_5_VLTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]},
+    model, tokenizer = DENOISERS["HunyuanVideo15Transformer3DModel"], parts.chat_tokenizer()
+    rotary = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    text = parts.language_model(
+        Qwen2_5_VLTextModel, len(tokenizer), layers=3, rope_parameters=rotary
     )
     pipe = HunyuanVideo15Pipeline(
-        text_encoder=Qwen2_5_VLTextModel(text),
+        text_encoder=text,
         tokenizer=tokenizer,
         transformer=replace(model, config={**model.config, "task_type": "t2v"}).build(seed),
         vae=AutoencoderKLHunyuanVideo15(
@@ -480,24 +451,21 @@ def tiny_hunyuan_video15(*, seed: int = 0) -> HunyuanVideo15Pipeline:
             upsample_match_channel=False,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=_t5(12, vocabulary=384),
+        text_encoder_2=parts.t5(12, vocabulary=384),
         tokenizer_2=ByT5Tokenizer(),
         guider=ClassifierFreeGuidance(guidance_scale=6.0),
     )
     # What is before the prompt, of its own template, has more tokens here.
     pipe.tokenizer_max_length, pipe.prompt_template_encode_start_idx = 16, 0
     pipe.tokenizer_2_max_length = 16
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 @untouched_generator
 def tiny_ltx2(*, seed: int = 0) -> LTX2Pipeline:
     """LTX-2: video beside sound; 2 frames of 2 x 3 tokens at 9 frames of 64 x 96 pixels."""
-    model, tokenizer = DENOISERS["LTX2VideoTransformer3DModel"], _chat_tokenizer()
-    text = {
-        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
-    }  # fmt: skip
+    model, tokenizer = DENOISERS["LTX2VideoTransformer3DModel"], parts.chat_tokenizer()
+    text = {**parts.TEXT, "vocab_size": len(tokenizer), "num_hidden_layers": 2}
     never_shown = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "image_size": 28, "patch_size": 14,
@@ -541,7 +509,7 @@ def tiny_ltx2(*, seed: int = 0) -> LTX2Pipeline:
             resnet_dilations=[[1]],
         ),
     )
-    return _finish(pipe, seed)
+    return finish(pipe, seed)
 
 
 @untouched_generator
@@ -555,84 +523,13 @@ def tiny_ddpm(*, sample_size: int | tuple[int, int] = 16, seed: int = 0) -> DDPM
         layers_per_block=1,
         norm_num_groups=8,
     )
-    return _finish(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()), seed)
-
-
-def _with_t5(
-    kind: type[DiffusionPipeline],
-    name: str,
-    *,
-    scheduler: Any = None,
-    vae: Any = None,
-    umt5: bool = False,
-    seed: int = 0,
-    **changes: Any,
-) -> Callable[[], Any]:
-    """A builder of a pipeline of a transformer, an autoencoder and T5 alone.
-
-    vae, scheduler: What builds them; usually those of FLUX, and flow matching.
-    changes: Of the transformer's configuration.
-    """
-
-    @untouched_generator
-    def build() -> Any:
-        model = DENOISERS[name]
-        text = _t5(16, UMT5EncoderModel, UMT5Config) if umt5 else _t5(16)
-        pipe = kind(
-            transformer=replace(model, config={**model.config, **changes}).build(seed),
-            scheduler=(scheduler or FlowMatchEulerDiscreteScheduler)(),
-            vae=(vae or partial(_vae, 4, shift_factor=0.1))(),
-            text_encoder=text,
-            tokenizer=_t5_tokenizer(),
-        )
-        return _finish(pipe, seed)
-
-    return build
-
-
-@untouched_generator
-def tiny_ovis_image(*, seed: int = 0) -> OvisImagePipeline:
-    """Ovis-Image: built like FLUX, with a language model for its text."""
-    tokenizer = _chat_tokenizer()
-    pipe = OvisImagePipeline(
-        transformer=DENOISERS["OvisImageTransformer2DModel"].build(seed),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(4, shift_factor=0.1),
-        text_encoder=Qwen3Model(_qwen3(len(tokenizer))),
-        tokenizer=tokenizer,
-    )
-    return _finish(pipe, seed)
-
-
-@untouched_generator
-def tiny_animatediff(*, seed: int = 0) -> AnimateDiffPipeline:
-    """AnimateDiff: Stable Diffusion with motion modules between its blocks."""
-    pipe = tiny_sd(seed=seed)
-    adapter = MotionAdapter(
-        block_out_channels=(32, 64),
-        motion_layers_per_block=1,
-        motion_norm_num_groups=8,
-        motion_num_attention_heads=2,
-    )
-    parts = {name: pipe.components[name] for name in ("vae", "text_encoder", "tokenizer", "unet")}
-    scheduler = DDIMScheduler(**NOISE, clip_sample=False)
-    made = AnimateDiffPipeline(**parts, motion_adapter=adapter, scheduler=scheduler)
-    return _finish(made, seed)
-
-
-def _ltx_vae() -> AutoencoderKLLTXVideo:
-    return AutoencoderKLLTXVideo(
-        latent_channels=8,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5,
-    )
+    return finish(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()), seed)
 
 
 def denoisers(pipe: DiffusionPipeline) -> list[nn.Module]:
     """The models that the pipeline denoises with, in the order in which they have their turns."""
-    models = [getattr(pipe, name, None) for name in ("unet", "transformer", "transformer_2")]
+    names = ("unet", "transformer", "transformer_2", "unconditional_transformer")
+    models = [getattr(pipe, name, None) for name in names]
     return [model for model in models if model is not None]
 
 
@@ -660,6 +557,8 @@ def generate(
     asked: Any = prompts
     if isinstance(pipe, DDPMPipeline):
         asked = len(prompts)
+    elif isinstance(pipe, WanVACEPipeline):  # takes no list
+        (asked,), (options["generator"],) = prompts, options["generator"]
     elif isinstance(pipe, DiTPipeline):
         asked = [text if isinstance(text, int) else sum(map(ord, text)) % 1000 for text in prompts]
         if options["output_type"] == "latent":
@@ -667,11 +566,16 @@ def generate(
     elif isinstance(pipe, QwenImagePipeline) and options.get("true_cfg_scale", 4.0) > 1:
         # It guides only with a negative prompt, and a single one would not do for a batch.
         options.setdefault("negative_prompt", [""] * len(prompts))
-    if isinstance(pipe, Flux2KleinPipeline):  # whose first argument is a picture
+    first, *others = inspect.signature(pipe.__call__).parameters
+    if "prompt" in others:  # behind a picture
         output = pipe(prompt=asked, **options)
+    elif first == "image":  # made of a picture alone
+        output = pipe(**options)
     else:
         output = pipe(asked, **options)
-    result = output.images if "images" in output else output.frames
+    result = next(iter(output.values()))  # beside which there may be sound
+    if isinstance(result, list) and isinstance(result[0], Tensor):
+        return result[-1]  # of FramePack, which grows piece by piece
     return result if isinstance(result, Tensor) else torch.as_tensor(result)
 
 
@@ -767,7 +671,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def _finish(pipe: Any, seed: int) -> Any:
+def finish(pipe: Any, seed: int) -> Any:
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             # By name: a model's weights do not depend on what else its pipeline holds.
@@ -798,147 +702,6 @@ def _plain(layers: int | Sequence[int]) -> int | tuple[int, ...]:
     return layers if isinstance(layers, int) else tuple(layers)
 
 
-def _vae(latent_channels: int, shift_factor: float | None = None) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 8, 8),
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        shift_factor=shift_factor,
-        use_quant_conv=shift_factor is None,
-        use_post_quant_conv=shift_factor is None,
-    )
-
-
-def _byte_letters() -> list[str]:
-    """The 256 letters of byte-level BPE: printable bytes as themselves, the others moved up."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    moved = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(moved)) for byte in range(256)]
-
-
-def _clip_tokenizer() -> CLIPTokenizer:
-    letters = _byte_letters()
-    pieces = [
-        *letters,
-        *(letter + "</w>" for letter in letters),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    return CLIPTokenizer(
-        vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], model_max_length=77
-    )
-
-
-def _t5_tokenizer() -> T5Tokenizer:
-    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(33, 127))]
-    return T5Tokenizer(
-        vocab=[(piece, -float(index)) for index, piece in enumerate(pieces)],
-        extra_ids=0,
-        model_max_length=64,
-    )
-
-
-def _clip(model: type[nn.Module]) -> nn.Module:
-    return model(
-        CLIPTextConfig(
-            vocab_size=514,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            projection_dim=32,
-            bos_token_id=512,
-            eos_token_id=513,
-            pad_token_id=513,
-        )
-    )
-
-
-def _t5(
-    width: int,
-    model: type[nn.Module] = T5EncoderModel,
-    config: type[PreTrainedConfig] = T5Config,
-    vocabulary: int = 98,
-) -> nn.Module:
-    return model(
-        config(
-            vocab_size=vocabulary,
-            d_model=width,
-            d_kv=16,
-            d_ff=64,
-            num_layers=2,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-        )
-    )
-
-
-def _qwen_tokenizer() -> Qwen2Tokenizer:
-    """Each word of the pipeline's template is a token, as in the real one; other text goes by letters.
-
-    The pipeline drops the first 34 tokens, which are those before the prompt.
-    """
-    # In the letters of byte-level BPE, where a space is Ġ.
-    words = (
-        "system Describe Ġthe Ġimage Ġby Ġdetailing Ġcolor Ġshape Ġsize Ġtexture Ġquantity Ġtext "
-        "Ġspatial Ġrelationships Ġof Ġobjects Ġand Ġbackground user assistant"
-    )
-    merges = list(
-        dict.fromkeys(
-            (word[:end], word[end]) for word in words.split() for end in range(1, len(word))
-        )
-    )
-    pieces = [*_byte_letters(), *(start + letter for start, letter in merges)]
-    return Qwen2Tokenizer(
-        vocab={piece: index for index, piece in enumerate(pieces)},
-        merges=merges,
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-
-
-def _chat_tokenizer() -> Qwen2Tokenizer:
-    tokenizer = _qwen_tokenizer()
-    tokenizer.chat_template = "{% for each in messages %}{{ each['content'] }}{% endfor %}"
-    return tokenizer
-
-
-def _qwen3(vocabulary: int, layers: int = 2) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=layers,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-    )  # fmt: skip
-
-
-def _qwen_text(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config={
-                "vocab_size": vocabulary,
-                "hidden_size": 64,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]},
-                "bos_token_id": None,
-                "eos_token_id": None,
-            },
-            vision_config={  # never shown a picture
-                "depth": 1,
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_heads": 1,
-                "out_hidden_size": 64,
-                "fullatt_block_indexes": [0],
-            },
-        )
-    )
-
-
 def emoji_data() -> Emoji:
     """Nine pictures of four concepts: an apple, a car and a ball in several colours, and one held out.
 
@@ -953,42 +716,3 @@ def emoji_data() -> Emoji:
         colours=["red", "blue", None, "pink", "green", "blue", "red", "yellow", "blue"],
         recoloured=np.array([False] * 4 + [True] * 5),
     )
-
-
-PIPELINES: dict[str, Callable[[], Any]] = {
-    "AuraFlowTransformer2DModel": _with_t5(
-        AuraFlowPipeline, "AuraFlowTransformer2DModel", vae=partial(_vae, 4), umt5=True
-    ),
-    "BriaTransformer2DModel": _with_t5(
-        BriaPipeline, "BriaTransformer2DModel", in_channels=16, vae=partial(_vae, 4)
-    ),
-    "ChromaTransformer2DModel": _with_t5(
-        ChromaPipeline, "ChromaTransformer2DModel", in_channels=16
-    ),
-    "CogVideoXTransformer3DModel": tiny_cogvideox,
-    "CogView3PlusTransformer2DModel": _with_t5(
-        CogView3PlusPipeline,
-        "CogView3PlusTransformer2DModel",
-        scheduler=CogVideoXDDIMScheduler,
-        vae=partial(_vae, 4),
-    ),
-    "DiTTransformer2DModel": tiny_dit,
-    "Flux2Transformer2DModel": tiny_flux2,
-    "FluxTransformer2DModel": tiny_flux,
-    "HunyuanVideo15Transformer3DModel": tiny_hunyuan_video15,
-    "LTX2VideoTransformer3DModel": tiny_ltx2,
-    "LTXVideoTransformer3DModel": _with_t5(LTXPipeline, "LTXVideoTransformer3DModel", vae=_ltx_vae),
-    "LatteTransformer3DModel": _with_t5(
-        LattePipeline, "LatteTransformer3DModel", scheduler=DDIMScheduler, vae=partial(_vae, 4)
-    ),
-    "OvisImageTransformer2DModel": tiny_ovis_image,
-    "PixArtTransformer2DModel": tiny_pixart,
-    "QwenImageTransformer2DModel": tiny_qwen,
-    "SD3Transformer2DModel": tiny_sd3,
-    "UNet2DConditionModel": tiny_sd,
-    "UNet2DModel": tiny_ddpm,
-    "UNetMotionModel": tiny_animatediff,
-    "WanTransformer3DModel": tiny_wan,
-    "ZImageTransformer2DModel": tiny_z_image,
-}
-"""By the class of a denoiser, what builds a pipeline around it."""

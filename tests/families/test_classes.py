@@ -21,10 +21,25 @@ from tofu_diffusers.steps.outputs import tensors_in
 CLASSES = sorted(
     name for family in FAMILIES.values() for name in family.classes if name in DENOISERS
 )
-# Of a class that are built otherwise: changes of the tiny model's configuration.
+# Of a class that are built or called otherwise: changes of the tiny model's configuration and arguments.
+# Where a picture is the first frame, each token of LTX has a time of its own, which is 0 there.
+TIMES = torch.tensor([0.0, 500.0, 500.0]).repeat_interleave(24).expand(2, -1)
 VARIANTS = {
-    "HunyuanVideoTransformer3DModel-token_replace": {"image_condition_type": "token_replace"},
-    "MotifVideoTransformer3DModel-no_decoder": {"num_decoder_layers": 0},
+    "HunyuanVideoTransformer3DModel-token_replace": (
+        {"image_condition_type": "token_replace"},
+        {},
+    ),
+    "LTX2VideoTransformer3DModel-first_frame": (
+        {},
+        {
+            "timestep": TIMES,
+            "audio_timestep": torch.full((2,), 500.0),
+            "audio_sigma": torch.full((2,), 500.0),
+            "use_cross_timestep": False,
+        },
+    ),
+    "LTXVideoTransformer3DModel-first_frame": ({}, {"timestep": TIMES}),
+    "MotifVideoTransformer3DModel-no_decoder": ({"num_decoder_layers": 0}, {}),
 }
 # Between their stacks, kept tokens see others: norms and convolutions over the grid, attention over time.
 MORE_THAN_ATTENTION = {
@@ -45,10 +60,10 @@ PRUNED = {"ratio": 0.5, "method": "tome", "merge": "prune", "share": "resolution
 def built(request):
     """(denoiser, arguments of one call of a batch of two different images, its family)"""
     described = DENOISERS[request.param.partition("-")[0]]
-    changes = VARIANTS.get(request.param, {})
-    described = replace(described, config={**described.config, **changes})
+    config, arguments = VARIANTS.get(request.param, ({}, {}))
+    described = replace(described, config={**described.config, **config})
     model = tiny.randomise(described.build())
-    return model, described.arguments(), known_family(model)
+    return model, described.arguments() | arguments, known_family(model)
 
 
 @pytest.fixture

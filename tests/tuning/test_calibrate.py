@@ -12,13 +12,17 @@ from eval.__main__ import main
 from eval.generate.prompts import load_prompts
 from pipelines.emoji import GUIDANCE
 from tests import tiny
+from tests.denoisers import DENOISERS
+from tests.families.test_classes import CLASSES
 from tests.families.test_families import BUILDERS, plans_of, run
+from tests.tiny_pipelines import PIPELINES
 from tofu_diffusers import apply_tofu, calibrate_gradient, remove_tofu
 from tofu_diffusers.families import find_family
 from tofu_diffusers.hooks.patch import bind, parameters_of
 from tofu_diffusers.tokens.random_bits import uniform
 from tofu_diffusers.tokens.sources.gradient import features, log_norm, sensitivity
 from tofu_diffusers.tuning.calibrate import gradients
+from tofu_diffusers.tuning.linearity import linearities
 from tofu_diffusers.tuning.probes import (
     Fit,
     load_probes,
@@ -80,6 +84,76 @@ def test_a_gradient_is_how_much_the_prediction_moves_with_a_token(name):
         torch.testing.assert_close((up - down) / 1e-2, slope, rtol=0.03, atol=1e-3)
     assert names == list(found)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_gives_tokens_and_gradients(name):
+    """Whatever its blocks call their tokens, and however these lie."""
+    model, named = DENOISERS[name].build(), DENOISERS[name].arguments()
+    family = find_family(model, None)
+    grids = family.grids(model, named)
+    sides = {
+        block: grids[stack.resolution]
+        for stack in family.block_stacks(model)
+        for block, _ in stack.blocks
+    }
+    found = {block: (x, gradient) for block, x, gradient in gradients(model, family, named, seed=5)}
+    assert {*found} == {*sides}
+    for block, (x, gradient) in found.items():
+        assert x.shape == gradient.shape and x.shape[1] == sides[block].tokens
+        assert torch.isfinite(gradient).all() and (gradient.norm(dim=-1) > 0).all()
+
+
+def test_images_behind_texts_of_their_own_lengths():
+    """Lumina 2, in a batch: each row's image begins where its own text ends."""
+    described = DENOISERS["Lumina2Transformer2DModel"]
+    model, named = tiny.randomise(described.build()), described.arguments()
+    family = find_family(model, None)
+    starts = named["encoder_attention_mask"].sum(1)
+    assert len({*starts.tolist()}) == 2
+    block, noted = model.layers[1], []
+    hook = block.register_forward_pre_hook(lambda module, args: noted.append(args[0]))
+    found = {each[0]: each[1:] for each in gradients(model, family, named, seed=5)}
+    hook.remove()
+    x, gradient = found["layers.1"]
+    for row, start in enumerate(starts.tolist()):
+        assert torch.equal(x[row], noted[0][row, start : start + 24])
+
+    def signed_sum(row, move):
+        def moved(module, args):
+            tokens = args[0].clone()
+            tokens[row, starts[row] + 7] += move
+            return tokens, *args[1:]
+
+        hook = block.register_forward_pre_hook(moved)
+        with torch.no_grad():
+            out = model(**named, return_dict=False)[0]
+        hook.remove()
+        signs = (uniform(5, None, torch.arange(out.numel())) < 0.5).double() * 2 - 1
+        return (out.double().flatten() * signs).sum()
+
+    for row in range(2):
+        step = 5e-3 * gradient[row, 7] / gradient[row, 7].norm()
+        slope = (signed_sum(row, step) - signed_sum(row, -step)) / 1e-2
+        torch.testing.assert_close(slope, gradient[row, 7].norm().double(), rtol=0.03, atol=1e-3)
+    with pytest.raises(ValueError, match=r"texts of \[3, 5\] tokens.*a prompt of its own"):
+        linearities(model, family, named, 0.5)
+
+
+def test_probes_of_lumina_2(tmp_path):
+    """Whose prompts have texts of their own lengths."""
+    pipe = PIPELINES["Lumina2Transformer2DModel"]()
+    call = tiny.CALLS[type(pipe)] | {"num_inference_steps": 3}
+    path = tmp_path / "probe.safetensors"
+    agreement = calibrate_gradient(pipe, ["a", "a cat", "two dogs"], path, calls=2, **call)
+    blocks = {
+        name for stack in ("noise_refiner", "layers") for name in (f"{stack}.0", f"{stack}.1")
+    }
+    assert {*agreement} == blocks
+    how = {"source": "gradient", "probe": str(path)}
+    with apply_tofu(pipe, ratio=0.5, method="importance", method_options=how) as handle:
+        assert torch.isfinite(tiny.generate(pipe, steps=3)).all()
+        assert all(row["tokens_kept"] < row["tokens_in"] for row in handle.stats())
 
 
 def test_a_linear_law_is_found_whatever_images_have_in_common():

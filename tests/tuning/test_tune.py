@@ -20,6 +20,7 @@ from diffusers import (
 from PIL import Image
 
 from tests import tiny
+from tests.tiny_pipelines import PIPELINES
 from tofu_diffusers import StepSkipping, TokenReduction, Tuned, apply_tofu, remove_tofu, tune
 from tofu_diffusers.steps.sampler import Sampling
 from tofu_diffusers.tuned import Measured
@@ -272,6 +273,19 @@ def test_video_in_several_parts_is_judged_by_its_latents(make):
     call = {**tiny.CALLS[type(pipe)], "num_inference_steps": 10}
     tuned = tune(pipe, PROMPTS[:2], speedup=2.0, minutes=1e-9, progress=False, **call)
     assert all(row.held_out_db and row.pixels_db for row in tuned.rows)
+
+
+def test_a_batch_of_texts_of_their_own_lengths():
+    """Lumina 2, whose images begin where the row's text ends."""
+    pipe = PIPELINES["Lumina2Transformer2DModel"]()
+    call = {**tiny.CALLS[type(pipe)], "num_inference_steps": 6}
+    prompts = ["a cat", "two dogs in the snow"]
+    tuned = tune(pipe, prompts, speedup=1.5, minutes=1e-9, progress=False, **call)
+    assert all(row.held_out_db and row.pixels_db for row in tuned.rows)
+    with apply_tofu(pipe, tuned) as handle:
+        assert torch.isfinite(tiny.generate(pipe, prompts, steps=6)).all()
+        (steps,) = handle.summary().steps
+        assert steps.computed == 4
 
 
 def workload(pipe, **options):
@@ -593,6 +607,7 @@ import torch
 from torch import distributed
 from tests.tuning.test_tune import PROMPTS, tuned_tiny
 from tests import tiny
+from tests.tiny_pipelines import PIPELINES
 distributed.init_process_group("gloo")
 tuned = tuned_tiny(tiny.tiny_sd(), folder=sys.argv[1], minutes=1e-9)
 if distributed.get_rank() == 0:

@@ -15,7 +15,10 @@ from .frames import FramesFamily
 
 @register_family
 class LatteFamily(FramesFamily, BasicFamily):
-    """A stack is one block over space; those over time are not reduced."""
+    """A stack is one block over space.
+
+    Those over time are not reduced: frames keep other tokens, so that a place would miss some of its frames.
+    """
 
     name = "latte"
     classes = ("LatteTransformer3DModel",)

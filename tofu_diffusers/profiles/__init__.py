@@ -5,7 +5,7 @@
 
 Each names the committed result it was chosen from; without one it is provisional. A family without a trained
 model at hand has no file and borrows the profile of `BORROWED`; or its file names whose it borrows (`like`),
-and under `tokens` the options that are other ones.
+and under `tokens` the options that are other ones. What is borrowed is provisional, whatever was measured.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def origin(family: str, config: DenoiserConfig) -> str:
     if config != resolve(type(config)(**amount), family):
         return ""
     data = profile(family)
-    status = "measured" if data[key]["result"] else "provisional"
-    whose = f"that of {data['like']}, " if "like" in data else ""
+    borrowed = "like" in data
+    status = "measured" if data[key]["result"] and not borrowed else "provisional"
+    whose = f"that of {data['like']}, " if borrowed else ""
     return f" (default profile, {whose}{status})"

@@ -24,8 +24,9 @@ def untold(how: str) -> RuntimeError:
     """What to raise where a denoiser goes from step to step, and nobody tells them."""
     return RuntimeError(
         f"the denoiser was called {how} without a scheduler step; in a loop of your own, call "
-        "handle.step(i, n) before each step; for a pipeline that does not step its `scheduler` (as some "
-        "inversions), call remove_tofu before it"
+        "handle.step(i, n) before each step; for a pipeline that does not step its `scheduler` (some "
+        "inversions, or SkyReels' diffusion forcing, which steps copies of it: SkyReelsV2Pipeline takes the "
+        "same components and steps its own), call remove_tofu before it"
     )
 
 

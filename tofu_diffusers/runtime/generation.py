@@ -356,11 +356,17 @@ class Generation:
 
         Image-to-image leaves out the first of them, a base model before a refiner the last. The timestep is
         read once, in a loop of the user's and where the pipeline announces fewer steps than were set.
+
+        Raises:
+            RuntimeError: if it announces more.
         """
         if self._trimmed:
             return
         self._trimmed, pipeline, count = True, self.caller(), len(self.sampling)
         planned = getattr(pipeline, "num_timesteps", None)
+        if planned is not None and planned > count and self.runtime.setup.reduces:
+            # Frames of a video that follow each other, each by a scheduler of its own.
+            raise untold(f"for {planned} steps, more than the {count} of its scheduler,")
         # Where nothing is announced, by a loop of the user's or an old pipeline, it may begin anywhere and
         # goes on to the end.
         latest = count - 1 if planned is None else count - planned

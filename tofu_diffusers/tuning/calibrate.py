@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..api import only_denoiser
 from ..families import Family, find_family
-from ..families.base import Kwargs
+from ..families.base import Kwargs, gather_rows
 from ..hooks.patch import bind, compiled_alone, parameters_of
+from ..runtime.runtime import first_of
 from ..steps.pipelines import components
 from ..tokens.sources.gradient import log_norm, sensitivity
 from .encoder_calls import MeasuredEncoder
@@ -197,30 +198,53 @@ def gradients(model: nn.Module, family: Family, named: Kwargs, seed: int) -> Gra
     stacks = family.block_stacks(model)
     inputs: dict[str, Tensor] = {}
     hooks = [
-        block.register_forward_pre_hook(partial(_note_input, inputs, name), with_kwargs=True)
+        block.register_forward_pre_hook(
+            partial(_note_tokens, family, inputs, name), with_kwargs=True
+        )
         for stack in stacks
         for name, block in stack.blocks
     ]
     try:
         with torch.enable_grad():
-            sample = family.sample(named).detach().clone().requires_grad_()
-            given = {**named, family.sample_name: sample, "return_dict": False}
-            out = model(**given)[0]
+            out = first_of(model(**{**named, "return_dict": False}))
+            # Some return a list of one a row.
+            out = torch.stack(out) if isinstance(out, list) else out
             found = torch.autograd.grad(signed_sum(out, seed), list(inputs.values()))
     finally:
         for hook in hooks:
             hook.remove()
-    grids = family.grids(model, named)
+    grids, starts = family.grids(model, named), family.image_starts(named)
     by_name = dict(zip(inputs, found, strict=True))
     resolutions = {name: stack.resolution for stack in stacks for name, _ in stack.blocks}
     for name, gradient in by_name.items():
-        grid = grids[resolutions[name]]
-        tokens = slice(grid.text_before, grid.text_before + grid.tokens)
-        # Some blocks take their tokens as a map.
+        resolution = resolutions[name]
+        grid = grids[resolution]
+        places = torch.arange(grid.tokens, device=gradient.device).expand(len(gradient), -1)
+        places = places + starts.get(resolution, places.new_tensor([grid.text_before]))[:, None]
         x, change = (
-            family.hidden({"hidden_states": each})[:, tokens] for each in (inputs[name], gradient)
+            gather_rows(family.hidden({"hidden_states": each}) if each.ndim == 4 else each, places)
+            for each in (inputs[name], gradient)
         )
         yield name, x.detach(), change
+
+
+def _note_tokens(
+    family: Family,
+    inputs: dict[str, Tensor],
+    name: str,
+    block: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Kwargs,
+) -> tuple[tuple[()], Kwargs]:
+    """Note a block's tokens and let it run on these very ones, however it calls them and they lie."""
+    given = bind(parameters_of(block), args, kwargs)
+    raw: Tensor | None = given.get("hidden_states")
+    # A map stays one.
+    x = raw if raw is not None and raw.ndim == 4 else family.hidden(given)
+    # Weights may want no gradient.
+    x = x if x.requires_grad else x.detach().requires_grad_()
+    inputs[name] = x
+    return (), {**given, "hidden_states": x} if x.ndim == 4 else family.with_hidden(given, x)
 
 
 def _note_input(

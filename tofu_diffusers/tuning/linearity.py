@@ -183,8 +183,18 @@ def noise_of(pipe: Any, family: Family, named: Kwargs) -> float:
 
 
 def linearities(model: nn.Module, family: Family, named: Kwargs, ratio: float) -> dict[str, float]:
-    """The linearity of every block's update in one call of the denoiser, by block name."""
+    """The linearity of every block's update in one call of the denoiser, by block name.
+
+    Raises:
+        ValueError: if images of a batch begin in different places, behind texts of their own lengths.
+    """
     grids = family.grids(model, named)
+    for starts in family.image_starts(named).values():
+        if len({*starts.tolist()}) > 1:
+            raise ValueError(
+                f"one batch has texts of {sorted({*starts.tolist()})} tokens, behind which its images begin "
+                "in different places; give each text as a prompt of its own"
+            )
     found: dict[str, float] = {}
 
     def measure(

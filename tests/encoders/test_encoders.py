@@ -20,6 +20,7 @@ from tofu_diffusers import (
 from tofu_diffusers.encoders import encoders_in
 from tofu_diffusers.encoders.call import EncoderCall
 from tofu_diffusers.hooks.patch import state_of
+from tofu_diffusers.tokens.sources import BlockReading
 
 TEXTS = ("bert", "t5")
 IMPORTANCE = {"method": "importance", "method_options": {"source": {"attention": 1, "key_norm": 2}}}
@@ -128,7 +129,8 @@ def test_kept_tokens_see_each_other_alone(case, calls, implementation, schedule)
     """The unmodified model in which removed tokens are hidden as keys from the next block on."""
     _, model, given, root = case
     model.set_attn_implementation(implementation)
-    with apply_tofu(model, ratio=0.6, method="tome", merge="prune", schedule=schedule):
+    how = {"method": "tome", "merge": "prune", "proportional_attention": False}
+    with apply_tofu(model, ratio=0.6, **how, schedule=schedule):
         found = rows_of(root, model, given)
         blocks = state_of(root).blocks
     kept, final = calls[0][1], calls[0][1][-1]
@@ -169,15 +171,18 @@ def hide(args, kwargs, positions):
     return (x, mask.expand(-1, -1, x.shape[1], -1), *rest), kwargs
 
 
-def test_tome_is_the_slow_reference(placeless_case):
-    """All tokens are computed; those of a group are given their mean between attention and feed-forward.
+@pytest.mark.parametrize("merge", ["mean", "prune"])
+def test_tome_is_the_slow_reference(placeless_case, merge):
+    """All tokens are computed; those of a group are given one row between attention and feed-forward.
+
+    It is their mean, or that of the kept token.
 
     Equal tokens, each seen for itself, weigh as one with the logarithm of their number on its logits.
     """
     name, model, given, root = placeless_case
     family, ratio = ENCODERS[name], 0.6
     given.pop("attention_mask", None)
-    with apply_tofu(model, ratio=ratio, method="tome"):
+    with apply_tofu(model, ratio=ratio, method="tome", merge=merge):
         found = rows_of(root, model, given)
         blocks = [root.get_submodule(each) for each in state_of(root).blocks]
     first, noted = [], []
@@ -200,7 +205,8 @@ def test_tome_is_the_slow_reference(placeless_case):
                 keys = noted[i][row].view(tokens, heads, -1).mean(1).numpy()
                 fuse(own, keys, family.prefix, remove)
                 for group in own:
-                    x[row, group] = x[row, group].mean(0)
+                    members = x[row, group]
+                    x[row, group] = members.mean(0) if merge == "mean" else members[0].clone()
             x = family.feed_forward(block, x)
     for hook in hooks:
         hook.remove()
@@ -261,6 +267,20 @@ def test_padding_says_nothing(text_case, options):
     real = given["attention_mask"].bool()
     with apply_tofu(model, ratio=0.6, **options):
         close(rows_of(root, model, given)[real], rows_of(root, model, other)[real])
+
+
+def test_padding_stays_padding_whatever_is_pruned_into_it():
+    """Tokens that point away from all others are most like padding, which nobody may see for that."""
+    config = EncoderReduction(method="tome", merge="prune")
+    real = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
+    call = EncoderCall(
+        config, config.make_method(), ("prune",), 0, False, padded=True, weights=real
+    )
+    keys = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]])
+    call.leave(
+        keys, 2, 0, 1, lambda: BlockReading(keys, lambda: keys, lambda: keys, lambda: 1, None)
+    )
+    assert call.assign.tolist() == [[0, 1, 1, 1]] and call.weights.tolist() == [[1, 0]]
 
 
 def test_padding_leaves_first(text_case, calls):

@@ -33,7 +33,8 @@ class EncoderCall:
     Attributes:
         method: The configuration's, made beforehand: options are not for tracing.
         merges: The merge of each block.
-        weights: [B, K] float32, how many tokens each row is the merged state of; 0: padding. None: one each.
+        weights: [B, K] float32, how many tokens went into each row, merged or pruned; 0: padding. None: one
+            each.
         positions: [B, K], where the kept tokens stood; None: all are left.
         assign: [B, N], for every token the slot of the kept one that it went into.
         history: `assign` behind each block so far.
@@ -72,16 +73,22 @@ class EncoderCall:
             )
         return remove
 
+    @property
+    def _weighed(self) -> bool:
+        """Whether tokens count unequally: as many as went into each, or padding nothing."""
+        return self.padded or (self.weights is not None and self.config.proportional_attention)
+
     def bias(self, given: Tensor | None, x: Tensor) -> Tensor | None:
         """What attention among the kept tokens adds to its logits.  -> [B, 1, 1 or K, K], or None."""
         if self.positions is None:
             return given
         # Of causal attention without a mask the attention itself knows.
-        return None if self.weights is None and given is None else self.added(x)
+        return None if given is None and not self._weighed else self.added(x)
 
     def added(self, x: Tensor) -> Tensor | None:
         """The same, made anew from what is left at any block.  -> [B, 1, 1 or K, K], or None for nothing."""
-        weights, least = self.weights, torch.finfo(x.dtype).min
+        weights = self.weights if self._weighed else None
+        least = torch.finfo(x.dtype).min
         if weights is None and not self.causal:
             return None
         if weights is None:
@@ -108,12 +115,13 @@ class EncoderCall:
         plan = self._plan(x, remove, block, heads, reading())
         merge = self.merges[block]
         merged = merge_tokens(x, plan, merge, self.weights)
+        weights = self.weights
+        if weights is None:
+            weights = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+        self.weights = sums(weights, plan)
         if merge == "prune":
-            if self.weights is not None:
-                self.weights = self.weights.gather(1, plan.kept)
-        else:
-            ones = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-            self.weights = sums(ones if self.weights is None else self.weights, plan)
+            # A row of padding stays padding, whatever went into it.
+            self.weights = self.weights * (weights.gather(1, plan.kept) > 0)
         here = plan.kept if self.positions is None else self.positions.gather(1, plan.kept)
         self.positions = here
         self.assign = plan.assign if self.assign is None else plan.assign.gather(1, self.assign)

@@ -1,6 +1,7 @@
 """Laws of encoders whose tokens leave, over all families."""
 
 import copy
+import threading
 
 import numpy as np
 import pytest
@@ -392,6 +393,39 @@ def test_copies_second_applies_and_errors_leave_no_trace(case, tmp_path):
     assert second.removed and equal(run(model, given), before)
     with pytest.raises(RuntimeError, match="was removed"):
         second.summary()
+
+
+def test_summaries_are_of_the_last_call_that_ended_well(models):
+    model = models["vit"].float().eval()
+    with apply_tofu(model, ratio=0.5) as handle:
+        run(model, arguments("vit", model))
+        before = (str(handle.summary()), handle.stats())
+        with pytest.raises(ValueError, match="doesn't match model"):
+            run(model, {"pixel_values": torch.zeros(1, 3, 40, 40)})
+        assert (str(handle.summary()), handle.stats()) == before
+
+
+def test_a_second_threads_call_is_refused(models):
+    """Its tokens would take the place of the first one's; that one ends as if it had been alone."""
+    model = models["vit"].float().eval()
+    given = arguments("vit", model)
+    with apply_tofu(model, ratio=0.5):
+        alone, refused = run(model, given), []
+
+        def call():
+            with pytest.raises(RuntimeError, match="another thread's call"):
+                run(model, given)
+            refused.append(True)
+
+        def meanwhile(*_):
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+
+        hook = model.vit.layers[2].register_forward_pre_hook(meanwhile)
+        assert equal(run(model, given), alone) and refused == [True]
+        hook.remove()
+        assert equal(run(model, given), alone)
 
 
 @pytest.mark.parametrize("encoder_first", [True, False])

@@ -38,6 +38,7 @@ class EncoderCall:
         positions: [B, K], where the kept tokens stood; None: all are left.
         assign: [B, N], for every token the slot of the kept one that it went into.
         history: `assign` behind each block so far.
+        tokens: How many came to each block so far, by its name, and how many it kept.
     """
 
     config: EncoderReduction
@@ -51,6 +52,7 @@ class EncoderCall:
     positions: Tensor | None = None
     assign: Tensor | None = None
     history: list[Tensor | None] = field(default_factory=list)
+    tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def count(self, tokens: int, block: int) -> int:
         """How many of the call's tokens leave at a block.
@@ -66,10 +68,11 @@ class EncoderCall:
             return 0
         most = self.method.max_remove(TokenGrid(1, left))
         if remove > most:
+            others = "" if self.config.schedule == "share" else ", or take schedule 'share'"
             raise ValueError(
                 f"ratio {self.config.ratio:g} lets {remove} of the {left} tokens that are left go at block "
-                f"{block}, and method {self.config.method!r} can let {most} go; lower the ratio, start at an "
-                "earlier first_block, or take schedule 'share'"
+                f"{block}, and method {self.config.method!r} can let {most} go; lower the ratio or "
+                f"first_block{others}"
             )
         return remove
 

@@ -1,6 +1,7 @@
 """Laws of encoders whose tokens leave, over all families."""
 
 import copy
+import re
 import threading
 
 import numpy as np
@@ -393,6 +394,35 @@ def test_copies_second_applies_and_errors_leave_no_trace(case, tmp_path):
     assert second.removed and equal(run(model, given), before)
     with pytest.raises(RuntimeError, match="was removed"):
         second.summary()
+
+
+def test_an_encoder_of_an_unknown_class_is_of_the_family_that_is_named():
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = RobertaForMaskedLM(RobertaConfig(**sizes, hidden_size=32, vocab_size=50)).eval()
+    given = {"input_ids": torch.randint(3, END, (2, 20))}
+    before = run(model, given)
+    with pytest.raises(ValueError, match="name the family whose blocks are the same"):
+        apply_tofu(model, ratio=0.5)
+    with pytest.raises(ValueError, match="give the part of the model that holds them"):
+        apply_tofu(model, ratio=0.5, family="bert")
+    with apply_tofu(model.roberta, ratio=0.5, family="bert") as handle:
+        reduced = run(model, given)
+        assert handle.stats()[-1]["tokens_kept"] == 20 - int(19 * 0.5)
+    assert reduced.logits.shape == before.logits.shape and not equal(reduced, before)
+    assert equal(run(model, given), before)
+
+
+def test_a_call_without_arguments_is_refused_by_the_model_itself(case):
+    _, model, _, _ = case
+    with pytest.raises(Exception) as own:
+        model()
+    with (
+        apply_tofu(model, ratio=0.5),
+        pytest.raises(type(own.value), match=re.escape(f"{own.value}")),
+    ):
+        model()
 
 
 def test_summaries_are_of_the_last_call_that_ended_well(models):

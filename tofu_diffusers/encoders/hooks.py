@@ -118,7 +118,7 @@ def lay_out(
     except AttributeError as error:
         raise ValueError(
             f"{type(model).__name__} is not built like family {family.name!r}: {error}; name the family "
-            "whose blocks are the same, or update transformers"
+            "whose blocks are the same, give the part of the model that holds them, or update transformers"
         ) from error
     if refusal is not None:
         raise ValueError(refusal)

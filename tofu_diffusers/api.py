@@ -212,7 +212,11 @@ class Handle:
         if self.removed:
             return "Handle(removed)"
         asked = " and ".join(type(config).__name__ for config in self.configs)
-        return f"Handle({asked} on {', '.join(type(model).__name__ for model, _ in self._roots)})"
+        return f"Handle({asked} on {', '.join(type(model).__name__ for model in self._models)})"
+
+    @property
+    def _models(self) -> list[nn.Module]:
+        return [model for model, _ in self._roots]
 
     @property
     def _generations(self) -> list[tuple[nn.Module, Generation]]:
@@ -369,6 +373,10 @@ class EncoderHandle(Handle):
 
     def __init__(self, roots: list[tuple[nn.Module, EncoderHook]]) -> None:
         self._encoders = roots
+
+    @property
+    def _models(self) -> list[nn.Module]:
+        return [model for model, _ in self._encoders]
 
     @property
     def _generations(self) -> list[tuple[nn.Module, Generation]]:

@@ -367,7 +367,11 @@ def test_flops_are_counted(case):
         summary = handle.summary()
     assert summary.speedup > 1 and not summary.nominal
     assert len(summary.rows) == 4 and "encoder FLOPs (last call)" in str(summary)
-    assert {row.denoiser for row in summary.rows} == {type(root).__name__}
+    name = type(root).__name__
+    assert {row.denoiser for row in summary.rows} == {name}
+    with apply_tofu(model, ratio=0.5) as handle:
+        assert repr(handle) == f"Handle(EncoderReduction on {name})"
+    assert repr(handle) == "Handle(removed)"
 
 
 def test_copies_second_applies_and_errors_leave_no_trace(case, tmp_path):

@@ -2,10 +2,11 @@
 
     python -m eval.studies.encoders.study --subject vit --out eval/results/encoders.jsonl
 
-Subjects: "vit" tells what an emoji shows, "keywords" finds its name by MiniLM, "pairs" ranks pairs of
-sentences by MiniLM. Of each method the ratio is found that saves 20, 40 and 60 % of the encoder's FLOPs,
-counted. Probes, linearity and schedules are measured on other inputs than those reported on. Times are of one
-batch, by turns with the unreduced model, in processor time. Goes on where it was.
+Subjects: "vit" tells what an emoji shows, "noisy" under much noise, "keywords" finds its name by MiniLM,
+"pairs" ranks pairs of sentences by MiniLM. Of each method the ratio is found that saves 20, 40 and 60 % of
+the encoder's FLOPs, counted on the largest batch. Probes, linearity and schedules are measured on other
+inputs than those reported on. Times are of one batch, by turns with the unreduced model, in processor time.
+Goes on where it was.
 """
 
 from __future__ import annotations

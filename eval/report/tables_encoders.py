@@ -11,8 +11,8 @@ from eval.statistics import Resampled, difference, of_mean, of_rank_correlation
 
 ENCODERS = ROOT / "eval" / "results" / "encoders.jsonl"
 SAVED = (20, 40, 60)
-SUBJECTS: tuple[str, ...] = ()
-"""Those with committed rows: each has its two tables in a document."""
+SUBJECTS = ("vit", "noisy", "keywords", "pairs")
+"""Each has its two tables in a document."""
 NAMES = {
     "random-prune": "at random, prune, uncounted",
     "random-counted": "at random, prune",

@@ -18,7 +18,7 @@ from .config import (
     check_whole,
     one_of,
 )
-from .encoders import EncoderFamily, encoders_in
+from .encoders import ENCODERS, EncoderFamily, encoders_in
 from .encoders.hooks import EncoderHook, attach_encoder, detach_encoder, lay_out
 from .encoders.summary import summarise_encoders
 from .families import (
@@ -95,7 +95,7 @@ def apply_tofu(
         FileNotFoundError: if there are no probes where `method_options` say, or a folder has nothing tuned.
         RuntimeError: if a forward that must change was replaced by another.
     """
-    encoder = _encoder(target)
+    encoder = _encoder(target, named=options.get("family") in ENCODERS)
     if encoder is not None:
         config = _asked_of_encoder(encoder, configs, ratio, speedup, options)
         return EncoderHandle(_apply_to_encoders(encoder, config))
@@ -212,7 +212,11 @@ class Handle:
         if self.removed:
             return "Handle(removed)"
         asked = " and ".join(type(config).__name__ for config in self.configs)
-        return f"Handle({asked} on {', '.join(type(model).__name__ for model, _ in self._roots)})"
+        return f"Handle({asked} on {', '.join(type(model).__name__ for model in self._models)})"
+
+    @property
+    def _models(self) -> list[nn.Module]:
+        return [model for model, _ in self._roots]
 
     @property
     def _generations(self) -> list[tuple[nn.Module, Generation]]:
@@ -371,6 +375,10 @@ class EncoderHandle(Handle):
         self._encoders = roots
 
     @property
+    def _models(self) -> list[nn.Module]:
+        return [model for model, _ in self._encoders]
+
+    @property
     def _generations(self) -> list[tuple[nn.Module, Generation]]:
         raise TypeError(
             "an encoder has no denoising steps; its handle has summary, stats and remove"
@@ -432,14 +440,17 @@ class EncoderHandle(Handle):
                 detach_encoder(model)
 
 
-def _encoder(target: Any) -> nn.Module | None:
-    """The target, unwrapped, if it is a model that is or holds an encoder and no denoiser; else None."""
+def _encoder(target: Any, named: bool = False) -> nn.Module | None:
+    """The target, unwrapped, if it is a model that is or holds an encoder and no denoiser; else None.
+
+    named: Whether a family of encoders is named, so that one of any class will do.
+    """
     if components(target) or not isinstance(target, nn.Module):
         return None
     model = unwrap(target)
-    if known_family(model) is not None or takes_timestep(model) or not encoders_in(model, None):
+    if known_family(model) is not None or takes_timestep(model):
         return None
-    return model
+    return model if named or encoders_in(model, None) else None
 
 
 def _asked_of_encoder(

@@ -533,8 +533,8 @@ class EncoderReduction(Config):
             every block, 0 or more, such as `learn_schedule` finds: with w the weight of a block and W the sum
             of all, the share (1 - ratio) ** (w / W) of the tokens that are left stays there. Equal weights
             are "share".
-        proportional_attention: Whether a token weighs as many as were merged into it in the attention of the
-            blocks behind. Pruned tokens count nothing.
+        proportional_attention: Whether a token weighs as many as went into it, merged or pruned, in the
+            attention of the blocks behind. False: one each, so that what is pruned counts nothing.
         first_block: Blocks before this one let no token leave. Higher drifts less and saves less.
         seed: Of the methods that draw; the global generator is never touched.
         family: Family of the encoder by name; None: found from its class.

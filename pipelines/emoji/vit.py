@@ -73,15 +73,15 @@ def pictures(emoji: Emoji) -> Tensor:
     return torch.cat(parts)
 
 
-def augmented(originals: Tensor, draw: torch.Generator) -> Tensor:
+def augmented(originals: Tensor, draw: torch.Generator, noise: float = 0.04) -> Tensor:
     """Pictures drawn anew: shifted, scaled, their hues turned, with noise.
 
-    Shifts are up to a sixteenth of the side, scales 0.9 to 1.1, turns 20 degrees, all either way; the noise
-    has a standard deviation of 0.04.
+    Shifts are up to a sixteenth of the side, scales 0.9 to 1.1, turns 20 degrees, all either way.
 
     Args:
         originals: [B, 3, 40, 40] float32 in [0, 1], on white.
         draw: On the CPU.
+        noise: Its standard deviation, of colours in [0, 1].
 
     Returns:
         [B, 3, 32, 32] float32, about -1 to 1.
@@ -98,8 +98,8 @@ def augmented(originals: Tensor, draw: torch.Generator) -> Tensor:
     # Outside there is 0, which is white.
     moved = 1 - F.grid_sample(1 - originals, grid, align_corners=False)
     turned = torch.einsum("bij,bjhw->bihw", _turns((random[:, 3] - 0.5) * 40), moved)
-    noise = torch.randn(turned.shape, generator=draw) * 0.04
-    return (turned.clamp(0, 1) + noise) * 2 - 1
+    grain = torch.randn(turned.shape, generator=draw) * noise
+    return (turned.clamp(0, 1) + grain) * 2 - 1
 
 
 def _turns(degrees: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def main() -> None:
     """Train on the pictures and names of the emoji data."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", action="store_true", required=True, help="train the weights")
-    parser.add_argument("--steps", type=int, default=800, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=6000, help="(%(default)s: ten minutes)")
     parser.add_argument("--data", type=Path, default=data.WORK / "emoji.npz")
     parser.add_argument("--out", type=Path, default=FOLDER)
     args = parser.parse_args()

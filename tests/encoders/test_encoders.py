@@ -1,6 +1,8 @@
 """Laws of encoders whose tokens leave, over all families."""
 
 import copy
+import re
+import threading
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from tofu_diffusers import (
 from tofu_diffusers.encoders import encoders_in
 from tofu_diffusers.encoders.call import EncoderCall
 from tofu_diffusers.hooks.patch import state_of
+from tofu_diffusers.tokens.sources import BlockReading
 
 TEXTS = ("bert", "t5")
 IMPORTANCE = {"method": "importance", "method_options": {"source": {"attention": 1, "key_norm": 2}}}
@@ -128,7 +131,8 @@ def test_kept_tokens_see_each_other_alone(case, calls, implementation, schedule)
     """The unmodified model in which removed tokens are hidden as keys from the next block on."""
     _, model, given, root = case
     model.set_attn_implementation(implementation)
-    with apply_tofu(model, ratio=0.6, method="tome", merge="prune", schedule=schedule):
+    how = {"method": "tome", "merge": "prune", "proportional_attention": False}
+    with apply_tofu(model, ratio=0.6, **how, schedule=schedule):
         found = rows_of(root, model, given)
         blocks = state_of(root).blocks
     kept, final = calls[0][1], calls[0][1][-1]
@@ -169,15 +173,18 @@ def hide(args, kwargs, positions):
     return (x, mask.expand(-1, -1, x.shape[1], -1), *rest), kwargs
 
 
-def test_tome_is_the_slow_reference(placeless_case):
-    """All tokens are computed; those of a group are given their mean between attention and feed-forward.
+@pytest.mark.parametrize("merge", ["mean", "prune"])
+def test_tome_is_the_slow_reference(placeless_case, merge):
+    """All tokens are computed; those of a group are given one row between attention and feed-forward.
+
+    It is their mean, or that of the kept token.
 
     Equal tokens, each seen for itself, weigh as one with the logarithm of their number on its logits.
     """
     name, model, given, root = placeless_case
     family, ratio = ENCODERS[name], 0.6
     given.pop("attention_mask", None)
-    with apply_tofu(model, ratio=ratio, method="tome"):
+    with apply_tofu(model, ratio=ratio, method="tome", merge=merge):
         found = rows_of(root, model, given)
         blocks = [root.get_submodule(each) for each in state_of(root).blocks]
     first, noted = [], []
@@ -200,7 +207,8 @@ def test_tome_is_the_slow_reference(placeless_case):
                 keys = noted[i][row].view(tokens, heads, -1).mean(1).numpy()
                 fuse(own, keys, family.prefix, remove)
                 for group in own:
-                    x[row, group] = x[row, group].mean(0)
+                    members = x[row, group]
+                    x[row, group] = members.mean(0) if merge == "mean" else members[0].clone()
             x = family.feed_forward(block, x)
     for hook in hooks:
         hook.remove()
@@ -261,6 +269,20 @@ def test_padding_says_nothing(text_case, options):
     real = given["attention_mask"].bool()
     with apply_tofu(model, ratio=0.6, **options):
         close(rows_of(root, model, given)[real], rows_of(root, model, other)[real])
+
+
+def test_padding_stays_padding_whatever_is_pruned_into_it():
+    """Tokens that point away from all others are most like padding, which nobody may see for that."""
+    config = EncoderReduction(method="tome", merge="prune")
+    real = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
+    call = EncoderCall(
+        config, config.make_method(), ("prune",), 0, False, padded=True, weights=real
+    )
+    keys = torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]])
+    call.leave(
+        keys, 2, 0, 1, lambda: BlockReading(keys, lambda: keys, lambda: keys, lambda: 1, None)
+    )
+    assert call.assign.tolist() == [[0, 1, 1, 1]] and call.weights.tolist() == [[1, 0]]
 
 
 def test_padding_leaves_first(text_case, calls):
@@ -345,7 +367,11 @@ def test_flops_are_counted(case):
         summary = handle.summary()
     assert summary.speedup > 1 and not summary.nominal
     assert len(summary.rows) == 4 and "encoder FLOPs (last call)" in str(summary)
-    assert {row.denoiser for row in summary.rows} == {type(root).__name__}
+    name = type(root).__name__
+    assert {row.denoiser for row in summary.rows} == {name}
+    with apply_tofu(model, ratio=0.5) as handle:
+        assert repr(handle) == f"Handle(EncoderReduction on {name})"
+    assert repr(handle) == "Handle(removed)"
 
 
 def test_copies_second_applies_and_errors_leave_no_trace(case, tmp_path):
@@ -372,6 +398,68 @@ def test_copies_second_applies_and_errors_leave_no_trace(case, tmp_path):
     assert second.removed and equal(run(model, given), before)
     with pytest.raises(RuntimeError, match="was removed"):
         second.summary()
+
+
+def test_an_encoder_of_an_unknown_class_is_of_the_family_that_is_named():
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = RobertaForMaskedLM(RobertaConfig(**sizes, hidden_size=32, vocab_size=50)).eval()
+    given = {"input_ids": torch.randint(3, END, (2, 20))}
+    before = run(model, given)
+    with pytest.raises(ValueError, match="name the family whose blocks are the same"):
+        apply_tofu(model, ratio=0.5)
+    with pytest.raises(ValueError, match="give the part of the model that holds them"):
+        apply_tofu(model, ratio=0.5, family="bert")
+    with apply_tofu(model.roberta, ratio=0.5, family="bert") as handle:
+        reduced = run(model, given)
+        assert handle.stats()[-1]["tokens_kept"] == 20 - int(19 * 0.5)
+    assert reduced.logits.shape == before.logits.shape and not equal(reduced, before)
+    assert equal(run(model, given), before)
+
+
+def test_a_call_without_arguments_is_refused_by_the_model_itself(case):
+    _, model, _, _ = case
+    with pytest.raises(Exception) as own:
+        model()
+    with (
+        apply_tofu(model, ratio=0.5),
+        pytest.raises(type(own.value), match=re.escape(f"{own.value}")),
+    ):
+        model()
+
+
+def test_summaries_are_of_the_last_call_that_ended_well(models):
+    model = models["vit"].float().eval()
+    with apply_tofu(model, ratio=0.5) as handle:
+        run(model, arguments("vit", model))
+        before = (str(handle.summary()), handle.stats())
+        with pytest.raises(ValueError, match="doesn't match model"):
+            run(model, {"pixel_values": torch.zeros(1, 3, 40, 40)})
+        assert (str(handle.summary()), handle.stats()) == before
+
+
+def test_a_second_threads_call_is_refused(models):
+    """Its tokens would take the place of the first one's; that one ends as if it had been alone."""
+    model = models["vit"].float().eval()
+    given = arguments("vit", model)
+    with apply_tofu(model, ratio=0.5):
+        alone, refused = run(model, given), []
+
+        def call():
+            with pytest.raises(RuntimeError, match="another thread's call"):
+                run(model, given)
+            refused.append(True)
+
+        def meanwhile(*_):
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+
+        hook = model.vit.layers[2].register_forward_pre_hook(meanwhile)
+        assert equal(run(model, given), alone) and refused == [True]
+        hook.remove()
+        assert equal(run(model, given), alone)
 
 
 @pytest.mark.parametrize("encoder_first", [True, False])

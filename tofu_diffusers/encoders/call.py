@@ -33,10 +33,12 @@ class EncoderCall:
     Attributes:
         method: The configuration's, made beforehand: options are not for tracing.
         merges: The merge of each block.
-        weights: [B, K] float32, how many tokens each row is the merged state of; 0: padding. None: one each.
+        weights: [B, K] float32, how many tokens went into each row, merged or pruned; 0: padding. None: one
+            each.
         positions: [B, K], where the kept tokens stood; None: all are left.
         assign: [B, N], for every token the slot of the kept one that it went into.
         history: `assign` behind each block so far.
+        tokens: How many came to each block so far, by its name, and how many it kept.
     """
 
     config: EncoderReduction
@@ -50,6 +52,7 @@ class EncoderCall:
     positions: Tensor | None = None
     assign: Tensor | None = None
     history: list[Tensor | None] = field(default_factory=list)
+    tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def count(self, tokens: int, block: int) -> int:
         """How many of the call's tokens leave at a block.
@@ -65,23 +68,30 @@ class EncoderCall:
             return 0
         most = self.method.max_remove(TokenGrid(1, left))
         if remove > most:
+            others = "" if self.config.schedule == "share" else ", or take schedule 'share'"
             raise ValueError(
                 f"ratio {self.config.ratio:g} lets {remove} of the {left} tokens that are left go at block "
-                f"{block}, and method {self.config.method!r} can let {most} go; lower the ratio, start at an "
-                "earlier first_block, or take schedule 'share'"
+                f"{block}, and method {self.config.method!r} can let {most} go; lower the ratio or "
+                f"first_block{others}"
             )
         return remove
+
+    @property
+    def _weighed(self) -> bool:
+        """Whether tokens count unequally: as many as went into each, or padding nothing."""
+        return self.padded or (self.weights is not None and self.config.proportional_attention)
 
     def bias(self, given: Tensor | None, x: Tensor) -> Tensor | None:
         """What attention among the kept tokens adds to its logits.  -> [B, 1, 1 or K, K], or None."""
         if self.positions is None:
             return given
         # Of causal attention without a mask the attention itself knows.
-        return None if self.weights is None and given is None else self.added(x)
+        return None if given is None and not self._weighed else self.added(x)
 
     def added(self, x: Tensor) -> Tensor | None:
         """The same, made anew from what is left at any block.  -> [B, 1, 1 or K, K], or None for nothing."""
-        weights, least = self.weights, torch.finfo(x.dtype).min
+        weights = self.weights if self._weighed else None
+        least = torch.finfo(x.dtype).min
         if weights is None and not self.causal:
             return None
         if weights is None:
@@ -108,12 +118,13 @@ class EncoderCall:
         plan = self._plan(x, remove, block, heads, reading())
         merge = self.merges[block]
         merged = merge_tokens(x, plan, merge, self.weights)
+        weights = self.weights
+        if weights is None:
+            weights = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
+        self.weights = sums(weights, plan)
         if merge == "prune":
-            if self.weights is not None:
-                self.weights = self.weights.gather(1, plan.kept)
-        else:
-            ones = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-            self.weights = sums(ones if self.weights is None else self.weights, plan)
+            # A row of padding stays padding, whatever went into it.
+            self.weights = self.weights * (weights.gather(1, plan.kept) > 0)
         here = plan.kept if self.positions is None else self.positions.gather(1, plan.kept)
         self.positions = here
         self.assign = plan.assign if self.assign is None else plan.assign.gather(1, self.assign)

@@ -39,6 +39,8 @@ class ClipText(_Clip):
     causal = True
 
     def kept(self, model: Any, named: Kwargs) -> Tensor | None:
+        if named.get("input_ids") is None:  # which CLIP refuses in its own words
+            return None
         ids = named["input_ids"].view(-1, named["input_ids"].shape[-1]).to(torch.int)
         if model.eos_token_id != LEGACY_EOS:
             ids = (ids == model.eos_token_id).int()

@@ -39,8 +39,8 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 class EncoderHook:
     """State on an encoder.
 
-    While it runs, `call` holds its tokens. `tokens` and `calls` tell of the calls so far that were not
-    compiled, `inputs` has the shapes of the last one.
+    While it runs, `call` holds its tokens. `calls` counts those so far that ended well and were not
+    compiled; `tokens` and `inputs`, which are shapes, are of the last one.
     """
 
     config: EncoderReduction
@@ -118,7 +118,7 @@ def lay_out(
     except AttributeError as error:
         raise ValueError(
             f"{type(model).__name__} is not built like family {family.name!r}: {error}; name the family "
-            "whose blocks are the same, or update transformers"
+            "whose blocks are the same, give the part of the model that holds them, or update transformers"
         ) from error
     if refusal is not None:
         raise ValueError(refusal)
@@ -203,11 +203,21 @@ def detach_encoder(model: nn.Module) -> None:
 
 
 def encoder_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run one call of the encoder, whose tokens become fewer."""
+    """Run one call of the encoder, whose tokens become fewer.
+
+    Raises:
+        RuntimeError: if another thread is in a call of it.
+        ValueError: if something is asked for that cannot be done with fewer tokens.
+    """
     hook: EncoderHook = module.__dict__["_tofu"]
+    if hook.call is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} with tofu is in another thread's call; hold a lock around its calls, "
+            "or give each thread a copy.deepcopy of it"
+        )
     named = bind(hook.names, args, kwargs)
     _check(hook, module, named)
-    mask = named.get("attention_mask")
+    mask = named.get("attention_mask") if hook.config.ratio > 0 else None
     hook.call = EncoderCall(
         hook.config,
         hook.method,
@@ -218,14 +228,6 @@ def encoder_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
         padded=mask is not None,
         weights=None if mask is None else mask.to(torch.float32).ne(0).float(),
     )
-    if not torch.compiler.is_compiling():
-        hook.calls += 1
-        # What is captured costs nothing, and a copy without hooks captures nothing.
-        hook.inputs = {
-            name: tree_map(_shape, value)
-            for name, value in named.items()
-            if not name.startswith("output_")
-        }
     try:
         out = hook.original(module, *args, **kwargs)
         states = getattr(out, "hidden_states", None)
@@ -236,6 +238,15 @@ def encoder_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
                 None if x is None else hook.call.broadcast(x, assign)
                 for x, assign in zip(states, history, strict=True)
             )
+        if not torch.compiler.is_compiling():
+            hook.calls += 1
+            hook.tokens = hook.call.tokens
+            # What is captured costs nothing, and a copy without hooks captures nothing.
+            hook.inputs = {
+                name: tree_map(_shape, value)
+                for name, value in named.items()
+                if not name.startswith("output_")
+            }
         return out
     finally:
         hook.call = None
@@ -296,8 +307,7 @@ def block_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     named = given if call.positions is None else family.follow(given, call.positions)
     x, *beside = family.attend(module, x, call.bias(mask, x), named)
     heads = int(getattr(module.get_submodule(family.attention), family.heads))
-    if not torch.compiler.is_compiling():
-        root.tokens[root.blocks[hook.index]] = (x.shape[1], x.shape[1] - remove)
+    call.tokens[root.blocks[hook.index]] = (x.shape[1], x.shape[1] - remove)
     x = call.leave(x, remove, hook.index, heads, lambda: _reading(hook, before, heads))
     hook.keys = hook.queries = None
     x = family.feed_forward(module, x)

@@ -67,7 +67,8 @@ def find_family(model: nn.Module, name: str | None = None, skips: bool = False) 
         return known
     if not takes_timestep(model):
         raise ValueError(
-            f"{cls} is no denoiser: its forward takes no timestep; give the pipeline, or its denoiser"
+            f"{cls} is no denoiser: its forward takes no timestep; give the pipeline, or its denoiser. Of an "
+            "encoder of an unknown class name the family whose blocks are the same, such as family='bert'"
         )
     if not skips:
         raise ValueError(

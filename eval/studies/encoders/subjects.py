@@ -80,7 +80,7 @@ def found_first(scores: Tensor, right: Tensor, among: int) -> Tensor:
     return ((scores > own).sum(1) < among).float()
 
 
-def vit(scorer: EmojiScorer) -> Subject:
+def vit(scorer: EmojiScorer, name: str = "vit", noise: float = 0.04) -> Subject:
     """The picture of every concept that it knows, drawn anew some times; tuned on those in other colours."""
     emoji = data.load()
     rows, names, labels = concepts_of(emoji)
@@ -89,10 +89,10 @@ def vit(scorer: EmojiScorer) -> Subject:
     others = [row for row in rows if emoji.recoloured[row]]
     small = pictures(emoji)
     fresh = torch.Generator().manual_seed(SEED)
-    pixels = torch.cat([augmented(small[plain], fresh) for _ in range(DRAWS)])
+    pixels = torch.cat([augmented(small[plain], fresh, noise) for _ in range(DRAWS)])
     draw = torch.Generator().manual_seed(TUNING_SEED)
     chosen = torch.randperm(len(others), generator=draw)[:TUNED_ON].tolist()
-    tuning = augmented(small[[others[i] for i in chosen]], draw)
+    tuning = augmented(small[[others[i] for i in chosen]], draw, noise)
     # In the order of the pictures.
     vectors = name_vectors(scorer, [names[known[row]] for row in plain])
     own = torch.arange(len(plain))
@@ -107,13 +107,18 @@ def vit(scorer: EmojiScorer) -> Subject:
         }
 
     return Subject(
-        "vit",
+        name,
         load_vit(),
         hash_of(sorted(FOLDER.glob("*.safetensors"))),
         [{"pixel_values": part} for part in pixels.split(72)],
         [{"pixel_values": each[None]} for each in tuning],
         score,
     )
+
+
+def noisy(scorer: EmojiScorer) -> Subject:
+    """The same under so much noise that it errs without any reduction, so that there is more to lose."""
+    return vit(scorer, "noisy", 0.3)
 
 
 def cut(tokenizer: Any, text: str) -> list[int]:
@@ -209,6 +214,7 @@ def pairs(scorer: EmojiScorer) -> Subject:
 
 SUBJECTS: dict[str, Callable[[EmojiScorer], Subject]] = {
     "vit": vit,
+    "noisy": noisy,
     "keywords": keywords,
     "pairs": pairs,
 }

@@ -211,8 +211,8 @@ class Generation:
         call = self.runtime.call
         if index == self.index == 0 and call.step_known and call.number and total > 1:
             self._warn(
-                f"step 0 of {total} was told twice in a row, which begins a new generation each time, so that "
-                "no step is ever skipped or reduced by what was before; count on: handle.step(i, total)"
+                f"step 0 of {total} was told twice in a row, which begins a new generation each time, so "
+                "that no step is skipped or reduced by what was before; count on: handle.step(i, total)"
             )
         if index == 0 or not call.step_known or total != len(self.sampling):
             self.begin(Sampling.evenly(total), cfg_branches)

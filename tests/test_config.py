@@ -302,3 +302,15 @@ def test_a_merge_in_the_middle_of_the_depth_alone_counts_too():
             TokenReduction(**middle, **more)
     never = TokenReduction(method="tofu", method_options={"switch": []}, keys_values="fresh")
     assert never.merges == {"prune"}
+
+
+@pytest.mark.parametrize("more", [{"warmup_steps": 2}, {"cooldown_steps": 1}])
+def test_steps_that_are_fitted_to_be_skipped_cannot_be_asked_for(more):
+    fitted = {"levels": (0.9, 0.6, 0.3, 0.1), "computed": (0, 2), "sampler": "DDIMScheduler"}
+    fitted["weights"] = ((0.0,), (0.1,), (0.1, 0.2), (0.1, 0.2))
+    kept = StepSkipping(rule="even", fitted=fitted, **{"warmup_steps": 1})
+    assert kept.fitted.computed == (0, 2)
+    with pytest.raises(
+        ValueError, match=r"ask for steps .* \(of 4 they compute 0, 2\); leave them out"
+    ):
+        StepSkipping(rule="even", **{"warmup_steps": 1, "fitted": fitted, **more})

@@ -491,6 +491,7 @@ class StepSkipping(DenoiserConfig):
             object.__setattr__(self, "trajectory", Trajectory.of(self.trajectory))
         if self.fitted is not None:
             object.__setattr__(self, "fitted", FittedForecasts.of(self.fitted))
+            self._check_fitted(self.fitted)
         self._check_flags("corrector")
 
     @property
@@ -506,6 +507,17 @@ class StepSkipping(DenoiserConfig):
         if (self.rule or taken["rule"]) != "trajectory":
             taken.pop("trajectory", None)
         return StepSkipping(**given | taken)
+
+    def _check_fitted(self, fitted: FittedForecasts) -> None:
+        """Raise ValueError if steps must be computed that were fitted to be skipped."""
+        total, cooldown = len(fitted.levels), self.cooldown_steps or 0
+        must = {*range(self.steps_needed), *range(total - cooldown, total)}
+        if not must <= {*fitted.computed}:
+            raise ValueError(
+                f"warmup_steps {self.steps_needed} and cooldown_steps {cooldown} ask for steps that the "
+                f"fitted forecasts skip (of {total} they compute {', '.join(map(str, fitted.computed))}); "
+                "leave them out, or fitted"
+            )
 
     @property
     def steps_needed(self) -> int:
@@ -548,7 +560,7 @@ class EncoderReduction(Config):
     whole_numbers: ClassVar[Mapping[str, int]] = {"first_block": 0, "seed": 0}
 
     ratio: float = 0.5
-    method: str = "tofu"
+    method: str = "tome"
     method_options: Mapping[str, Any] = field(default_factory=dict)
     merge: str | None = None
     schedule: str | tuple[float, ...] = "constant"

@@ -242,6 +242,9 @@ def test_no_prompts_too_many_no_pipeline_and_tofu_are_refused():
         tune(pipe, [])
     with pytest.raises(ValueError, match="17 prompts to search on; give 1 to 16"):
         tune(pipe, ["a cat"] * 17)
+    for given in (None, {"prompt": "a cat"}):  # as a list it would be its keys
+        with pytest.raises(TypeError, match=r"a list, or one text, not .*; give \[prompt\]"):
+            tune(pipe, given)
     with pytest.raises(TypeError, match="no pipeline with a scheduler"):
         tune(pipe.unet, "a cat")
     with apply_tofu(pipe, ratio=0.5), pytest.raises(ValueError, match="has tofu"):

@@ -167,7 +167,15 @@ def calls_of(
 
 
 def as_prompts(given: str | Sequence[Any]) -> Sequence[Any]:
-    """One string is one prompt; as a sequence it would be its letters."""
+    """One string is one prompt; as a sequence it would be its letters.
+
+    Raises:
+        TypeError: if it is neither that nor a sequence.
+    """
+    if not isinstance(given, Sequence):
+        raise TypeError(
+            f"prompts are a list, or one text, not {type(given).__name__}; give [prompt]"
+        )
     return [given] if isinstance(given, str) else given
 
 

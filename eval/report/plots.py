@@ -34,6 +34,7 @@ STYLES = {
     "dbcache": ("#5b5b00", "8"),
     "deepcache": ("#a5aa00", "h"),
     "stack": ("#56b4e9", "P"),
+    "both": ("#1b2f5a", "H"),
 }
 OTHER = ("#777777", "p")
 SPEEDS = {"flops": "FLOPs, unreduced over this setting", "speed": "measured speed, denoiser only"}

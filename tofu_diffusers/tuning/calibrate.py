@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -170,9 +170,10 @@ def as_prompts(given: str | Sequence[Any]) -> Sequence[Any]:
     """One string is one prompt; as a sequence it would be its letters.
 
     Raises:
-        TypeError: if it is neither that nor a sequence.
+        TypeError: if it is neither that nor a list of them.
     """
-    if not isinstance(given, Sequence):
+    # What shows its progress (tqdm) has a length, too; a mapping would be its keys.
+    if not isinstance(given, Sized) or isinstance(given, Mapping):
         raise TypeError(
             f"prompts are a list, or one text, not {type(given).__name__}; give [prompt]"
         )

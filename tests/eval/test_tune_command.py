@@ -79,6 +79,12 @@ def test_fewer_steps_are_drawn_with_as_many_as_were_asked_for(folder, monkeypatc
         tiny.tiny_sd(), replace(tuned, rows=tuple(rows)), ["a cat"], 0, {"num_inference_steps": 10}
     )
     assert asked == [10, 10, 10, 5] and row[-1][0] == "5 steps"
+    # Where the default stays, the tuned picture would be its own.
+    stays = replace(tuned, about={**tuned.about, "overfitted": [2.0]})
+    ((_, row),) = tune_page.pictures(
+        tiny.tiny_sd(), stays, ["a cat"], 0, {"num_inference_steps": 10}
+    )
+    assert [caption for caption, _ in row] == ["unreduced", "2x, default", "5 steps"]
 
 
 def test_bad_arguments_are_refused_before_anything_is_made(folder, capsys):

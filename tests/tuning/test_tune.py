@@ -203,10 +203,14 @@ def test_bad_arguments_are_refused(changes, message):
         tuned_tiny(tiny.tiny_sd(), **changes)
 
 
-def test_a_speedup_out_of_reach_is_refused_with_what_was_reached():
+def test_a_speedup_out_of_reach_is_refused_with_what_was_reached_and_others_stay():
     said = r"speedup 3\.5 in 6 steps, the highest had 3\.00x"
     with pytest.raises(ValueError, match=said):
-        tuned_tiny(tiny.tiny_sd(), "a cat", speedup=(2.0, 3.5), num_inference_steps=6)
+        tuned_tiny(tiny.tiny_sd(), "a cat", speedup=3.5, num_inference_steps=6)
+    with pytest.warns(UserWarning, match=said):
+        tuned = tuned_tiny(tiny.tiny_sd(), "a cat", speedup=(2.0, 3.5), num_inference_steps=6)
+    assert [*tuned.choices] == [2.0] and {row.speedup for row in tuned.rows} == {2.0}
+    assert "left out, speedup 3.5" in str(tuned)
 
 
 def test_what_a_search_sets_itself_cannot_be_given():

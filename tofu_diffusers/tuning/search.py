@@ -124,7 +124,7 @@ class Search:
             "minutes": round((time.monotonic() - self.began) / 60, 1),
         }
         names = tuple(type(model).__name__ for model, _ in found)
-        return Tuned(choices, tuple(row for each in speedups for row in rows[each]), names, about)
+        return Tuned(choices, tuple(row for each in best for row in rows[each]), names, about)
 
     def _refer(self, bar: tqdm[Any]) -> None:
         """Generate all references, or read them.
@@ -160,10 +160,10 @@ class Search:
         tokens: bool,
         late: float,
     ) -> dict[float, list[Scored]]:
-        """By speed-up, the settings that were generated on all prompts searched on.
+        """By speed-up, the settings that were generated on all prompts searched on; none that none reaches.
 
         Raises:
-            ValueError: if no setting reaches a speed-up.
+            ValueError: if no setting reaches any speed-up.
         """
         lists = {each: [default(each), *candidates(each, trajectory, tokens)] for each in speedups}
         # A place of each list by turns: whatever the time, each speed-up gets its share.
@@ -191,15 +191,19 @@ class Search:
                 everyone[speedup] += each
             for speedup, flops in short_of.items():
                 self.short_of[speedup] = max(flops, self.short_of.get(speedup, 1.0))
-        for speedup, each in everyone.items():
-            if not each:
-                steps = self.references[self.searched[0]].made.steps
-                raise ValueError(
-                    f"no setting reaches speedup {speedup:g} in {steps} steps, the highest had "
-                    f"{self.short_of[speedup]:.2f}x: too many must be computed; ask for more steps or a "
-                    "lower speedup"
-                )
-        return everyone
+        reached = {speedup: each for speedup, each in everyone.items() if each}
+        steps = self.references[self.searched[0]].made.steps
+        for speedup in everyone.keys() - reached.keys():
+            why = (
+                f"no setting reaches speedup {speedup:g} in {steps} steps, the highest had "
+                f"{self.short_of[speedup]:.2f}x: too many must be computed; ask for more steps or a lower "
+                "speedup"
+            )
+            if not reached:
+                raise ValueError(why)
+            warnings.warn(f"{why}; it is left out", stacklevel=4)
+            self.left_out[f"speedup {speedup:g}"] = why
+        return reached
 
     def _sampling(self) -> Sampling | None:
         """The steps that a generation executes, if forecasts can be fitted to them.

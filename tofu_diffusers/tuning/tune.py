@@ -67,6 +67,7 @@ def tune(
         pipe: A pipeline without tofu, whose scheduler is told its steps. It is left as it was.
         prompts: To search on, 1 to 16 (four are plenty), each what the pipeline takes as its first argument.
         speedup: How many times fewer FLOPs of the denoiser, one or several, above 1. Higher drifts more.
+            Of several, those that so few steps cannot reach are left out with a warning.
         held_out: Prompts to compare on in the end. None: every third of `prompts`, which is then not searched
             on; of fewer than three, the same with other seeds.
         minutes: From the call on, after which no further setting is begun. The default, the own trajectory
@@ -85,7 +86,7 @@ def tune(
         TypeError: if `pipe` is no pipeline with a scheduler.
         ValueError: if the pipeline has tofu or a compiled denoiser, there are no prompts or too many, a
             number is out of range, an option is one that a search sets, the folder holds another search, or
-            no setting reaches a speed-up.
+            no setting reaches any speed-up.
     """
     prompts = as_prompts(prompts)
     speedups = _speedups(speedup)

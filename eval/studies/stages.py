@@ -17,7 +17,7 @@ RATIO = 0.5
 """Of the grid."""
 # As in every row of the grid: what the choice by change needs, and the bound of extrapolation.
 GRID = {"warmup_steps": 2, "max_age": 8}
-CORRECTED_SHARE = "corrected"
+CORRECTED = "corrected"
 """In names: unmerge "taylor" with the corrector."""
 
 
@@ -41,7 +41,7 @@ def grid(steps: int) -> Iterator[Trial]:
     corrector is there with unmerge "taylor" only; that pair is called "corrected".
     """
     for method, merge, how, scope, keys_values in itertools.product(
-        sorted(METHODS), [*MERGES, "own"], [*UNMERGES, CORRECTED_SHARE], SCOPES, KEYS_VALUES
+        sorted(METHODS), [*MERGES, "own"], [*UNMERGES, CORRECTED], SCOPES, KEYS_VALUES
     ):
         own = merge == "own"
         # Apart from ToFu's, a method's own merge is one of the others.
@@ -50,8 +50,8 @@ def grid(steps: int) -> Iterator[Trial]:
         options = {
             "method": method,
             "merge": None if own else merge,
-            "unmerge": "taylor" if how == CORRECTED_SHARE else how,
-            "corrector": how == CORRECTED_SHARE,
+            "unmerge": "taylor" if how == CORRECTED else how,
+            "corrector": how == CORRECTED,
             "scope": scope,
             "keys_values": keys_values,
             "ratio": RATIO,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -111,28 +112,15 @@ def _of_pipeline(
 
 def _of_encoder(encoder: MeasuredEncoder, given: Any, seed: int, options: Kwargs) -> Gradients:
     """Those of one call."""
-    inputs: dict[str, Tensor] = {}
-
-    def begin(block: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
-        # Numbers of words have no gradient, and weights may want none.
-        named = bind(parameters_of(block), args, kwargs)
-        return (), {**named, "hidden_states": named["hidden_states"].detach().requires_grad_()}
-
-    blocks = encoder.blocks
-    hooks = [blocks[0][1].register_forward_pre_hook(begin, with_kwargs=True)]
-    hooks += [
-        block.register_forward_pre_hook(partial(_note_input, inputs, name), with_kwargs=True)
-        for name, block in blocks
-    ]
-    try:
-        with torch.enable_grad():
-            out = encoder(given, options)
-            found = torch.autograd.grad(signed_sum(out, seed), list(inputs.values()))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for (name, x), gradient in zip(inputs.items(), found, strict=True):
-        yield name, x.detach()[:, encoder.family.prefix :], gradient[:, encoder.family.prefix :]
+    found = gradients_at(
+        encoder.blocks,
+        itemgetter("hidden_states"),
+        lambda named, x: {**named, "hidden_states": x},
+        partial(encoder, given, options),
+        seed,
+    )
+    for name, x, gradient in found:
+        yield name, x[:, encoder.family.prefix :], gradient[:, encoder.family.prefix :]
 
 
 def watchable(pipe: Any) -> nn.Module:
@@ -205,62 +193,73 @@ def recorded(model: nn.Module) -> Iterator[list[Kwargs]]:
 def gradients(model: nn.Module, family: Family, named: Kwargs, seed: int) -> Gradients:
     """Name, image tokens and their gradient [B, N, C] of every block, for one call of the denoiser."""
     stacks = family.block_stacks(model)
-    inputs: dict[str, Tensor] = {}
-    hooks = [
-        block.register_forward_pre_hook(
-            partial(_note_tokens, family, inputs, name), with_kwargs=True
-        )
-        for stack in stacks
-        for name, block in stack.blocks
-    ]
-    try:
-        with torch.enable_grad():
-            out = first_of(model(**{**named, "return_dict": False}))
-            # Some return a list of one a row.
-            out = torch.stack(out) if isinstance(out, list) else out
-            found = torch.autograd.grad(signed_sum(out, seed), list(inputs.values()))
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def hidden(given: Kwargs) -> Tensor:
+        raw: Tensor | None = given.get("hidden_states")
+        # A map stays one.
+        return raw if raw is not None and raw.ndim == 4 else family.hidden(given)
+
+    def with_hidden(given: Kwargs, x: Tensor) -> Kwargs:
+        return {**given, "hidden_states": x} if x.ndim == 4 else family.with_hidden(given, x)
+
+    def predict() -> Tensor:
+        out = first_of(model(**{**named, "return_dict": False}))
+        # Some return a list of one a row.
+        return torch.stack(out) if isinstance(out, list) else out
+
+    blocks = [block for stack in stacks for block in stack.blocks]
+    found = gradients_at(blocks, hidden, with_hidden, predict, seed)
     grids, starts = family.grids(model, named), family.image_starts(named)
-    by_name = dict(zip(inputs, found, strict=True))
     resolutions = {name: stack.resolution for stack in stacks for name, _ in stack.blocks}
-    for name, gradient in by_name.items():
+    for name, x, gradient in found:
         resolution = resolutions[name]
         grid = grids[resolution]
         places = torch.arange(grid.tokens, device=gradient.device).expand(len(gradient), -1)
         places = places + starts.get(resolution, places.new_tensor([grid.text_before]))[:, None]
-        x, change = (
+        rows, change = (
             gather_rows(family.hidden({"hidden_states": each}) if each.ndim == 4 else each, places)
-            for each in (inputs[name], gradient)
+            for each in (x, gradient)
         )
-        yield name, x.detach(), change
+        yield name, rows, change
 
 
-def _note_tokens(
-    family: Family,
-    inputs: dict[str, Tensor],
-    name: str,
-    block: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Kwargs,
-) -> tuple[tuple[()], Kwargs]:
-    """Note a block's tokens and let it run on these very ones, however it calls them and they lie."""
-    given = bind(parameters_of(block), args, kwargs)
-    raw: Tensor | None = given.get("hidden_states")
-    # A map stays one.
-    x = raw if raw is not None and raw.ndim == 4 else family.hidden(given)
-    # Weights may want no gradient.
-    x = x if x.requires_grad else x.detach().requires_grad_()
-    inputs[name] = x
-    return (), {**given, "hidden_states": x} if x.ndim == 4 else family.with_hidden(given, x)
+def gradients_at(
+    blocks: Iterable[tuple[str, nn.Module]],
+    hidden: Callable[[Kwargs], Tensor],
+    with_hidden: Callable[[Kwargs, Tensor], Kwargs],
+    predict: Callable[[], Tensor],
+    seed: int,
+) -> list[tuple[str, Tensor, Tensor]]:
+    """By block its name, what comes to it, and the gradient with respect to that of a random sum.
 
+    Args:
+        hidden: What comes to a block, from its arguments by name.
+        with_hidden: The arguments with it replaced.
+        predict: Calls the model, and gives what is summed.
+        seed: Of the signs in the sum.
+    """
+    inputs: dict[str, Tensor] = {}
 
-def _note_input(
-    inputs: dict[str, Tensor],
-    name: str,
-    block: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Kwargs,
-) -> None:
-    inputs[name] = bind(parameters_of(block), args, kwargs)["hidden_states"]
+    def note(
+        name: str, block: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
+    ) -> tuple[tuple[()], Kwargs]:
+        given = bind(parameters_of(block), args, kwargs)
+        x = hidden(given)
+        # Numbers of words have no gradient, and weights may want none.
+        inputs[name] = x = x if x.requires_grad else x.detach().requires_grad_()
+        return (), with_hidden(given, x)
+
+    hooks = [
+        block.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+        for name, block in blocks
+    ]
+    try:
+        with torch.enable_grad():
+            found = torch.autograd.grad(signed_sum(predict(), seed), list(inputs.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        (name, x.detach(), gradient)
+        for (name, x), gradient in zip(inputs.items(), found, strict=True)
+    ]

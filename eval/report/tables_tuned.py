@@ -105,14 +105,13 @@ def tuned_table() -> str:
 def late_table() -> str:
     """How far tuned settings are ahead of rule "late", on the pictures that both were measured on."""
     lines = ["| | rule `late`, dB | tuned, ahead by |", "|---|---|---|"]
+    rules = {row["id"]: row for path in RULES.values() for row in read(path)}
     for stage, speedup, rows in groups():
         row = rows["tuned"]
         model = row["pipeline"]
         if stage != f"{model}-64{MAIN}":
             continue
-        name = f"late-{speedup:g}-first{CHOSEN_WARMUP[model]}"
-        found = (each for each in read(RULES[model]) if each["setting"]["name"] == name)
-        late = next(each for each in found if each["id"].startswith(f"{model}-64px-25steps-n8/"))
+        late = rules[f"{model}-64px-25steps-n8/late-{speedup:g}-first{CHOSEN_WARMUP[model]}"]
         same_pictures = {**row, "psnr_db": row["psnr_db"][: late["n"]]}
         cells = [
             f"{where(row)}, {speedup:g}x {cite(row)}",

@@ -73,9 +73,20 @@ def typed(steps: int) -> Iterator[Trial]:
     for ratio in (0.25, 0.5, 0.75):
         yield Trial(tofu(f"ratio-{ratio:g}", ratio=ratio), steps)
     for speedup in SPEEDS:
-        yield Trial(tofu(f"speedup-{speedup:g}", speedup=speedup), steps)
-        count = int(steps / speedup)
-        yield Trial(Setting(f"steps-{count}", "fewer_steps", {"steps": count}), steps)
+        yield from sped_up(steps, speedup)
+
+
+def sped_up(steps: int, speedup: float) -> Iterator[Trial]:
+    """Steps skipped, and as many left out."""
+    yield Trial(tofu(f"speedup-{speedup:g}", speedup=speedup), steps)
+    count = int(steps / speedup)
+    yield Trial(Setting(f"steps-{count}", "fewer_steps", {"steps": count}), steps)
+
+
+def multistep(steps: int, count: int) -> Trial:
+    """Fewer steps of a second-order solver."""
+    options = {"steps": count, "scheduler": "multistep"}
+    return Trial(Setting(f"multistep-{count}", "fewer_steps", options), steps)
 
 
 # Steps at the start that a rule computes: one is enough for those that look at all steps.
@@ -159,11 +170,9 @@ def merging(steps: int) -> Iterator[Trial]:
 def front(steps: int) -> Iterator[Trial]:
     """All ways to save, each at what it saves: tokens, steps, both, and fewer steps by two solvers."""
     yield from typed(steps)
-    yield Trial(tofu("speedup-4", speedup=4.0), steps)
-    yield Trial(Setting(f"steps-{steps // 4}", "fewer_steps", {"steps": steps // 4}), steps)
-    for count in (int(steps / speedup) for speedup in (*SPEEDS, 4)):
-        multistep = {"steps": count, "scheduler": "multistep"}
-        yield Trial(Setting(f"multistep-{count}", "fewer_steps", multistep), steps)
+    yield from sped_up(steps, 4)
+    for speedup in (*SPEEDS, 4):
+        yield multistep(steps, int(steps / speedup))
     for ratio in (0.25, 0.5):
         both = {"tokens": {"ratio": ratio}, "steps": {"speedup": 2.0}}
         yield Trial(Setting(f"both-{ratio:g}-2", "both", both), steps)
@@ -178,9 +187,8 @@ def rivals(steps: int) -> Iterator[Trial]:
     As a stage, with the caches of other packages, and beside each the default at as many FLOPs or fewer.
     """
     count = round(steps / 2)
-    multistep = {"steps": count, "scheduler": "multistep"}
     cache = {"total": steps, "computed": count, "first": 2, "order": 0}
-    yield Trial(Setting(f"multistep-{count}", "fewer_steps", multistep), steps)
+    yield multistep(steps, count)
     yield Trial(Setting(f"repeat-{count}", "step_cache", cache), steps)
     yield from early(steps)
 

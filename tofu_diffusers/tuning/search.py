@@ -86,7 +86,7 @@ class Search:
         tokens = all(kind is not ANY for _, kind in found)
         late = self.began + 60 * minutes
         tried = self._tried(speedups, trajectory, tokens, late)
-        sampling = self._sampling()
+        sampling = self._sampling() if len(found) == 1 else None
         if sampling is not None:
             self._fit(tried, sampling, trajectory, late)
         # Of equals the one that was tried first.
@@ -206,9 +206,9 @@ class Search:
         return reached
 
     def _sampling(self) -> Sampling | None:
-        """The steps that a generation executes, if forecasts can be fitted to them.
+        """The steps that a generation executes, if forecasts of one denoiser can be fitted to them.
 
-        To one denoiser, called once a step, under a sampler that draws no noise.
+        It is called once a step, under a sampler that draws no noise.
         """
         first = self.references[self.searched[0]]
         sampling, levels = Sampling.of(self.workload.scheduler), first.path.levels
@@ -216,8 +216,7 @@ class Search:
         executed = sampling.part(len(sampling) - len(levels), len(levels))
         each_once = len(first.behind) == len(levels) and executed.angles == levels
         additive = executed.sizes is not None and not first.made.draws_noise
-        one = len(denoisers_of(self.pipe)) == 1
-        return executed if one and each_once and additive else None
+        return executed if each_once and additive else None
 
     def _fit(
         self,
@@ -372,10 +371,8 @@ class Search:
                 whole = self.references[example].made
                 try:
                     made = self.workload.generated(example, True, num_inference_steps=fewer)
-                except (
-                    TypeError,
-                    ValueError,
-                ) as error:  # as when generate sets steps or sigmas itself
+                # As when generate sets steps or sigmas itself.
+                except (TypeError, ValueError) as error:
                     self.left_out["fewer steps"] = f"{fewer} steps are refused ({error})"
                     return None
                 if made.steps >= whole.steps:

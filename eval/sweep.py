@@ -34,6 +34,7 @@ from eval.metrics.extractors import read_pictures
 from eval.provenance import provenance
 from eval.report import page
 from eval.report.plots import overlay_kept
+from eval.studies.stages import STAGES
 from tofu_diffusers import METHODS, apply_tofu
 
 FORMAT = 1
@@ -309,6 +310,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exactly these instead of methods, ratios, speed-ups and what they must beat: name, kind and "
         "options as JSON, or a file with them, each",
     )
+    parser.add_argument(
+        "--stage", choices=sorted(STAGES), help="exactly the settings of this stage of `eval study`"
+    )
     score.add_scoring_arguments(parser)
     parser.add_argument(
         "--rounds", type=int, default=3, help="turns of timing; 0: none (%(default)s)"
@@ -323,11 +327,16 @@ def main(args: argparse.Namespace) -> None:
     wrong = [speedup for speedup in args.speedups if not speedup >= 1]
     if wrong:
         raise ValueError(f"speedup {wrong[0]} is below 1")
-    chosen = (
-        [run.setting_of(text) for text in args.setting]
-        if args.setting
-        else tofu_settings(args.methods, args.ratios) + skip_settings(args.speedups)
-    )
+    if args.stage and args.setting:
+        raise ValueError("--stage names all settings, and --setting, too; leave one out")
+    if args.stage:
+        chosen = [
+            trial.setting for trial in STAGES[args.stage](args.steps) if trial.steps == args.steps
+        ]
+    elif args.setting:
+        chosen = [run.setting_of(text) for text in args.setting]
+    else:
+        chosen = tofu_settings(args.methods, args.ratios) + skip_settings(args.speedups)
     if args.rounds < 0:
         raise ValueError(f"--rounds {args.rounds} is below 0, which times nothing")
     prompts = first(load_prompts(args.prompts, args.prompt_column), args.n, least=2)
@@ -345,7 +354,7 @@ def main(args: argparse.Namespace) -> None:
         args.rounds,
     )
     settings = [UNREDUCED, *chosen]
-    if not args.setting:
+    if not (args.setting or args.stage):
         settings = matched(sweep, [*settings, *others(loaded.pipe, args.ratios)])
     if not sweep_all(sweep, settings, score.scoring(args, loaded.weights)):
         return

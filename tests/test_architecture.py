@@ -67,7 +67,7 @@ EVAL_LAYERS = (
     {"generate"},
     {"metrics"},
     {"bench"},
-    {"report"},
+    {"report", "studies.stages"},
     {"calibrate", "sweep", "tune"},
     {"studies"},
     {"__main__"},

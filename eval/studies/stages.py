@@ -163,14 +163,38 @@ def merging(steps: int) -> Iterator[Trial]:
         for ratio in (0.25, 0.5, 0.75):
             if ratio <= METHODS[options["method"]]().max_ratio:
                 yield Trial(tofu(f"{name}-{ratio:g}", **options, ratio=ratio), steps)
-        around = {**options, "ratio": 0.5, "scope": "attention"}
-        yield Trial(tofu(f"{name}-attention-0.5", **around), steps)
+        yield around(name, steps)
+
+
+def around(name: str, steps: int) -> Trial:
+    """One of `MERGING` at half of the tokens, around attention alone."""
+    options = {**MERGING[name], "ratio": 0.5, "scope": "attention"}
+    return Trial(tofu(f"{name}-attention-0.5", **options), steps)
+
+
+def distances(steps: int) -> Iterator[Trial]:
+    """Few enough that sets of thousands of pictures can be made of each, for distances between sets.
+
+    "damaged" leaves a quarter of the tokens, drawn at random at every step: what a distance must see.
+    """
+    for speedup in (2, 3):
+        yield from sped_up(steps, speedup)
+    yield Trial(tofu("ratio-0.5", ratio=0.5), steps)
+    for name, options in MERGING.items():
+        yield Trial(tofu(f"{name}-0.5", **options, ratio=0.5), steps)
+    yield Trial(tofu("damaged", method="random", ratio=0.75), steps)
+    yield from (around(name, steps) for name in MERGING if name != "random")
+    yield from early(steps)
 
 
 def front(steps: int) -> Iterator[Trial]:
     """All ways to save, each at what it saves: tokens, steps, both, and fewer steps by two solvers."""
     yield from typed(steps)
     yield from sped_up(steps, 4)
+    # More of a curve, for what saves less or between.
+    for count in range(steps - 3, steps // 4, -2):
+        if count not in {int(steps / speedup) for speedup in (*SPEEDS, 4)}:
+            yield Trial(Setting(f"steps-{count}", "fewer_steps", {"steps": count}), steps)
     for speedup in (*SPEEDS, 4):
         yield multistep(steps, int(steps / speedup))
     for ratio in (0.25, 0.5):
@@ -244,4 +268,11 @@ def beside(rows: Iterable[dict[str, Any]], steps: int) -> Iterator[Trial]:
             yield Trial(tofu(name, speedup=row["flops_ratio"] - 1e-4), steps)
 
 
-STAGES = {"typed": typed, "front": front, "rules": rules, "rivals": rivals, "grid": grid}
+STAGES = {
+    "typed": typed,
+    "front": front,
+    "rules": rules,
+    "rivals": rivals,
+    "grid": grid,
+    "distances": distances,
+}

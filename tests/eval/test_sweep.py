@@ -12,6 +12,7 @@ from eval.generate import run
 from eval.generate.prompts import load_prompts
 from eval.generate.settings import Setting
 from eval.metrics import score
+from eval.studies.stages import Trial
 from eval.sweep import baselines, others, skip_settings, tofu_settings
 from tests import tiny
 
@@ -245,7 +246,9 @@ def test_no_command_and_an_unknown_one_are_refused(capsys):
     assert "sweep" in capsys.readouterr().err
 
 
-def test_a_sweep_over_named_settings_makes_these_and_no_others(folder, tmp_path):
+def test_a_sweep_over_named_settings_makes_these_and_no_others(
+    folder, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "sweep"
     half = {"name": "half", "kind": "tofu", "options": {"ratio": 0.5, "method": "tome"}}
     fewer = {"name": "fewer", "kind": "fewer_steps", "options": {"steps": 3}}
@@ -255,3 +258,13 @@ def test_a_sweep_over_named_settings_makes_these_and_no_others(folder, tmp_path)
     assert [row["setting"] for row in rows[1:]] == [half, fewer]
     assert rows[0]["setting"]["name"] == "unreduced"
     assert all(row["speed"] is None for row in rows)
+    # So does the stage that has them.
+    trials = [Trial(Setting(**each), steps) for each, steps in ((half, 5), (fewer, 5), (half, 9))]
+    monkeypatch.setitem(sweep.STAGES, "distances", lambda steps: trials)
+    words = ["sweep", *command(folder, out, "--rounds", "0", "--stage", "distances")]
+    before = (out / "results.json").read_bytes()
+    assert main(words) == 0
+    assert (out / "results.json").read_bytes() == before
+    with pytest.raises(SystemExit):
+        main([*words, "--setting", given[0]])
+    assert "leave one out" in capsys.readouterr().err

@@ -205,6 +205,7 @@ def rows(
     scored: dict[str, dict[str, Any]],
     flops: dict[str, float],
     speeds: dict[str, dict[str, Any]],
+    against: Sequence[str],
 ) -> list[dict[str, Any]]:
     """A row a setting, as a report reads them."""
     found = []
@@ -229,6 +230,11 @@ def rows(
                 "failed": {which: len(found) for which, found in mine["failed"].items()},
                 "metrics": mine["metrics"]
                 | (score.changes(mine, base) if mine is not base else {}),
+                "against": {
+                    name: score.changes(mine, scored[name])
+                    for name in against
+                    if name != setting.name
+                },
             }
         )
     return found
@@ -243,13 +249,20 @@ def matched(sweep: Sweep, settings: list[Setting]) -> list[Setting]:
 
 
 def sweep_all(
-    sweep: Sweep, settings: list[Setting], scoring: dict[str, Any]
+    sweep: Sweep, settings: list[Setting], scoring: dict[str, Any], against: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Generate, score and time all settings; writes results.json and returns its rows.
 
     Args:
         scoring: Arguments of `score.score`.
+        against: Names of settings from which every row has its changes, too, as from the unreduced one.
+
+    Raises:
+        ValueError: if one of them is none of the settings.
     """
+    names = [setting.name for setting in settings]
+    if unknown := sorted({*against} - {*names}):
+        raise ValueError(f"no setting is called {unknown[0]!r}; choose of {', '.join(names)}")
     flops = sweep.flops(settings)
     for setting in settings:
         made = sweep.run(setting)
@@ -283,7 +296,7 @@ def sweep_all(
         speeds = {row["setting"]["name"]: row for row in timed}
     for setting in settings:
         sweep.overlay(setting, SHOWN)
-    found = rows(sweep, settings, scored, flops, speeds)
+    found = rows(sweep, settings, scored, flops, speeds, against)
     text = json.dumps({"format": FORMAT, "rows": found}, indent=2) + "\n"
     write_whole(sweep.folder / "results.json", text.encode())
     return found
@@ -312,6 +325,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--stage", choices=sorted(STAGES), help="exactly the settings of this stage of `eval study`"
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="settings from which every row has its changes, too, pair by pair",
     )
     score.add_scoring_arguments(parser)
     parser.add_argument(
@@ -356,6 +376,6 @@ def main(args: argparse.Namespace) -> None:
     settings = [UNREDUCED, *chosen]
     if not (args.setting or args.stage):
         settings = matched(sweep, [*settings, *others(loaded.pipe, args.ratios)])
-    if not sweep_all(sweep, settings, score.scoring(args, loaded.weights)):
+    if not sweep_all(sweep, settings, score.scoring(args, loaded.weights), args.against):
         return
     page.main(argparse.Namespace(sweep=args.out, out=args.out / "report.html", prompts=SHOWN))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,13 @@ class Manifest:
         """Into a run folder, whole or not at all."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         write_whole(Path(folder) / NAME, text.encode())
+
+    def extended(self, other: Manifest) -> Manifest:
+        """This run with the prompts and seeds of `other`, if that has more of them behind these."""
+        count = len(self)
+        if (other.prompts[:count], other.seeds[:count]) != (self.prompts, self.seeds):
+            return self
+        return replace(self, prompts=other.prompts, seeds=other.seeds)
 
     def differences(self, other: Manifest) -> list[str]:
         """What would make other images: a line a field, this one's value first."""

@@ -146,7 +146,8 @@ def generate(
         source: As of `load`, or what it gave; then dtype and device are its own.
         setting: How to generate.
         prompts: One an image; one string is one prompt.
-        out: The run folder: a new one, an empty one, or one of this very run.
+        out: The run folder: a new one, an empty one, or one of this very run, which may have had fewer of
+            the prompts.
         seed: Of image 0; image i has seed + i.
         batch_size: Images generated together.
         call: Arguments for every call of the pipeline; JSON values.
@@ -357,12 +358,15 @@ def _open(out: Path, manifest: Manifest) -> tuple[Manifest, list[range]]:
         # Refused by the pipeline before its first image: nothing is there to be mixed.
         held = []
     if NAME in held:
-        stored = Manifest.load(out)
+        held_run = Manifest.load(out)
+        stored = held_run.extended(manifest)
         if lines := stored.differences(manifest):
             raise ValueError(
                 "\n  ".join([f"{out} holds another run:", *lines])
                 + "\nask for the same, choose another folder, or remove this one"
             )
+        if stored != held_run:
+            stored.save(out)
     elif set(held) - {f".{NAME}.tmp"}:
         raise ValueError(
             f"{out} holds {len(held)} entries such as {held[0]}, but no {NAME}; choose a new folder"

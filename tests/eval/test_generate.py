@@ -262,6 +262,19 @@ def test_killed_at_any_moment_it_goes_on(loaded, unbroken, tmp_path):
     assert Manifest.load(out) == Manifest.load(unbroken)
 
 
+@pytest.mark.parametrize("count", [3, 4])
+def test_more_prompts_are_made_behind_those_that_are_there(loaded, unbroken, tmp_path, count):
+    out = tmp_path / "run"
+    make(loaded, out, prompts=PROMPTS[:count])
+    before = snapshot(out)
+    make(loaded, out)
+    assert images(out) == images(unbroken)
+    assert Manifest.load(out) == Manifest.load(unbroken)
+    # Whole batches stay as they are; one that had fewer images is made again.
+    kept = {name for name, then in snapshot(out).items() if before.get(name) == then}
+    assert len(kept) == count // 2 * 2
+
+
 def test_a_full_disk_leaves_what_was_written(loaded, unbroken, tmp_path, monkeypatch):
     out, calls = tmp_path / "run", iter(range(100))
 

@@ -215,23 +215,26 @@ def test_times_are_of_the_process_that_takes_them(folder, tmp_path, monkeypatch,
     assert "holds times measured otherwise" in capsys.readouterr().err
 
 
+class Brightness:
+    """In the place of a CLIP model."""
+
+    source = None
+
+    def __init__(self, source):
+        self.identity = {"name": "clip_score"}
+        Brightness.source = source
+
+    def __call__(self, images, prompts):
+        return images.float().mean((1, 2, 3))
+
+
 def test_a_sweep_scores_as_it_is_told(folder, tmp_path, monkeypatch):
-    seen = {}
-
-    class Clip:
-        def __init__(self, source):
-            self.identity = {"name": "clip_score"}
-            seen["clip"] = source
-
-        def __call__(self, images, prompts):
-            return images.float().mean((1, 2, 3))
-
-    monkeypatch.setattr(score, "ClipAlignment", Clip)
+    monkeypatch.setattr(score, "ClipAlignment", Brightness)
     half = {"name": "half", "kind": "fewer_steps", "options": {"steps": 3}}
     more = ["--rounds", "0", "--clip", "a model", "--resize", "bicubic"]
     assert main(["sweep", *command(folder, tmp_path, "--setting", json.dumps(half)), *more]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert seen == {"clip": "a model"}
+    assert Brightness.source == "a model"
     assert all("clip_score" in row["metrics"] for row in rows)
     assert rows[1]["call"]["width"] == 96
     scored = json.loads((tmp_path / "scores" / "half.json").read_text())
@@ -249,11 +252,13 @@ def test_no_command_and_an_unknown_one_are_refused(capsys):
 def test_a_sweep_over_named_settings_makes_these_and_no_others(
     folder, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.setattr(score, "ClipAlignment", Brightness)
     out = tmp_path / "sweep"
     half = {"name": "half", "kind": "tofu", "options": {"ratio": 0.5, "method": "tome"}}
     fewer = {"name": "fewer", "kind": "fewer_steps", "options": {"steps": 3}}
     given = [json.dumps(half), json.dumps(fewer)]
-    assert main(["sweep", *command(folder, out, "--rounds", "0", "--setting", *given)]) == 0
+    start = ["sweep", *command(folder, out, "--rounds", "0", "--clip", "a model")]
+    assert main([*start, "--setting", *given]) == 0
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [row["setting"] for row in rows[1:]] == [half, fewer]
     assert rows[0]["setting"]["name"] == "unreduced"
@@ -261,10 +266,21 @@ def test_a_sweep_over_named_settings_makes_these_and_no_others(
     # So does the stage that has them.
     trials = [Trial(Setting(**each), steps) for each, steps in ((half, 5), (fewer, 5), (half, 9))]
     monkeypatch.setitem(sweep.STAGES, "distances", lambda steps: trials)
-    words = ["sweep", *command(folder, out, "--rounds", "0", "--stage", "distances")]
-    before = (out / "results.json").read_bytes()
+    words = [*start, "--stage", "distances", "--against", "half"]
     assert main(words) == 0
-    assert (out / "results.json").read_bytes() == before
+    again = json.loads((out / "results.json").read_text())["rows"]
+    assert [{**row, "against": {}} for row in again] == rows
+    # Both ways the same resamples are compared.
+    whole, same, other = (row["against"].get("half") for row in again)
+    assert same is None
+    there, back = (each["clip_score-change"]["value"] for each in (again[1]["metrics"], whole))
+    assert (1 + there) * (1 + back) == pytest.approx(1)
+    assert other["clip_score-change"]["value"] != back
+    with pytest.raises(SystemExit):
+        main([*words[:-1], "third"])
+    assert (
+        "no setting is called 'third'; choose of unreduced, half, fewer" in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         main([*words, "--setting", given[0]])
     assert "leave one out" in capsys.readouterr().err

@@ -125,7 +125,8 @@ DUE = {"source": "change", "age_exponent": 16}
 def tokens(steps: int) -> Iterator[Trial]:
     """`TOKENS` with fresh and with cached keys and values, at two ratios.
 
-    Again with the corrector ("corrected"), and with the corrector and the oldest tokens first ("due").
+    Again with the corrector ("corrected"), and with the corrector and the oldest tokens first ("due"), also
+    with two warm-up steps in the place of a quarter of all.
     """
     for ratio in (0.5, 0.75):
         for keys_values in ("fresh", "cached"):
@@ -140,7 +141,9 @@ def tokens(steps: int) -> Iterator[Trial]:
             corrected = {**options, "corrector": True}
             yield Trial(tofu(f"{name}-corrected", **corrected), steps)
             if keys_values == "fresh":
-                yield Trial(tofu(f"{name}-due", **corrected, method_options=DUE), steps)
+                due = {**corrected, "method_options": DUE}
+                yield Trial(tofu(f"{name}-due", **due), steps)
+                yield Trial(tofu(f"{name}-due-first2", **{**due, "warmup_steps": 2}), steps)
 
 
 MERGING: dict[str, dict[str, Any]] = {

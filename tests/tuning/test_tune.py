@@ -246,7 +246,8 @@ def test_no_prompts_too_many_no_pipeline_and_tofu_are_refused():
         tune(pipe, [])
     with pytest.raises(ValueError, match="17 prompts to search on; give 1 to 16"):
         tune(pipe, ["a cat"] * 17)
-    for given in (None, {"prompt": "a cat"}):  # as a list it would be its keys
+    # As lists they would be keys, and rows.
+    for given in (None, {"prompt": "a cat"}, torch.zeros(2, 3)):
         with pytest.raises(TypeError, match=r"a list, or one text, not .*; give \[prompt\]"):
             tune(pipe, given)
     with pytest.raises(TypeError, match="no pipeline with a scheduler"):

@@ -160,8 +160,8 @@ def as_prompts(given: str | Sequence[Any]) -> Sequence[Any]:
     Raises:
         TypeError: if it is neither that nor a list of them.
     """
-    # What shows its progress (tqdm) has a length, too; a mapping would be its keys.
-    if not isinstance(given, Sized) or isinstance(given, Mapping):
+    # What shows its progress (tqdm) has a length, too; a mapping would be its keys, a tensor its rows.
+    if not isinstance(given, Sized) or isinstance(given, Mapping | Tensor):
         raise TypeError(
             f"prompts are a list, or one text, not {type(given).__name__}; give [prompt]"
         )

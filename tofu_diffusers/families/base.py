@@ -63,6 +63,9 @@ class Family(ABC):
     """Name of the root's noisy latents: [B, C, (F,) H, W], or [B, N, C] where they are packed."""
     latents_are_tokens: ClassVar[bool] = False
     """Whether the latents, and the prediction, come as one row a token."""
+    returns_sequence: ClassVar[bool] = False
+    """Whether what is returned is of the whole sequence, the image last, of which later calls may leave out
+    what stands before it."""
     ids_name: ClassVar[str | None] = None
     """Name of the root's tensor from which `grids` reads numbers; None: shapes are enough. Reading it waits
     for the device and cannot be traced, so it is done once a generation."""

@@ -421,9 +421,9 @@ class Generation:
         if steps / computed < skipping.speedup - 1e-6:
             self._warn(
                 f"speedup {skipping.speedup:g} is not reached: {computed} of {steps} steps were computed "
-                f"({steps / computed:.2f}x), {self.unplanned_steps} more than planned, because guidance "
-                "changed on the way or another denoiser took over; ask for a higher speedup, or lower "
-                "warmup_steps"
+                f"({steps / computed:.2f}x), {self.unplanned_steps} more than planned, because the past was "
+                "lost: guidance or the sequence of tokens changed on the way, or another denoiser took over; "
+                "ask for a higher speedup, or lower warmup_steps"
             )
 
     def warn_of_reach(self) -> None:

@@ -165,6 +165,8 @@ class Runtime:
         if caches.forecaster is not None and call.step_known:
             if call.cfg_branch not in caches.forecaster.past:
                 caches.check_limit(caches.nbytes + caches.forecaster.nbytes_for(out))
+            if self.setup.family.returns_sequence:
+                caches.forecaster.keep_last(call.cfg_branch, out)
             out = caches.forecaster.record(call.cfg_branch, out, call.step)
             caches.peak_bytes = max(caches.peak_bytes, caches.nbytes)
         # 9  Note which tokens were computed and how their predictions changed.

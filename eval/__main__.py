@@ -20,6 +20,10 @@ COMMANDS = {
         "how the cost of plans, merges and unmerges grows with the tokens",
     ),
     "flops": ("eval.bench.full_size", "FLOPs that full-size denoisers save, without their weights"),
+    "padding": (
+        "eval.bench.text_padding",
+        "FLOPs of full-size denoisers that go into text padding",
+    ),
     "study": ("eval.studies.study", "drift of many combinations, without pictures or times"),
     "tune": ("eval.tune", "the settings that drift least, found on a pipeline of yours"),
     "calibrate": ("eval.calibrate", "probes for importance source gradient"),

@@ -76,7 +76,8 @@ ALL_LAYERS = dict(zip(PACKAGES, (LAYERS, PIPELINES_LAYERS, EVAL_LAYERS), strict=
 # What may be traced sees what a generation hands over, never the generation, whose numbers change.
 TRACED = (
     "runtime.setup", "runtime.sites", "runtime.call", "runtime.caches", "runtime.grid_reader",
-    "runtime.runtime", "hooks.state", "hooks.block", "hooks.attention", "hooks.keys_values", "hooks.norm",
+    "runtime.text_padding", "runtime.runtime", "hooks.state", "hooks.block", "hooks.attention",
+    "hooks.keys_values", "hooks.norm",
 )  # fmt: skip
 PRIVATE_STATE = ("_diffusers_hook", "_old_forward", "_hf_hook")
 REGISTRY_HOST = re.compile(

@@ -60,6 +60,7 @@ def apply_tofu(
     *configs: Config | Tuned | str | os.PathLike[str],
     ratio: float | None = None,
     speedup: float | None = None,
+    drop_text_padding: bool = False,
     **options: Any,
 ) -> Handle:
     """Make a pipeline, denoiser or encoder do less work, until `remove_tofu` or `handle.remove()`.
@@ -68,6 +69,7 @@ def apply_tofu(
         >>> handle = apply_tofu(pipe, ratio=0.5)          # half of the tokens, by the family's profile
         >>> handle = apply_tofu(pipe, speedup=2.0)        # at least two times fewer FLOPs, the best known way
         >>> handle = apply_tofu(pipe, TokenReduction(ratio=0.25), StepSkipping(speedup=1.5))       # both
+        >>> handle = apply_tofu(pipe, drop_text_padding=True)         # the same picture; or with any of these
         >>> image = pipe("a red apple").images[0]
         >>> remove_tofu(pipe)
         >>> handle = apply_tofu(pipe.text_encoder, ratio=0.5)      # or a ViTModel, BertModel ... of its own
@@ -82,27 +84,44 @@ def apply_tofu(
             `EncoderReduction(ratio=ratio, **options)`. Higher is faster and drifts more.
         speedup: How many times fewer FLOPs of the denoiser, at least: by the type that measured best for the
             family (`StepSkipping` today), with these options. Higher is faster and drifts more.
+        drop_text_padding: Whether text tokens that a mask hides leave the denoiser's sequence, which changes
+            nothing but rounding. Alone, or with any of the above. Of the prompts of a batch goes what is
+            padding in all.
         options: Further options of that type; with configs they replace those of the one that has them.
 
     Returns:
         A handle: a context manager with `summary()`, `stats()`, `step()` and `remove()`.
 
     Raises:
-        TypeError: if the target is no pipeline or model, a config is none, or a number is not a number.
-        ValueError: if ratio and speedup are given together, an option is of another type than what is asked
+        TypeError: if the target is no pipeline or model, a config is none, a number is not a number, or
+            drop_text_padding neither True nor False.
+        ValueError: if ratio and speedup are given together, padding is to be dropped where no mask hides it,
+            an option is of another type than what is asked
             for, the target has no denoiser of a known family or no site, was changed by tomesd or cache-dit,
             or the configuration does not hold. The target is then as it was.
         FileNotFoundError: if there are no probes where `method_options` say, or a folder has nothing tuned.
         RuntimeError: if a forward that must change was replaced by another.
     """
+    if not isinstance(drop_text_padding, bool):
+        raise TypeError(f"drop_text_padding must be True or False, not {drop_text_padding!r}")
     encoder = _encoder(target, named=options.get("family") in ENCODERS)
     if encoder is not None:
+        if drop_text_padding:
+            raise ValueError(
+                f"drop_text_padding is for denoisers, and {type(encoder).__name__} is an encoder; give the "
+                "pipeline"
+            )
         config = _asked_of_encoder(encoder, configs, ratio, speedup, options)
         return EncoderHandle(_apply_to_encoders(encoder, config))
-    asked = _asked(*_of_tuned(target, configs, speedup), ratio, options)
+    nothing_else = not configs and ratio is None and speedup is None and {*options} <= {"family"}
+    alone = drop_text_padding and nothing_else
+    asked = () if alone else _asked(*_of_tuned(target, configs, speedup), ratio, options)
     family = options.get("family", next((each.family for each in asked if each.family), None))
-    skips = not asked or any(isinstance(each, StepSkipping) for each in asked)
+    skips = not alone and (not asked or any(isinstance(each, StepSkipping) for each in asked))
     pipeline, found = _denoisers(target, family, skips)
+    if drop_text_padding:
+        for model, kind in found:
+            _check_masks_text(model, kind)
     plans = []
     for model, kind in found:
         if changed_by_tomesd(model):
@@ -116,7 +135,7 @@ def apply_tofu(
             )
         # What a denoiser of an unknown class cannot do, the pipeline's other ones may.
         wanted = tuple(each for each in asked if kind is not ANY or isinstance(each, StepSkipping))
-        if not asked:
+        if not asked and not alone:
             workflow = fastest(kind.name)
             for name in options:
                 if name not in workflow.field_names():
@@ -152,6 +171,7 @@ def apply_tofu(
                     Reference(pipeline),
                     stands_in=i > 0,
                     has_stand_in=i == 0 and len(layouts) > 1,
+                    drop_text_padding=drop_text_padding,
                 )
                 pairs.append((Generation(Runtime(setup), turn), layout))
             roots.append((model, attach_root(model, pairs)))
@@ -212,6 +232,7 @@ class Handle:
         if self.removed:
             return "Handle(removed)"
         asked = " and ".join(type(config).__name__ for config in self.configs)
+        asked = asked or "drop_text_padding"
         return f"Handle({asked} on {', '.join(type(model).__name__ for model in self._models)})"
 
     @property
@@ -225,7 +246,10 @@ class Handle:
 
     @property
     def configs(self) -> tuple[Config, ...]:
-        """What was asked for, with nothing left open: one of each workflow at most (the first denoiser's)."""
+        """What was asked for, with nothing left open: one of each workflow at most (the first denoiser's).
+
+        None if text padding alone is dropped.
+        """
         return self._roots[0][1].layouts[0][0].runtime.setup.configs
 
     @property
@@ -631,6 +655,17 @@ def _denoisers(
     )
 
 
+def _check_masks_text(model: nn.Module, family: Family) -> None:
+    """Raise ValueError where no text of a denoiser has padding that can be dropped."""
+    if not family.texts:
+        can = sorted(name for each in FAMILIES.values() if each.texts for name in each.classes)
+        raise ValueError(
+            f"drop_text_padding: {type(model).__name__} has no text in its sequence under a mask, so that "
+            "padding is either seen or not there; a shorter max_sequence_length= in the pipeline's call pads "
+            f"less. Padding can be dropped of {', '.join(can)}"
+        )
+
+
 def _beside(pipeline: Any) -> list[nn.Module]:
     """The pipeline's networks beside its denoiser that run at every step, and have no tofu yet."""
     parts = {name: part for name, part in components(pipeline).items() if name.startswith(BESIDE)}
@@ -697,7 +732,8 @@ def _attached(model: nn.Module, like: Setup) -> Generation:
     still = [
         each.replace(speedup=1) if isinstance(each, StepSkipping) else each for each in configs
     ]
-    generation = apply_tofu(model, *still)._generations[0][1]
+    # Where text padding alone is dropped there is none, and something must be asked for.
+    generation = apply_tofu(model, *(still or [StepSkipping(speedup=1)]))._generations[0][1]
     generation.silent = True
     return generation
 

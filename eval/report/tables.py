@@ -25,6 +25,7 @@ from eval.report.tables_speed import (
     full_size_table,
     growth_rows,
     growth_table,
+    padding_table,
     speed_table,
     stacking_table,
     suite_table,
@@ -60,6 +61,7 @@ GROWTH, SUITES = measured("growth"), measured("suite")
 STACKING = measured("stacking", "jsonl")
 FULL_SIZE = ROOT / "eval" / "results" / "full_size.jsonl"
 CLASSES = ROOT / "eval" / "results" / "full_size_classes.jsonl"
+PADDING = ROOT / "eval" / "results" / "text_padding.jsonl"
 DOCUMENTS = (
     ROOT / "README.md",
     *(ROOT / "docs" / f"{guide}.md" for guide in ("encoders", "models", "results", "speed")),
@@ -85,6 +87,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "merged by linearity": merged_table,
     "full size": lambda: full_size_table(FULL_SIZE),
     "classes": lambda: classes_table(CLASSES),
+    "padding": lambda: padding_table(PADDING),
     "ahead": lambda: ahead_table(FRONT),
     "oldest": lambda: oldest_table(FRONT),
     "lengths": lambda: lengths_table(LENGTHS),

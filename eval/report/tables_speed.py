@@ -142,6 +142,29 @@ def classes_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def padding_table(path: Path) -> str:
+    """A line a class whose text padding can be dropped: what a step takes, and what dropping it saves."""
+    rows = sorted(read(path), key=lambda row: str(row["model"]))
+    lines = [
+        f"Counted on shapes alone; {versions(rows[0])}. A step is that of one row of the batch.",
+        "",
+        "| denoiser | counted | image tokens | text tokens, padded -> left | a step | `drop_text_padding` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        texts = (f"{before:,} -> {after}" for before, after in row["text"].values())
+        cells = [
+            f"`{row['model']}` <!-- row: {path.name}#{row['id']} -->",
+            row["config"],
+            f"{row['tokens']:,}",
+            ", ".join(texts),
+            f"{short(row['step_flops'] / 1e12)} TFLOPs",
+            f"{row['flops_ratio']:.3f}x",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def suite_table(path: Path) -> str:
     """What every reduced step took, against the unreduced one and against its ceiling."""
     rows = read_rows(path)

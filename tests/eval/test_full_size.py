@@ -9,11 +9,11 @@ from diffusers import FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval import jsonl
-from eval.bench import full_size
+from eval.bench import full_size, text_padding
 from eval.bench.ceilings import run_on_first
 from eval.bench.full_size import SETTINGS, measure
 from eval.bench.models import SUITES, USUAL
-from eval.report.tables import CLASSES
+from eval.report.tables import CLASSES, PADDING
 from eval.report.tables_speed import full_size_table
 from tofu_diffusers import FAMILIES
 
@@ -116,6 +116,16 @@ def test_every_class_has_its_row():
 def test_a_class_counted_anew_is_its_row(name):
     (row,) = (row for row in jsonl.read(CLASSES) if row["id"] == name)
     anew = full_size.counted_class(name)
+    assert anew == {key: row[key] for key in anew}
+
+
+def test_every_class_whose_text_padding_can_go_has_its_row():
+    assert sorted(row["id"] for row in jsonl.read(PADDING)) == text_padding.classes()
+
+
+def test_text_padding_counted_anew_is_its_row():
+    (row,) = (row for row in jsonl.read(PADDING) if row["id"] == "Krea2Transformer2DModel")
+    anew = text_padding.counted_text(row["id"])
     assert anew == {key: row[key] for key in anew}
 
 

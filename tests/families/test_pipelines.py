@@ -12,6 +12,7 @@ import torch
 from tests import families_table, tiny
 from tests.tiny_pipelines import NO_PIPELINES, OF_32, PICTURE, PIPELINES
 from tofu_diffusers import apply_tofu
+from tofu_diffusers.families import known_family
 
 STEPS = 4
 EARLY = {"warmup_steps": 2}  # generations here are short
@@ -58,6 +59,11 @@ def test_a_pipeline_with_half_of_its_tokens_and_with_half_of_its_steps(name):
         ] * len(denoisers)
         assert f"default profile, {'measured' if name in MEASURED else 'that of '}" in str(summary)
         assert ("provisional)" in str(summary)) == (name not in MEASURED)
+    if all(known_family(denoiser).texts for denoiser in denoisers):
+        with apply_tofu(pipe, drop_text_padding=True) as handle:
+            torch.testing.assert_close(generate(pipe), before, rtol=1e-3, atol=1e-3)
+            text = handle._all[0].runtime.text
+            assert any(dropped for _, dropped in text.counts.values()) != bool(text.why_not)
     for changed in (reduced, skipped):
         assert changed.shape == before.shape and torch.isfinite(changed).all()
         assert not torch.equal(changed, before)

@@ -111,3 +111,17 @@ def test_steps_are_skipped_where_the_output_changes_its_shape(model):
         found = generate(model, handle, moving=True)
         assert any(each.skipped for each in handle.inspect()[0].steps)
     assert all(each.shape == (2, 24, 16) and each.isfinite().all() for each in found)
+
+
+@torch.no_grad()
+def test_the_first_step_counts_though_it_returns_more_than_the_image(model):
+    """What comes next is forecast from its image alone, on a straight line, and no step more is computed."""
+    before = generate(model, moving=True)
+    config = StepSkipping(1.6, warmup_steps=2, rule="even", corrector=False)
+    with apply_tofu(model, config) as handle:
+        found = generate(model, handle, moving=True)
+        assert handle.summary().steps[0].plan == "##..#"
+    for step, (one, other) in enumerate(zip(found, before, strict=True)):
+        ahead = {2: 1, 3: 2}.get(step)
+        expected = other if ahead is None else before[1] + ahead * (before[1] - before[0])
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-5)

@@ -120,6 +120,20 @@ def test_one_step_is_counted_before_guidance_is_known(make):
     assert summary.flops_run == pytest.approx(run, rel=0.02)
 
 
+@torch.no_grad()
+def test_calls_that_nobody_saw_are_counted_at_a_typical_size():
+    """As those of a compiled denoiser, of which the grid alone is known."""
+    model = tiny.tiny_sd3().transformer
+    with apply_tofu(model, ratio=0.5, method="tome") as handle:
+        typical = handle.summary()
+        model(**tiny.model_inputs(model))
+        handle._all[0].runtime.call.inputs.clear()
+        summary = handle.summary()
+    assert not summary.nominal and summary.rows[0].tokens_in != typical.rows[0].tokens_in
+    assert summary.flops_unreduced == typical.flops_unreduced
+    assert summary.flops_run == typical.flops_run
+
+
 def test_the_table_says_what_happened():
     pipe = tiny.tiny_sd3(num_layers=4)
     with apply_tofu(pipe, ratio=0.5, method="tofu", scope="span") as handle:

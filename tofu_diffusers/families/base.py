@@ -38,6 +38,30 @@ class BlockStack:
         return cls(name, resolution, tuple((f"{name}.{child}", block) for child, block in blocks))
 
 
+@dataclass(frozen=True)
+class MaskedText:
+    """A text among the root's arguments, whose masked tokens nothing but themselves sees.
+
+    Args:
+        states: Name of the text [B, T, ...].
+        mask: Name of its mask [B, T], in which 0 is padding, or [B, T + N] with the image's behind; None: the
+            text is all zeros where there is none, and is masked as a whole then.
+        ids: Name of its positions [T, ...] or [T + N, ...], maybe with a batch axis in front; None: the
+            denoiser makes them itself, or the text has none.
+        gaps: Whether padding in front of words, and between them, may go as well: nothing tells a token by
+            how many stand before it.
+    """
+
+    states: str
+    mask: str | None
+    ids: str | None = None
+    gaps: bool = False
+
+
+TEXT = MaskedText("encoder_hidden_states", "encoder_attention_mask")
+"""How most denoisers call it."""
+
+
 def depths_of(stacks: Sequence[BlockStack]) -> dict[str, float]:
     """The position of every block in the denoiser, by name: 0 is the first, 1 the last."""
     names = [name for stack in stacks for name, _ in stack.blocks]
@@ -63,6 +87,9 @@ class Family(ABC):
     """Name of the root's noisy latents: [B, C, (F,) H, W], or [B, N, C] where they are packed."""
     latents_are_tokens: ClassVar[bool] = False
     """Whether the latents, and the prediction, come as one row a token."""
+    returns_sequence: ClassVar[bool] = False
+    """Whether what is returned is of the whole sequence, the image last, of which later calls may leave out
+    what stands before it."""
     ids_name: ClassVar[str | None] = None
     """Name of the root's tensor from which `grids` reads numbers; None: shapes are enough. Reading it waits
     for the device and cannot be traced, so it is done once a generation."""
@@ -70,6 +97,8 @@ class Family(ABC):
     """Names of the root's tensors whose numbers it reads itself: shapes do not tell what it computes."""
     cache_names: ClassVar[tuple[str, ...]] = ()
     """Names of the root's arguments that are objects to which it writes."""
+    texts: ClassVar[tuple[MaskedText, ...]] = ()
+    """Texts that stand in the sequence under a mask, so that their padding can be dropped."""
     output_index: ClassVar[int] = 0
     """Where the image tokens stand in what a block returns, if that is a tuple."""
     guidance_in_batch: ClassVar[bool] = True
@@ -182,6 +211,10 @@ class Family(ABC):
 
     def refusal(self, scope: str, named: Kwargs) -> str | None:
         """Why this call cannot be run with reduced tokens in this scope, and a way out; or None."""
+        return None
+
+    def sees_padding(self, model: Any, named: Kwargs) -> str | None:
+        """Why in this call the padding of `texts` has influence, and a way out; None: it has none."""
         return None
 
     def computes_all(self, named: Kwargs) -> bool:

@@ -11,8 +11,10 @@ from torch import Tensor
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
 from .base import (
+    TEXT,
     Family,
     Kwargs,
+    MaskedText,
     cut_mask,
     positions_given,
     register_family,
@@ -62,12 +64,18 @@ class HunyuanFamily(Family):
         return super().arguments_of_image(kwargs, row, batch) | shared
 
 
+GLYPHS = MaskedText("encoder_hidden_states_2", "encoder_attention_mask_2")
+"""The words that are to be written, letter by letter; often none."""
+
+
 @register_family
 class HunyuanVideoFamily(HunyuanFamily):
     """HunyuanVideoTransformer3DModel. A first frame that is given (token_replace) is never removed."""
 
     name = "hunyuan_video"
     classes = ("HunyuanVideoTransformer3DModel",)
+    # Blocks see as many tokens as the mask has ones, from the first on, wherever those are.
+    texts = (TEXT,)
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         grid = super().grids(model, named)[0]
@@ -117,6 +125,7 @@ class FramepackFamily(HunyuanFamily):
 
     name = "hunyuan_framepack"
     classes = ("HunyuanVideoFramepackTransformer3DModel",)
+    texts = (TEXT,)
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         # (frames, height and width) of a token of each part, which is padded to whole ones.
@@ -158,6 +167,8 @@ class HunyuanImageFamily(HunyuanFamily):
 
     name = "hunyuan_image"
     classes = ("HunyuanImageTransformer2DModel",)
+    # Its refiner shows the first token to all, masked or not.
+    texts = (TEXT, GLYPHS)
 
     def example(self, model: Any) -> Kwargs:
         config = model.config
@@ -183,6 +194,8 @@ class HunyuanVideo15Family(HunyuanFamily):
     name = "hunyuan_video_1_5"
     classes = ("HunyuanVideo15Transformer3DModel",)
     stacks = ("transformer_blocks",)
+    # Without a picture to begin with its place is taken by zeros, under a mask of the denoiser's own.
+    texts = (TEXT, GLYPHS, MaskedText("image_embeds", None))
 
     def example(self, model: Any) -> Kwargs:
         config = model.config

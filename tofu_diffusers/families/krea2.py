@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tokens.grid import TokenGrid
-from .base import Kwargs, register_family
+from .base import Kwargs, MaskedText, register_family
 from .sequence import SequenceFamily
 
 
@@ -19,6 +19,12 @@ class Krea2Family(SequenceFamily):
     name = "krea2"
     classes = ("Krea2Transformer2DModel",)
     sample_name = "hidden_states"
+    # Its pipeline pads between the prompt and the template's end; all words have the same position.
+    texts = (
+        MaskedText(
+            "encoder_hidden_states", "encoder_attention_mask", ids="position_ids", gaps=True
+        ),
+    )
     attention_names = ("attn",)
     latents_are_tokens = True
     ids_name = "position_ids"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import Family, Kwargs, gather_rows, positions_given, register_family
+from .base import TEXT, Family, Kwargs, gather_rows, positions_given, register_family
 
 
 @register_family
@@ -18,6 +18,7 @@ class MochiFamily(Family):
 
     name = "mochi"
     classes = ("MochiTransformer3DModel",)
+    texts = (TEXT,)
     sample_name = "hidden_states"
     rotary = True
     image_first = True

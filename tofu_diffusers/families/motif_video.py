@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .base import BlockStack, Kwargs, register_family
+from .base import TEXT, BlockStack, Kwargs, register_family
 from .hunyuan import HunyuanFamily
 
 
@@ -16,6 +16,7 @@ class MotifVideoFamily(HunyuanFamily):
 
     name = "motif_video"
     classes = ("MotifVideoTransformer3DModel",)
+    texts = (TEXT,)
     keys_values_refused = ("fresh",)
     refused_because = "its attention to the text rotates queries by the positions of the joint one"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tokens.grid import TokenGrid
 from ..tokens.plan import Plan
-from .base import Family, Kwargs, gather_rows, patch_grid, register_family
+from .base import Family, Kwargs, MaskedText, gather_rows, patch_grid, register_family
 
 
 @register_family
@@ -19,6 +19,7 @@ class PRXFamily(Family):
     name = "prx"
     classes = ("PRXTransformer2DModel",)
     sample_name = "hidden_states"
+    texts = (MaskedText("encoder_hidden_states", "attention_mask"),)
     stacks = ("blocks",)
     attention_names = ("attention",)
     timestep_scale = 1e-3

@@ -44,16 +44,12 @@ class QwenImage21Family(SequenceFamily):
     read_names = ("img_mask", "encoder_hidden_states_mask")
     cache_names = ("kv_cache",)
     latents_are_tokens = True
+    returns_sequence = True
     guidance_in_batch = False
     timestep_scale = 1e-3
     shared_positions = True
     rotary_names = ("rotary_emb",)
     mask_names = ("attention_mask", "key_valid")
-
-    def latents(self, named: Kwargs) -> list[Tensor]:
-        # The whole sequence is returned, unless the image is alone.
-        alone = named.get("kv_cache_mode") == "cached"
-        return [self.sample(named)] + [named["encoder_hidden_states"]] * (not alone)
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         *references, (frames, height, width) = named["img_shapes"][0]

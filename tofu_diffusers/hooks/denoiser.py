@@ -163,6 +163,7 @@ def leave_turn(hook: DenoiserHook) -> None:
     if not hook.runtime.call.step_known:
         # A generation warns behind its first step; this call is alone.
         hook.generation.warn_of_reach()
+        hook.generation.warn_of_padding()
 
 
 def run(
@@ -172,9 +173,10 @@ def run(
     runtime = hook.runtime
     blocks = runtime.setup.blocks
     # 1 to 3
-    runtime.begin(
-        module, named, acts_between(hook, module, named), any(map(compiled_alone, blocks))
-    )
+    between = acts_between(hook, module, named)
+    shorter = runtime.begin(module, named, between, any(map(compiled_alone, blocks)))
+    if shorter is not named:
+        args, kwargs = (), shorter
     if runtime.call.skip:
         check_gradients(module, named)
         # Some classes know no such argument, and have one form.

@@ -7,6 +7,7 @@ attached: what it counts is what runs. Nothing is computed and no weight is load
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..hooks.patch import weightless
 from ..runtime.generation import FEW_STEPS, Generation
 from ..runtime.runtime import Runtime, shapes_only
+from ..tokens.grid import TokenGrid
 from .numberless import without_numbers
 
 TOTAL = FEW_STEPS + 1  # no warning of few steps
@@ -25,13 +27,28 @@ class UncountedError(RuntimeError):
     """FLOPs of a denoiser cannot be counted; the message says why."""
 
 
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one computed forward of a denoiser.
+
+    Attributes:
+        whole: Without tofu.
+        at: For each setting of its sites' ratios.
+    """
+
+    whole: int
+    at: dict[tuple[str, ...], int]
+
+
 def count(
     model: nn.Module,
     runtime: Runtime,
     settings: Iterable[tuple[str, ...]],
     attached: Callable[[nn.Module], Generation],
-) -> dict[tuple[str, ...], int]:
+) -> Flops:
     """Count the FLOPs of one computed forward of the denoiser for each setting of its sites' ratios.
+
+    Where padding was dropped of texts that differ by branch of guidance, the mean of the branches.
 
     Args:
         model: The denoiser; its modules are used, not its weights.
@@ -42,19 +59,26 @@ def count(
     Raises:
         UncountedError: if the denoiser cannot run without numbers, or was not called and has no example.
     """
-    setup, call = runtime.setup, runtime.call
-    inputs = call.inputs
-    if inputs is None:
+    setup, calls, grids = runtime.setup, list(runtime.call.inputs.values()), runtime.call.grids
+    if not calls:
         example = setup.family.example(model)
         if example is None:
             raise UncountedError("it was not called yet")
         inputs = shapes_only(example, setup.family)
+        # Of a compiled denoiser's calls the grids are known, and no arguments.
+        calls, grids = [(inputs, inputs)], setup.family.grids(model, example) if grids else {}
     try:
         with without_numbers():
-            return _counted(weightless(model).eval(), runtime, inputs, settings, attached)
+            twin = weightless(model).eval()
+            found = [_counted(twin, runtime, grids, *each, settings, attached) for each in calls]
     except Exception as error:
         # Whatever a model does with numbers of tensors that have none.
         raise UncountedError(f"{type(error).__name__}: {error}") from error
+    ratios = found[0].at
+    return Flops(
+        round(sum(each.whole for each in found) / len(found)),
+        {ratio: round(sum(each.at[ratio] for each in found) / len(found)) for ratio in ratios},
+    )
 
 
 def flops_of(model: nn.Module, inputs: dict[str, Any]) -> int:
@@ -67,13 +91,23 @@ def flops_of(model: nn.Module, inputs: dict[str, Any]) -> int:
 def _counted(
     twin: nn.Module,
     runtime: Runtime,
+    grids: dict[int, TokenGrid],
     inputs: dict[str, Any],
+    given: dict[str, Any],
     settings: Iterable[tuple[str, ...]],
     attached: Callable[[nn.Module], Generation],
-) -> dict[tuple[str, ...], int]:
+) -> Flops:
+    """Those of one call.
+
+    Args:
+        twin: The denoiser without weights.
+        grids: That these arguments have.
+        inputs: Arguments that it ran with.
+        given: Those of the pipeline, with the padding of texts.
+    """
     call, reduction = runtime.call, runtime.setup.reduction
     copy = attached(twin)
-    copy.runtime.reader.fixed = call.grids
+    copy.runtime.reader.fixed = grids
     copy.runtime.takes_what_it_can = runtime.takes_what_it_can
     # Not known yet: then all tokens were computed, however many there are.
     branches = max(1, int(call.cfg_branches))
@@ -86,6 +120,10 @@ def _counted(
     unreduced = ("0.0",) * len(runtime.setup.sites)
     reduced = {*settings} - {unreduced}
     with torch.no_grad():
+        whole = 0
+        if given is not inputs:
+            at(0, unreduced)
+            whole = flops_of(twin, given)
         counts = {unreduced: flops_of(twin, at(0, unreduced))}
         past = 1
         # Computed steps make the evidence and fill the caches that reduced steps read, if they read any.
@@ -95,7 +133,7 @@ def _counted(
                 twin(**at(step, unreduced))
         for setting in reduced:
             counts[setting] = flops_of(twin, at(past, setting))
-    return counts
+    return Flops(whole or counts[unreduced], counts)
 
 
 def _set(runtime: Runtime, setting: tuple[str, ...]) -> None:

@@ -50,6 +50,20 @@ class StepCount:
 
 
 @dataclass(frozen=True)
+class TextCount:
+    """Text tokens of a denoiser that was to drop their padding, in one call of a step.
+
+    Attributes:
+        tokens: How many a prompt was given with, all its texts together.
+        dropped: How many of them left the sequence.
+    """
+
+    denoiser: str
+    tokens: int
+    dropped: int
+
+
+@dataclass(frozen=True)
 class Summary:
     """Result of `handle.summary()`; its str() is a table.
 
@@ -64,6 +78,8 @@ class Summary:
         nominal: Whether no generation has run yet, and the figures are those of a typical one.
         settings: A line on each configuration, and the family.
         encoder: Whether it is of an encoder, and of its last call, instead of a denoiser and a generation.
+        texts: One a call of a step, where padding is dropped. FLOPs of a compiled denoiser, which are those
+            of a typical size, do not show it.
     """
 
     rows: tuple[Row, ...]
@@ -75,6 +91,7 @@ class Summary:
     nominal: bool
     settings: str
     encoder: bool = False
+    texts: tuple[TextCount, ...] = ()
 
     @property
     def speedup(self) -> float:
@@ -120,6 +137,9 @@ class Summary:
             f"{s.denoiser}: computed {s.computed} of {s.steps} steps  {s.plan}  (#: computed)"
             for s in self.steps
         ]
+        lines += [
+            f"{t.denoiser}: dropped {t.dropped} of {t.tokens} text tokens" for t in self.texts
+        ]
         run = "call" if self.encoder else "generation"
         when = f"nominal, no {run} yet" if self.nominal else f"last {run}"
         lines += [
@@ -156,6 +176,7 @@ def summarise(
     """
     rows: list[Row] = []
     skips: list[StepCount] = []
+    texts: list[TextCount] = []
     whole = run = held = calls = computed_calls = 0
     uncounted = ""
     nominal = not any(generation.steps() for _, generation in generations)
@@ -177,6 +198,7 @@ def summarise(
             computed = sum(not step.skipped for step in steps)
             plan = "".join("." if step.skipped else "#" for step in steps)
             skips.append(StepCount(name, len(steps), computed, plan))
+        texts += [TextCount(name, *each) for each in runtime.text.counts.values()]
         weights = Counter[tuple[str, ...]]()
         for step in steps:
             if step.ran:
@@ -192,14 +214,24 @@ def summarise(
                 raise UncountedError(f"FLOPs of {name} cannot be counted: {error}") from error
             uncounted = uncounted or f"{name}, {error}"
             continue
-        whole += counts[unreduced] * sum(step.calls for step in steps)
-        run += sum(counts[setting] * times for setting, times in weights.items())
+        whole += counts.whole * sum(step.calls for step in steps)
+        run += sum(counts.at[setting] * times for setting, times in weights.items())
     if uncounted:
         whole, run = calls, computed_calls
     first = generations[0][1]
     family = first.runtime.setup.family.name
     settings = "\n".join([*_settings(first), f"family {family}"])
-    return Summary(tuple(rows), tuple(skips), whole, run, uncounted, held, nominal, settings)
+    return Summary(
+        tuple(rows),
+        tuple(skips),
+        whole,
+        run,
+        uncounted,
+        held,
+        nominal,
+        settings,
+        texts=tuple(texts),
+    )
 
 
 def _counts(
@@ -236,6 +268,9 @@ def _settings(generation: Generation) -> list[str]:
     runtime = generation.runtime
     setup, fitted = runtime.setup, runtime.setup.fitted(generation.sampling)
     lines, family = [], setup.family.name
+    if setup.drop_text_padding:
+        why_not = runtime.text.why_not
+        lines.append(f"drop_text_padding{': ' if why_not else ''}{why_not}")
     for config in setup.configs:
         if isinstance(config, TokenReduction):
             corrected = ", corrector" if config.corrector else ""

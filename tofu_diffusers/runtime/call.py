@@ -56,7 +56,8 @@ class Call:
         beside_rested: Whether a network beside the denoiser did not run, because the step is skipped.
         began_anew: Whether a branch had no past in this step: the first one, or one whose shapes changed.
         conditions: How many calls a step has by the pipeline's guider; 0: there is none.
-        inputs: Arguments of the last call, on the meta device, for counted FLOPs.
+        inputs: By branch, arguments of the last call, on the meta device, for counted FLOPs: those that it
+            ran with, and those that were given.
     """
 
     step: Tensor | None = None
@@ -82,7 +83,7 @@ class Call:
     shapes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     beside_rested: bool = False
     began_anew: bool = False
-    inputs: dict[str, Any] | None = None
+    inputs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
 
     def count(self, setup: Setup) -> None:
         """Note that a call begins, the first of its step or another one.

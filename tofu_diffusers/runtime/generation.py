@@ -180,6 +180,7 @@ class Generation:
         call.began_anew = False
         caches.peak_bytes = 0
         self.runtime.reader.start()
+        self.runtime.text.start()
         self.forget()
         self.runtime.caches.begin(self.sampling)
         self._set_index(0)
@@ -279,8 +280,9 @@ class Generation:
     def steps(self) -> list[StepRecord]:
         """The steps of the last generation, the running one included."""
         call = self.runtime.call
-        # A call beside the steps is none; that of a bare denoiser whose tokens are reduced is all there is.
-        counts = call.step_known or self.runtime.setup.reduction is not None
+        # A call beside the steps is none; that of a bare denoiser with fewer tokens is all there is.
+        setup = self.runtime.setup
+        counts = call.step_known or setup.reduction is not None or setup.drop_text_padding
         current = [self._record()] if call.number and counts else []
         return current if current and self._history_is_old else self.history + current
 
@@ -421,9 +423,9 @@ class Generation:
         if steps / computed < skipping.speedup - 1e-6:
             self._warn(
                 f"speedup {skipping.speedup:g} is not reached: {computed} of {steps} steps were computed "
-                f"({steps / computed:.2f}x), {self.unplanned_steps} more than planned, because guidance "
-                "changed on the way or another denoiser took over; ask for a higher speedup, or lower "
-                "warmup_steps"
+                f"({steps / computed:.2f}x), {self.unplanned_steps} more than planned, because the past was "
+                "lost: guidance or the sequence of tokens changed on the way, or another denoiser took over; "
+                "ask for a higher speedup, or lower warmup_steps"
             )
 
     def warn_of_reach(self) -> None:
@@ -440,6 +442,11 @@ class Generation:
                 f"{config.method!r}, which needs none, removes {', '.join(short)}; ask for more than "
                 f"{FEW_STEPS} steps, or name a method"
             )
+
+    def warn_of_padding(self) -> None:
+        """Say so where text padding was to be dropped, and is not, or not all of it."""
+        if self.runtime.text.why_not:
+            self._warn(f"drop_text_padding leaves padding where it is: {self.runtime.text.why_not}")
 
     def _warn_of_nothing(self) -> None:
         """Say so where no step of this generation will reduce any token."""
@@ -526,6 +533,7 @@ class Generation:
         if not self.history:
             self._warn_of_nothing()
             self.warn_of_reach()
+            self.warn_of_padding()
         self.history.append(self._record())
         self._count_computed()
         self.computed_steps += not call.skip
@@ -534,6 +542,7 @@ class Generation:
         if len(self.history) > 1 and self.history[-2].calls != call.number:
             # A call that was of one branch of guidance may be of another one now.
             self.forget()
+        self.runtime.text.resolve()
         grid = self.runtime.reader.resolve_grid()
         if grid is not None and grid.tokens != call.grids[0].tokens:
             self._keep_tokens(grid.text_before, grid.tokens)

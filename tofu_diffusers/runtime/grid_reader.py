@@ -34,18 +34,22 @@ class GridReader:
         """Forget what the last generation was read to be."""
         self.known = self.deferred_ids = self.deferred_latents = None
 
-    def grids(self, model: Any, named: dict[str, Any], call: Call) -> dict[int, TokenGrid]:
+    def grids(
+        self, model: Any, named: dict[str, Any], call: Call, ids: Tensor | None
+    ) -> dict[int, TokenGrid]:
         """The grid of every resolution; where its numbers cannot be read now, a row of as many tokens.
+
+        Args:
+            ids: Positions as they were given (`Family.ids_name`), if it reads any.
 
         Raises:
             RuntimeError: if they cannot be read now and there is no step to wait for.
         """
         family = self.family
         if self.fixed is not None:
-            return self.fixed
-        if family.ids_name is None:
+            return family.around(self.fixed, named)
+        if family.ids_name is None or ids is None:
             return family.grids(model, named)
-        ids: Tensor = named[family.ids_name]
         if not torch.compiler.is_compiling():
             if self.known is None or ids is not self._ids:
                 self.known, self._ids = family.grids(None, {family.ids_name: ids}), ids

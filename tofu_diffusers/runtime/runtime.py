@@ -30,6 +30,7 @@ from .call import CALLS_LIMIT, CHECKPOINTING, Call
 from .grid_reader import GridReader
 from .setup import Setup
 from .sites import Projection, Site
+from .text_padding import TextPadding
 
 
 def shapes_only(arguments: dict[str, Any], family: Family) -> dict[str, Any]:
@@ -74,18 +75,24 @@ class Runtime:
         self.call = Call()
         self.caches = Caches(setup)
         self.reader = GridReader(setup.family)
+        self.text = TextPadding(setup.family, setup.drop_text_padding)
         # Nobody named what stands in, so that it does what it can where it cannot do what was asked.
         self.takes_what_it_can = setup.stands_in
 
     # ---- the denoiser --------------------------------------------------------------------------
 
-    def begin(self, model: Any, named: dict[str, Any], between: str | None, alone: bool) -> None:
+    def begin(
+        self, model: Any, given: dict[str, Any], between: str | None, alone: bool
+    ) -> dict[str, Any]:
         """Begin a call, before any module of the denoiser runs.
 
         Args:
-            named: The denoiser's arguments.
+            given: The denoiser's arguments.
             between: What acts between the blocks of a stack in this call, if anything does.
             alone: Whether blocks are compiled one by one.
+
+        Returns:
+            The arguments to run it with: those given, or without the padding of texts.
 
         Raises:
             RuntimeError: if the configuration needs the step and nobody told it.
@@ -93,24 +100,27 @@ class Runtime:
             MemoryError: if the caches would exceed `memory_limit`.
         """
         setup, call = self.setup, self.call
-        latents = setup.family.latents(named)
-        sample = latents[0]
         if setup.reduction is not None:
             # 2, of what needs no grid: refuse what cannot run.
-            refusal = setup.family.refusal(setup.scope, named)
+            refusal = setup.family.refusal(setup.scope, given)
             if refusal is not None:
                 raise ValueError(refusal)
             self._split_stacks(between, alone)
-        whole = setup.family.computes_all(named)
+        whole = setup.family.computes_all(given)
         if not call.step_known:
             self._run_without_step(whole)
         call.count(setup)
+        reads = self.text.reads
+        named = self.text.cut(model, given, call)
+        latents = setup.family.latents(named)
+        sample = latents[0]
         # 1  Read images, branches of guidance and the grid.
         call.all_tokens = whole
         self._read_batch(sample)
         call.grids, call.starts = {}, {}
         if setup.reduction is not None:
-            call.grids = self.reader.grids(model, named, call)
+            ids = None if setup.family.ids_name is None else given[setup.family.ids_name]
+            call.grids = self.reader.grids(model, named, call, ids)
             call.starts = setup.family.image_starts(named)
         # One plan fits all rows if it is one image's, if images share it, or if only the seed decides.
         alike = call.images == 1 or setup.reduction is None or setup.reduction.share_plan
@@ -129,14 +139,16 @@ class Runtime:
             call.all_tokens = call.all_tokens or (call.caches_are_warm and self.caches.nbytes > 0)
             call.shapes[call.cfg_branch] = shape
             call.began_anew = True
-            if call.cfg_branch == "0" and not torch.compiler.is_compiling():
-                call.inputs = shapes_only(named, setup.family)
+            self._note_inputs(given, named)
+        elif self.text.reads > reads:
+            self._note_inputs(given, named)
         if call.step is not None and call.step.device != sample.device:
             call.step = call.step.to(sample.device)
         self.caches.to(sample.device)
         forecaster = self.caches.forecaster
         if forecaster is not None and call.cfg_branch not in forecaster.past:
             call.skip = False
+        return named
 
     def forecast(self, return_dict: bool | None) -> Any:
         """What the denoiser would return at a step that skips it."""
@@ -165,6 +177,8 @@ class Runtime:
         if caches.forecaster is not None and call.step_known:
             if call.cfg_branch not in caches.forecaster.past:
                 caches.check_limit(caches.nbytes + caches.forecaster.nbytes_for(out))
+            if self.setup.family.returns_sequence:
+                caches.forecaster.keep_last(call.cfg_branch, out)
             out = caches.forecaster.record(call.cfg_branch, out, call.step)
             caches.peak_bytes = max(caches.peak_bytes, caches.nbytes)
         # 9  Note which tokens were computed and how their predictions changed.
@@ -274,6 +288,18 @@ class Runtime:
         return self.call.conditional(x)
 
     # ---- parts of the above --------------------------------------------------------------------
+
+    def _note_inputs(self, given: dict[str, Any], named: dict[str, Any]) -> None:
+        """Note the shapes of a call's arguments, for counted FLOPs; traced, nobody can."""
+        if torch.compiler.is_compiling():
+            return
+        # Other branches of guidance count as the first, unless texts of other lengths are left of them.
+        if self.call.cfg_branch == "0":
+            self.call.inputs.clear()
+        if self.call.cfg_branch == "0" or self.text.drops:
+            shapes = shapes_only(named, self.setup.family)
+            whole = shapes if named is given else shapes_only(given, self.setup.family)
+            self.call.inputs[self.call.cfg_branch] = (shapes, whole)
 
     def _run_without_step(self, whole: bool) -> None:
         setup, call = self.setup, self.call

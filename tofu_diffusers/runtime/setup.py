@@ -50,6 +50,7 @@ class Setup:
         pipeline: What `apply_tofu` was given; nothing for a bare denoiser.
         stands_in: Whether this is what runs without memory, for one that was asked for.
         has_stand_in: Whether another one runs without memory where there is no past.
+        drop_text_padding: Whether text tokens that a mask hides leave the sequence.
 
     Attributes:
         reduction: The TokenReduction among the configurations; None if it removes nothing.
@@ -70,6 +71,7 @@ class Setup:
     pipeline: Reference
     stands_in: bool = False
     has_stand_in: bool = False
+    drop_text_padding: bool = False
     reduction: TokenReduction | None = field(init=False)
     skipping: StepSkipping | None = field(init=False)
     method: Method | None = field(init=False)

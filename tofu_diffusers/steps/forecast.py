@@ -86,6 +86,20 @@ class Forecaster:
         if self.corrections is not None and self.corrections.device != device:
             self.corrections = self.corrections.to(device)
 
+    def keep_last(self, branch: str, out: Any) -> None:
+        """Of what is remembered [B, S, ...] keep the last rows, if an output has fewer, [B, N, ...]."""
+        past, tensors = self.past.get(branch), tensors_in(out)
+        if past is None:
+            return
+        old = [each.shape for each in tensors_in(past.form)]
+        if all(ours[1] <= its.shape[1] for ours, its in zip(old, tensors, strict=True)):
+            return
+        past.values = [
+            values.view(-1, *ours)[:, :, -its.shape[1] :].flatten(1)
+            for values, ours, its in zip(past.values, old, tensors, strict=True)
+        ]
+        past.form = form_of(out)
+
     def record(self, branch: str, out: Any, step: Tensor) -> Any:
         """Remember what the denoiser returned.
 

@@ -1,0 +1,118 @@
+"""How many FLOPs of full-size denoisers go into text padding that a mask hides.
+
+    python -m eval padding --out eval/results/text_padding.jsonl
+
+A row of a class says what a step takes with texts as long as its pipeline pads them, and with what is left of
+them by `drop_text_padding=True`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from eval import jsonl
+from eval.bench.full_size import BATCH, PUBLISHED, depths_of
+from eval.files import mend
+from eval.provenance import provenance
+from tofu_diffusers import FAMILIES, apply_tofu
+
+WORDS = 64
+"""Tokens of a prompt that are no padding."""
+LONGER = {"Krea2Transformer2DModel": 512}
+"""Of classes whose pipelines pad prompts to more than `Family.example` has."""
+
+
+def classes() -> list[str]:
+    """The denoisers whose text padding can be dropped."""
+    return sorted(name for family in FAMILIES.values() if family.texts for name in family.classes)
+
+
+def measure_text(out: Path, names: Sequence[str]) -> None:
+    """Append the rows that a file lacks."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mend(out)
+    done = {row["id"] for row in jsonl.read(out)}
+    about = provenance()
+    for name in names:
+        if name in done:
+            continue
+        row = {"id": name, "model": name, **counted_text(name), **about}
+        jsonl.append(out, row)
+        print(f"{name}: {row['flops_ratio']}", flush=True)
+
+
+def counted_text(name: str) -> dict[str, Any]:
+    """What the row of a class says, of one row of the batch."""
+    cls = getattr(diffusers, name)
+    config, options = PUBLISHED.get(name, ("class default", {}))
+    with torch.device("meta"):
+        model = cls(**options)
+    family = next(family for family in FAMILIES.values() if name in family.classes)
+    inputs: Any = family.example(model)
+    given = [text for text in family.texts if inputs.get(text.states) is not None]
+    # Of the others a usual call has none, of which one token stays.
+    left = [WORDS, *[1] * (len(given) - 1)]
+    padded = [inputs[text.states].shape[1] for text in given]
+    padded[0] = LONGER.get(name, padded[0])
+    found = family.grids(model, inputs)
+    tokens = max(found[stack.resolution].tokens for stack in family.block_stacks(model))
+    flops = Counter[str]()
+    for depths, weight in depths_of(name, model.config):
+        with torch.device("meta"):
+            part = cls(**{**options, **depths}) if depths else model
+        for key, lengths in (("padded", padded), ("left", left)):
+            flops[key] += weight * step_of(part, family, with_lengths(inputs, given, lengths))
+    return {
+        "config": config,
+        "tokens": tokens,
+        "text": {text.states: ends for text, *ends in zip(given, padded, left, strict=True)},
+        "step_flops": round(flops["padded"] / BATCH),
+        "flops_ratio": round(flops["padded"] / flops["left"], 4),
+    }
+
+
+def with_lengths(
+    inputs: dict[str, Any], texts: Sequence[Any], lengths: Sequence[int]
+) -> dict[str, Any]:
+    """The same arguments with texts of other lengths, all of which is shown."""
+    changed = dict(inputs)
+    for text, length in zip(texts, lengths, strict=True):
+        before = inputs[text.states].shape[1]
+        for name, dim in ((text.states, 1), (text.mask, 1), (text.ids, -2)):
+            if inputs.get(name) is None:
+                continue
+            # All that stands behind the text stays; of the text itself only shapes count.
+            first, rest = inputs[name].tensor_split([before], dim)
+            sides = list(first.shape)
+            sides[dim] = length
+            changed[name] = torch.cat([first.new_zeros(sides), rest], dim)
+    return changed
+
+
+def step_of(model: Any, family: Any, inputs: dict[str, Any]) -> int:
+    """FLOPs of one unreduced step with these arguments."""
+    family.example = lambda model: inputs
+    try:
+        with apply_tofu(model, drop_text_padding=True) as handle:
+            return handle.summary().flops_unreduced
+    finally:
+        del family.example
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to."""
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON-lines file; goes on where it was"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """`python -m eval padding`."""
+    measure_text(args.out, classes())

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = (
     "quickstart", "choosing", "models", "encoders", "how_it_works", "evaluation", "tuning", "compatibility",
-    "limits", "extending", "results", "speed", "papers",
+    "limits", "extending", "results", "notebook", "speed", "papers",
 )  # fmt: skip
 DOCUMENTS = {
     name: (ROOT / name).read_text(encoding="utf-8")

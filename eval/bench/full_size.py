@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,8 +179,10 @@ def classes() -> list[str]:
     return sorted(name for family in FAMILIES.values() for name in family.classes)
 
 
-def measure_classes(out: Path, names: Sequence[str]) -> None:
-    """Append the rows of classes that a file lacks."""
+def measure_classes(
+    out: Path, names: Sequence[str], count: Callable[[str], dict[str, Any]]
+) -> None:
+    """Append the rows of classes that a file lacks: what `count` says of each."""
     out.parent.mkdir(parents=True, exist_ok=True)
     mend(out)
     done = {row["id"] for row in jsonl.read(out)}
@@ -188,7 +190,7 @@ def measure_classes(out: Path, names: Sequence[str]) -> None:
     for name in names:
         if name in done:
             continue
-        row = {"id": name, "model": name, **counted_class(name), **about}
+        row = {"id": name, "model": name, **count(name), **about}
         jsonl.append(out, row)
         print(f"{name}: {row['flops_ratio']}", flush=True)
 
@@ -271,6 +273,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """`python -m eval flops`."""
     if args.classes:
-        measure_classes(args.out, classes())
+        measure_classes(args.out, classes(), counted_class)
     else:
         measure(args.out, USUAL)

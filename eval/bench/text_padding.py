@@ -17,10 +17,7 @@ from typing import Any
 import diffusers
 import torch
 
-from eval import jsonl
-from eval.bench.full_size import BATCH, PUBLISHED, depths_of
-from eval.files import mend
-from eval.provenance import provenance
+from eval.bench.full_size import BATCH, PUBLISHED, depths_of, measure_classes
 from tofu_diffusers import FAMILIES, apply_tofu
 
 WORDS = 64
@@ -32,20 +29,6 @@ LONGER = {"Krea2Transformer2DModel": 512}
 def classes() -> list[str]:
     """The denoisers whose text padding can be dropped."""
     return sorted(name for family in FAMILIES.values() if family.texts for name in family.classes)
-
-
-def measure_text(out: Path, names: Sequence[str]) -> None:
-    """Append the rows that a file lacks."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    mend(out)
-    done = {row["id"] for row in jsonl.read(out)}
-    about = provenance()
-    for name in names:
-        if name in done:
-            continue
-        row = {"id": name, "model": name, **counted_text(name), **about}
-        jsonl.append(out, row)
-        print(f"{name}: {row['flops_ratio']}", flush=True)
 
 
 def counted_text(name: str) -> dict[str, Any]:
@@ -115,4 +98,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """`python -m eval padding`."""
-    measure_text(args.out, classes())
+    measure_classes(args.out, classes(), counted_text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from eval.report.plots import Row, metric_names, metric_of, title
@@ -64,6 +64,16 @@ CELLS: dict[str, Callable[[Row], str]] = {
 def columns_of(rows: Sequence[Row]) -> list[str]:
     """What the report's table shows; `CELLS` has more."""
     return ["id", "settings", "flops_ratio", "speed", *metric_names(rows), "n", "warnings"]
+
+
+def head(names: Sequence[str]) -> list[str]:
+    """The first two lines of a table in a document."""
+    return [line(names), "|---" * len(names) + "|"]
+
+
+def line(cells: Iterable[str]) -> str:
+    """One more line of it."""
+    return f"| {' | '.join(cells)} |"
 
 
 def heading(column: str) -> str:

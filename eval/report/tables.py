@@ -18,7 +18,17 @@ from eval.report import plots_step
 from eval.report.plots import pareto
 from eval.report.plots_growth import growth
 from eval.report.tables_encoders import SUBJECTS, ahead_of, encoders_table
+from eval.report.tables_front import (
+    FRONT,
+    drawn_rows,
+    drift_table,
+    steps_table,
+    tokens_table,
+    typed_table,
+)
 from eval.report.tables_linearity import linearity_table, merged_table
+from eval.report.tables_rivals import closest_table, rivals_table
+from eval.report.tables_rules import lengths_table, rules_table, searched_table
 from eval.report.tables_speed import (
     SPEEDS,
     classes_table,
@@ -30,24 +40,7 @@ from eval.report.tables_speed import (
     stacking_table,
     suite_table,
 )
-from eval.report.tables_study import (
-    RESULTS,
-    ahead_table,
-    best_table,
-    distances_table,
-    drawn_rows,
-    drift_table,
-    lengths_table,
-    oldest_table,
-    plans_table,
-    quality_table,
-    rules_table,
-    samplers_table,
-    searched_table,
-    typed_table,
-    worth_table,
-)
-from eval.report.tables_tuned import late_table, rivals_table, tried_table, tuned_table
+from eval.report.tables_tuned import late_table, tried_table, tuned_table
 
 
 def measured(name: str, suffix: str = "csv") -> list[Path]:
@@ -64,19 +57,23 @@ CLASSES = ROOT / "eval" / "results" / "full_size_classes.jsonl"
 PADDING = ROOT / "eval" / "results" / "text_padding.jsonl"
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{guide}.md" for guide in ("encoders", "models", "results", "speed")),
+    *(
+        ROOT / "docs" / f"{guide}.md"
+        for guide in ("encoders", "models", "notebook", "results", "speed")
+    ),
 )
 MARKED = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- /table -->)", flags=re.DOTALL)
 
-FRONT, LENGTHS = "25steps-n32", "64px-{}steps-n16"
-GRID = "64px-12steps-n32"
-PLANS, SAMPLERS = "64px-25steps-n32", "64px-25steps-n16"
 TABLES: dict[str, Callable[[], str]] = {
-    **{f"{model} drift": (lambda model=model: drift_table(model, FRONT)) for model in RESULTS},
+    **{f"{model} drift": (lambda model=model: drift_table(model)) for model in FRONT},
     **{f"{model} speed": (lambda model=model: speed_table(model)) for model in SPEEDS},
     **{f"encoders {each}": (lambda each=each: encoders_table(each)) for each in SUBJECTS},
     **{f"encoders {each} ahead": (lambda each=each: ahead_of(each)) for each in SUBJECTS},
     "typed": typed_table,
+    "steps": steps_table,
+    "closest": closest_table,
+    "tokens": tokens_table,
+    "lengths": lengths_table,
     "rules": rules_table,
     "searched": searched_table,
     "tuned": tuned_table,
@@ -88,15 +85,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "full size": lambda: full_size_table(FULL_SIZE),
     "classes": lambda: classes_table(CLASSES),
     "padding": lambda: padding_table(PADDING),
-    "ahead": lambda: ahead_table(FRONT),
-    "oldest": lambda: oldest_table(FRONT),
-    "lengths": lambda: lengths_table(LENGTHS),
-    "samplers": lambda: samplers_table(SAMPLERS),
-    "plans": lambda: plans_table(PLANS),
-    "quality": quality_table,
-    "distances": distances_table,
-    "worth": lambda: worth_table(GRID),
-    "best": lambda: best_table(GRID),
     "stacking": lambda: stacking_table(STACKING),
     "growth": lambda: growth_table(GROWTH),
     "suite": lambda: "\n\n".join(map(suite_table, SUITES)),
@@ -124,8 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """`python -m eval tables`."""
-    for model in RESULTS:
-        figure = pareto(drawn_rows(model, FRONT), "psnr_db", "flops")
+    for model in FRONT:
+        figure = pareto(drawn_rows(model), "psnr_db", "flops")
         figure.savefig(ROOT / "docs" / f"results_{model}.png", metadata={"Software": None})
     figure = growth([growth_rows(path) for path in GROWTH])
     figure.savefig(ROOT / "docs" / "growth.png", metadata={"Software": None})

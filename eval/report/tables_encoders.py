@@ -6,7 +6,7 @@ from typing import Any
 
 from eval.jsonl import read
 from eval.provenance import ROOT
-from eval.report.cells import interval, versions
+from eval.report.cells import head, interval, versions
 from eval.statistics import Resampled, difference, of_mean, of_rank_correlation
 
 ENCODERS = ROOT / "eval" / "results" / "encoders.jsonl"
@@ -84,8 +84,8 @@ def encoders_table(subject: str) -> str:
         "bootstrap interval; how many times less processor time a batch takes, by turns with the unreduced, "
         "on a shared machine, median (p20 to p80). Uncounted: `proportional_attention=False`."
     )
-    head = ["FLOPs saved", *(f"{saved} %" for saved in SAVED)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    names = ["FLOPs saved", *(f"{saved} %" for saved in SAVED)]
+    lines = head(names)
     for name, label in NAMES.items():
         if not any(f"{name}-{saved}" in rows for saved in SAVED):
             continue
@@ -105,8 +105,8 @@ def cell(row: Row | None, metric: str) -> str:
 def ahead_of(subject: str) -> str:
     """By how much the published methods are ahead, item by item, of what they were compared with."""
     rows = of(subject)
-    head = [f"{main(rows['unreduced'])}, ahead of", "the unreduced", *RIVALS.values()]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    names = [f"{main(rows['unreduced'])}, ahead of", "the unreduced", *RIVALS.values()]
+    lines = head(names)
     for name in CLAIMED:
         for saved in SAVED:
             row = rows.get(f"{name}-{saved}")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from eval.jsonl import read
 from eval.provenance import ROOT
-from eval.report.cells import interval
-from eval.report.tables_study import FAMILY, Row, ahead, by_name, circumstances
+from eval.report.cells import head, interval
+from eval.report.tables_rows import FAMILY, Row, ahead, by_name, circumstances, cite
 
 LINEARITY = ROOT / "eval" / "results" / "linearity.jsonl"
 SCOPES = ("block", "attention")
@@ -15,22 +15,17 @@ SHARES = ("0.25", "0.5", "0.75")
 RIVALS = {"prune": "prune everywhere", "mlerp": "MLERP everywhere", "depth": "by depth"}
 
 
-def cite(row: Row) -> str:
-    """The comment that names a row."""
-    return f"<!-- row: {LINEARITY.name}#{row['id']} -->"
-
-
 def linearity_table() -> str:
     """Every block of both pipelines at every noise level."""
     parts = []
     for row in (each for each in read(LINEARITY) if "blocks" in each):
-        head = [
-            f"`{row['pipeline']}` {cite(row)}",
+        names = [
+            f"`{row['pipeline']}` {cite(LINEARITY, row)}",
             "depth",
             *(f"{level:.2f}" for level in row["levels"]),
             "mean",
         ]
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines = head(names)
         for block, depth, values, mean in zip(
             row["blocks"], row["depths"], row["values"], row["means"], strict=True
         ):
@@ -59,8 +54,8 @@ def merged_table() -> str:
     """PSNR of all that is compared, and how far the choice by the searched threshold is ahead, in pairs."""
     columns = [*groups()]
     every = [row for _, _, rows in columns for row in rows.values()]
-    head = ["PSNR, dB", *(f"`{model}`, {scope}" for model, scope, _ in columns)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    names = ["PSNR, dB", *(f"`{model}`, {scope}" for model, scope, _ in columns)]
+    lines = head(names)
     saved = (f"{rows['prune']['flops_ratio']:.2f}x" for _, _, rows in columns)
     lines.append(f"| FLOPs, of all | {' | '.join(saved)} |")
     labels = dict(RIVALS)
@@ -71,12 +66,12 @@ def merged_table() -> str:
         }
     for name, label in labels.items():
         cells = [
-            f"{interval(rows[name]['metrics']['psnr_db'], 1)} {cite(rows[name])}"
+            f"{interval(rows[name]['metrics']['psnr_db'], 1)} {cite(LINEARITY, rows[name])}"
             for _, _, rows in columns
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    head[0] = "threshold that merges, ahead by dB of"
-    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    names[0] = "threshold that merges, ahead by dB of"
+    lines += ["", *head(names)]
     chosen = [max(SHARES, key=lambda share: searched(rows, share)) for _, _, rows in columns]
     lines.append(f"| | {' | '.join(f'{float(share):.0%} of the blocks' for share in chosen)} |")
     for rival, label in {**RIVALS, "least": "MLERP in as many, the least linear"}.items():

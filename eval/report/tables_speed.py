@@ -10,8 +10,8 @@ from pathlib import Path
 from eval.bench.rows import read_rows
 from eval.jsonl import read
 from eval.provenance import ROOT
-from eval.report.cells import interval, versions
-from eval.report.tables_study import described
+from eval.report.cells import interval, line, versions
+from eval.report.tables_rows import described
 from tofu_diffusers import KEYS_VALUES
 
 SPEEDS = {name: ROOT / "eval" / "results" / f"speed_{name}.json" for name in ("unet", "mmdit")}
@@ -138,7 +138,7 @@ def classes_table(path: Path) -> str:
             f"{short(row['step_flops'] / 1e12)} TFLOPs",
             *(saved.get(kind, "-") for kind in kinds),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
@@ -161,7 +161,7 @@ def padding_table(path: Path) -> str:
             f"{short(row['step_flops'] / 1e12)} TFLOPs",
             f"{row['flops_ratio']:.3f}x",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(cells))
     return "\n".join(lines)
 
 

@@ -6,34 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from eval.jsonl import read
-from eval.provenance import ROOT
-from eval.report.cells import interval
-from eval.report.tables_study import (
-    CHOSEN_WARMUP,
-    FAMILY,
-    RULES,
-    Row,
-    ahead,
-    circumstances,
-    sampler,
-)
+from eval.report.cells import head, interval, line
+from eval.report.tables_rows import Row, ahead, circumstances, cite, files, sampler
+from eval.report.tables_rules import CHOSEN_WARMUP, RULES
 
-FILES = {model: ROOT / "eval" / "results" / f"tuned_{model}.jsonl" for model in FAMILY}
-RIVALS = {model: ROOT / "eval" / "results" / f"rivals_{model}.jsonl" for model in FAMILY}
+TUNED = files("tuned")
 MAIN = "px-25steps-n32"
 """Of the stage at which everything is compared."""
-NAMES = {
-    "multistep-12": "12 steps, DPM-Solver++",
-    "repeat-12": "12 of 25 steps, repeated between",
-    "pab-2": "Pyramid Attention Broadcast (diffusers)",
-    "taylorseer-2": "TaylorSeer, every 2nd step (diffusers)",
-    "taylorseer-3": "TaylorSeer, every 3rd step (diffusers)",
-    "early-random": "few tokens early (JiT's shares), at random",
-    "early-tome": "few tokens early (JiT's shares), by ToMe",
-    "deepcache-2": "DeepCache, every 2nd step",
-    "deepcache-3": "DeepCache, every 3rd step",
-}
-FORECASTS = {"repeat": "", "taylorseer": " with TaylorSeer", "foca": " with FoCa"}
 WITH_TOKENS = {
     "own trajectory": "own trajectory",
     "own trajectory and ratio 0.25": "and `ratio=0.25`",
@@ -41,14 +20,9 @@ WITH_TOKENS = {
 }
 
 
-def cite(row: Row) -> str:
-    """The comment that names a row."""
-    return f"<!-- row: {FILES[row['pipeline']].name}#{row['id']} -->"
-
-
 def groups() -> Iterator[tuple[str, float, dict[str, Row]]]:
     """Where it was tuned and reported on, the speed-up, and the rows of it by kind."""
-    for path in FILES.values():
+    for path in TUNED.values():
         found: dict[tuple[str, float], dict[str, Row]] = {}
         for row in read(path):
             speedup = float(row["setting"]["options"]["speedup"])
@@ -73,7 +47,7 @@ def where(row: Row) -> str:
 
 def tuned_table() -> str:
     """The default and the tuned setting on prompts kept apart, and how far that is ahead, in pairs."""
-    head = [
+    names = [
         "",
         "n",
         "default, dB",
@@ -83,22 +57,23 @@ def tuned_table() -> str:
         "minutes",
         "steps",
     ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = head(names)
     every: list[Row] = []
     for _, speedup, rows in groups():
         default, tuned, fewer = (rows[kind] for kind in ("default", "tuned", "fewer steps"))
         every += rows.values()
+        file = TUNED[tuned["pipeline"]]
         cells = [
-            f"{where(tuned)}, {speedup:g}x {cite(tuned)}",
+            f"{where(tuned)}, {speedup:g}x {cite(file, tuned)}",
             str(tuned["n"]),
-            f"{interval(default['metrics']['psnr_db'], 1)} {cite(default)}",
+            f"{interval(default['metrics']['psnr_db'], 1)} {cite(file, default)}",
             interval(tuned["metrics"]["psnr_db"], 1),
             "the default stays" if same(tuned, default) else ahead(tuned, default),
-            f"{ahead(tuned, fewer)} {cite(fewer)}",
+            f"{ahead(tuned, fewer)} {cite(file, fewer)}",
             f"{tuned['tuned_on']['minutes']:g}",
             f"`{default['plan'] if same(tuned, default) else tuned['plan']}`",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(cells))
     return "\n".join([circumstances(every), "", *lines])
 
 
@@ -114,18 +89,18 @@ def late_table() -> str:
         late = rules[f"{model}-64px-25steps-n8/late-{speedup:g}-first{CHOSEN_WARMUP[model]}"]
         same_pictures = {**row, "psnr_db": row["psnr_db"][: late["n"]]}
         cells = [
-            f"{where(row)}, {speedup:g}x {cite(row)}",
-            f"{interval(late['metrics']['psnr_db'], 1)} <!-- row: {RULES[model].name}#{late['id']} -->",
+            f"{where(row)}, {speedup:g}x {cite(TUNED[row['pipeline']], row)}",
+            f"{interval(late['metrics']['psnr_db'], 1)} {cite(RULES[model], late)}",
             ahead(same_pictures, late),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
 def tried_table() -> str:
     """Latents in dB on the prompts searched on: with tokens reduced inside the steps that run, and fitted."""
-    head = ["latents, dB (FLOPs)", *WITH_TOKENS.values(), "fitted, no tokens reduced"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    names = ["latents, dB (FLOPs)", *WITH_TOKENS.values(), "fitted, no tokens reduced"]
+    lines = head(names)
     for stage, speedup, rows in groups():
         row = rows["tuned"]
         if stage.endswith(MAIN) and row["call"]["width"] == 64:
@@ -133,46 +108,10 @@ def tried_table() -> str:
             fits = [each for name, each in tried.items() if name.startswith("fitted")]
             shown = [*(tried[name] for name in WITH_TOKENS), max(fits, key=lambda each: each[1])]
             cells = (f"{db:.1f} ({flops:.2f}x)" for flops, db in shown)
-            lines.append(f"| {where(row)}, {speedup:g}x {cite(row)} | {' | '.join(cells)} |")
+            lines.append(
+                f"| {where(row)}, {speedup:g}x {cite(TUNED[row['pipeline']], row)} | {' | '.join(cells)} |"
+            )
     return "\n".join(lines)
-
-
-def rivals_table() -> str:
-    """What else makes fewer FLOPs of a pipeline, and how far the default is ahead at as many or fewer."""
-    lines = [
-        "| | FLOPs | PSNR, dB | default: FLOPs | ahead by, dB |",
-        "|---|---|---|---|---|",
-    ]
-    every: list[Row] = []
-    for path in RIVALS.values():
-        rows = {row["setting"]["name"]: row for row in read(path)}
-        pairs = [(row, rows.get(f"speedup-as-{name}")) for name, row in rows.items()]
-        for row, default in sorted(pairs, key=lambda pair: pair[0]["flops_ratio"]):
-            if default is None:
-                continue
-            every += [row, default]
-            file = path.name
-            cells = [
-                f"`{row['pipeline']}`, {named(row['setting'])} <!-- row: {file}#{row['id']} -->",
-                f"{row['flops_ratio']:.2f}x",
-                interval(row["metrics"]["psnr_db"], 1),
-                f"{default['flops_ratio']:.2f}x <!-- row: {file}#{default['id']} -->",
-                ahead(default, row),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([circumstances(every), "", *lines])
-
-
-def named(setting: dict[str, Any]) -> str:
-    """A setting of another package, in words."""
-    options = setting["options"]
-    if setting["kind"] == "seacache":
-        return f"SeaCache's rule, threshold {options['threshold']:g}"
-    if setting["kind"] == "magcache":
-        return f"MagCache (diffusers), threshold {options['threshold']:g}"
-    if setting["kind"] == "dbcache":
-        return f"DBCache{FORECASTS[options['forecast']]} (cache-dit), threshold {options['threshold']:g}"
-    return NAMES.get(setting["name"], setting["name"])
 
 
 def same(tuned: Row, default: Row) -> bool:

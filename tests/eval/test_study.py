@@ -13,11 +13,14 @@ from eval.bench.pipeline import UNREDUCED, Bench
 from eval.generate.run import Loaded
 from eval.generate.settings import Setting, config_of
 from eval.jsonl import read
-from eval.report import tables, tables_study
+from eval.report import tables, tables_rivals
+from eval.report.tables_front import like
+from eval.report.tables_rows import FAMILY, described
 from eval.statistics import difference, of_mean
 from eval.studies import stages, study
 from eval.studies.stages import STAGES, Trial
 from eval.studies.study import Study
+from pipelines.emoji import weights_hash
 from tests import tiny
 from tofu_diffusers import (
     FAMILIES,
@@ -250,10 +253,6 @@ def test_an_unknown_table_is_refused():
         tables.filled("<!-- table: nonsense -->\n<!-- /table -->")
 
 
-def row(value, **options):
-    return {"setting": {"options": options}, "metrics": {"psnr_db": {"value": value}}}
-
-
 def test_rows_of_another_scheduler_are_others(command):
     run, _ = command
     rows = [*run(), *run("--scheduler", "HeunDiscreteScheduler")[2:]]
@@ -281,33 +280,36 @@ def test_every_rule_computes_as_many_steps_as_fewer_steps_do():
 
 def test_settings_of_the_study_are_told_apart_in_words():
     words = [
-        tables_study.described({"setting": each.setting.to_dict(), "steps": 25, "flops_ratio": 2.0})
+        described({"setting": each.setting.to_dict(), "steps": 25, "flops_ratio": 2.0})
         for each in stages.front(25)
     ]
     assert len(set(words)) == len(words)
 
 
-def test_what_a_choice_is_worth_is_taken_from_pairs():
+def test_fewer_steps_beside_a_row_save_no_more():
+    def steps(count, saved, **more):
+        options = {"steps": count, **more}
+        return {"setting": {"kind": "fewer_steps", "options": options}, "flops_ratio": saved}
+
     rows = [
-        row(20.0, merge="mean", ratio=0.5),
-        row(21.0, merge="mlerp", ratio=0.5),
-        row(30.0, merge="mean", ratio=0.25),
-        row(34.0, merge="mlerp", ratio=0.25),
-        row(99.0, merge="mlerp", ratio=0.75),  # without a partner
-        row(50.0, merge="prune", ratio=0.5),
+        steps(18, 1.39),
+        steps(16, 1.56),
+        steps(12, 2.08),
+        steps(14, 1.79, scheduler="multistep"),
     ]
-    count, mean, low, high = tables_study.worth(rows, "merge", "mlerp", "mean")
-    assert (count, mean) == (2, 2.5)
-    assert 1.0 <= low < high <= 4.0
-    assert tables_study.worth(rows, "merge", "mlerp", "dropped")[0] == 0
+    assert like({"flops_ratio": 1.80}, rows) is rows[1]
+    assert like({"flops_ratio": 1.56}, rows) is rows[1]
+    assert like({"flops_ratio": 1.2}, rows) is None
 
 
-@pytest.mark.parametrize("model", tables_study.RESULTS)
-def test_the_committed_grid_is_whole(model):
-    rows = tables_study.rows_of(model, tables.GRID)
-    names = [row["setting"]["name"] for row in rows]
-    assert {*names} >= {trial.setting.name for trial in stages.grid(12)}
-    assert {(row["n"], len(row["psnr_db"])) for row in rows} == {(32, 32)}
+def test_of_each_rival_the_closest_is_shown():
+    def pair(name, theirs, own):
+        rows = ({"setting": {"name": name}}, {"setting": {"name": f"speedup-as-{name}"}})
+        values = ({"metrics": {"psnr_db": {"value": value}}} for value in (theirs, own))
+        return tuple(each | value for each, value in zip(rows, values, strict=True))
+
+    far, near, other = pair("cache-0.1", 30, 50), pair("cache-0.2", 30, 45), pair("skip-2", 1, 99)
+    assert [*tables_rivals.closest([far, near, other])] == [near, other]
 
 
 @pytest.mark.parametrize("workflow", ["tokens", "speedup"])
@@ -318,7 +320,7 @@ def test_a_measured_profile_is_that_of_its_row(family, workflow):
         pytest.skip("provisional: these very options were not measured")
     file, row_id = chosen["result"].split("#")
     (row,) = [each for each in read(ROOT / file) if each["id"] == row_id]
-    assert row["weights"] == chosen.get("weights", profile(family)["weights"])
+    assert row["weights"] == profile(family)["weights"]
     config = config_of(row["setting"]["options"])
     kind = {"TokenReduction": TokenReduction, "StepSkipping": StepSkipping}
     assert type(config) is kind[chosen.get("type", "TokenReduction")]
@@ -347,41 +349,31 @@ def test_a_measured_profile_is_that_of_its_row(family, workflow):
     assert len(rivals) > 10 and better == []
 
 
-def files_of(model):
-    """The committed files of figures of an embedded pipeline."""
-    return [
-        tables.RESULTS[model],
-        tables_study.QUALITY[model],
-        tables_study.DISTANCES[model],
-        tables.SPEEDS[model],
-    ]
-
-
 def weights_in(path):
-    """All that the rows of a file are of."""
+    """Pairs of pipeline and weights of a file's rows, as far as they are of one."""
     if path.suffix == ".jsonl":
-        return {each["weights"] for each in read(path)}
-    data = json.loads(path.read_text())
-    if "about" in data:
-        return {data["about"]["pipeline"]["weights"]}
-    return {each["weights"] for each in data["rows"]}
+        rows = read(path)
+    else:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        about = data.get("about", {}).get("pipeline", {})
+        rows = data["rows"] + [{"pipeline": about.get("name"), "weights": about.get("weights")}]
+    return {(row.get("pipeline"), row.get("weights")) for row in rows}
 
 
-@pytest.mark.parametrize("model", tables.RESULTS)
-def test_all_committed_rows_are_of_the_same_weights(model):
-    (weights,) = {each for path in files_of(model) for each in weights_in(path)}
-    assert profile(tables_study.FAMILY[model])["weights"] == weights
+RESULTS = sorted((ROOT / "eval" / "results").glob("*.json*"))
 
 
-@pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.name)
-def test_documents_say_if_their_figures_are_of_earlier_weights(path):
-    from pipelines.emoji import weights_hash
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_no_committed_row_is_of_earlier_weights(path):
+    now = {model: weights_hash(model) for model in FAMILY}
+    earlier = {pair for pair in weights_in(path) if pair[0] in now} - {*now.items()}
+    if path in tables.SPEEDS.values():  # times, which hardly depend on them; the document says so
+        top = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8").partition("<!-- table: ")[0]
+        assert all(f"{model} {weights}" in " ".join(top.split()) for model, weights in earlier)
+    else:
+        assert not earlier
 
-    text = path.read_text(encoding="utf-8")
-    top = " ".join(text.partition("<!-- table: ")[0].split())  # above all tables
-    for model in tables.RESULTS:
-        (weights,) = weights_in(tables.RESULTS[model])
-        files = [f"{path.name}#" for path in files_of(model)]
-        if weights != weights_hash(model) and any(name in text for name in (weights, *files)):
-            assert "earlier weights of the embedded pipelines" in top
-            assert f"{model} {weights}" in top
+
+def test_profiles_were_measured_on_the_weights_at_hand():
+    for model, family in FAMILY.items():
+        assert profile(family)["weights"] == weights_hash(model)

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from eval.report.tables_rows import FAMILY
 from pipelines.emoji import GUIDANCE, load_pipeline, weights_hash
 from tofu_diffusers import Trajectory, measure_trajectory
 
-FAMILIES = {"unet": "unet", "mmdit": "sd3"}
 PROMPTS = ("a purple guitar", "a dog face", "a hot dog", "an umbrella")
 STEPS, SEED = 50, 1000
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--side", type=int, default=128, help="pixels")
     parser.add_argument("--write", action="store_true", help="into tofu_diffusers/profiles")
     args = parser.parse_args(argv)
-    models = {family: model for model, family in FAMILIES.items()}
+    models = {family: model for model, family in FAMILY.items()}
     found = {family: measured(model, args.side) for family, model in models.items()}
     found["any"] = mean_of(list(found.values()))
     for family, trajectory in found.items():
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {"warmup_steps": 1, "rule": "trajectory", "trajectory": asdict(trajectory)}
         data["speedup"]["options"] = options
         if family in models:
-            data["speedup"]["weights"] = weights_hash(models[family])
+            data["weights"] = weights_hash(models[family])
         if args.write:
             path.write_text(profile_text(data), encoding="utf-8")
         levels = trajectory.levels

@@ -1,0 +1,145 @@
+"""What tables of rows share: where the rows lie, a setting in words, and what all were measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.provenance import ROOT
+from eval.report.cells import interval, versions
+from eval.statistics import difference, of_mean
+from pipelines.emoji import weights_hash
+
+FAMILY = {"unet": "unet", "mmdit": "sd3"}
+"""The embedded pipelines, and the family of each one's denoiser."""
+
+Row = Mapping[str, Any]
+
+
+def files(name: str) -> dict[str, Path]:
+    """The committed file of each embedded pipeline, such as rules_unet.jsonl."""
+    return {model: ROOT / "eval" / "results" / f"{name}_{model}.jsonl" for model in FAMILY}
+
+
+def described(row: Row) -> str:
+    """A setting in words."""
+    setting, steps = row["setting"], row["steps"]
+    options, kind = setting["options"], setting["kind"]
+    if kind == "fewer_steps":
+        solver = ", DPM-Solver++" if "scheduler" in options else ""
+        return f"{options['steps']} steps{solver}"
+    if kind == "step_cache":
+        how = "extrapolated" if options["order"] else "repeated"
+        return (
+            f"whole-step caching, {options['computed']} of {steps} steps, the first {options['first']} among "
+            f"them, {how}"
+        )
+    if kind == "stack":
+        inner = " with ".join(
+            described({"setting": each, "steps": steps}) for each in options["of"]
+        )
+        return f"both: {inner}"
+    if kind == "both":
+        return f"both: `ratio={options['tokens']['ratio']:g}` and `speedup={options['steps']['speedup']:g}`"
+    if kind != "tofu":
+        numbers = ", ".join(f"{name} {value}" for name, value in options.items())
+        return f"{kind}, {numbers}"
+    corrector = ", corrector" if options.get("corrector") else ""
+    if len(options) == 1:  # as people type it
+        ((name, amount),) = options.items()
+        return f"`{name}={amount:g}`"
+    if "speedup" in options:
+        computed = round(steps / row["flops_ratio"])
+        return (
+            f"step skipping{corrector}, speedup {options['speedup']:.2f}, {options['warmup_steps']} warm-up "
+            f"steps: {computed} of {steps} steps computed"
+        )
+    if "keys_values" in options:
+        how_chosen = options.get("method_options", {})
+        source = how_chosen.get("source", "change")
+        chosen = {"random": "at random", "importance": f"by {source.replace('_', ' ')}"}
+        how = chosen.get(options["method"], f"as {options['method']} chooses")
+        if how_chosen.get("age_exponent", 0) > 2:
+            how = f"oldest first, then {how}"
+        return (
+            f"tokens {how}, {options['unmerge']}{corrector}, keys_values {options['keys_values']}, "
+            f"ratio {options['ratio']:g}, {options['warmup_steps']} warm-up steps"
+        )
+    if "schedule" in options:
+        return f"few tokens early (JiT's shares), {options['method']}"
+    merge = f", {options['merge']}" if "merge" in options else ""
+    where = ", around attention" if "scope" in options else ""
+    return f"{options['method']}{merge}{where}, ratio {options['ratio']:g}"
+
+
+def cite(path: Path, row: Row) -> str:
+    """The comment that names a row."""
+    return f"<!-- row: {path.name}#{row['id']} -->"
+
+
+def circumstances(rows: Sequence[Row]) -> str:
+    """Of rows that share them, whatever their pipelines."""
+    row = rows[0]
+    weights = {each["pipeline"]: each["weights"] for each in rows}
+    pipelines = ", ".join(
+        f"`{name}` (weights {those}{'' if those == weights_hash(name) else ', replaced since'})"
+        for name, those in weights.items()
+    )
+    call = row.get("call", {})
+    calls = [each["call"] for each in rows if "width" in each.get("call", {})]
+    sizes = dict.fromkeys(f"{each['width']} x {each['height']} px" for each in calls)
+    size = f"{' or '.join(sizes)}, " if sizes else ""
+    count = " or ".join(dict.fromkeys(str(each["n"]) for each in rows))
+    guidance = f"guidance {call['guidance_scale']:g}, " if call else ""
+    steps = " or ".join(dict.fromkeys(str(each["steps"]) for each in rows))
+    return (
+        f"Embedded pipeline {pipelines}, {size}{steps} steps, {guidance}n = {count}, "
+        f"seed {row['seed']} on; {row['device']}; {versions(row)}. PSNR to the unreduced picture of "
+        "the same seed in dB, mean with its 95 % bootstrap interval. FLOPs of the denoiser, counted, "
+        "unreduced over reduced."
+    )
+
+
+def drift(row: Row) -> float:
+    """The mean PSNR."""
+    return float(row["metrics"]["psnr_db"]["value"])
+
+
+def sampler(row: Row) -> str:
+    """The sampler's class and options in words, behind a comma; nothing for the pipeline's own."""
+    return f", {row['scheduler'].replace(',', ' with ')}" if "scheduler" in row else ""
+
+
+def ahead(mine: Row, other: Row) -> str:
+    """By how many dB, image by image, with its interval."""
+    gain = difference(of_mean(mine["psnr_db"]), of_mean(other["psnr_db"]))
+    return f"{gain.value:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"
+
+
+def by_name(rows: Iterable[Row]) -> dict[str, Row]:
+    """Rows of one stage by the name of their setting."""
+    return {row["setting"]["name"]: row for row in rows}
+
+
+def side_by_side(shown: Mapping[str, Mapping[str, Row]], paths: Mapping[str, Path]) -> str:
+    """A line a label, with a row of each model from its file."""
+    lines = [
+        "| | `unet`, FLOPs | PSNR, dB | `mmdit`, FLOPs | PSNR, dB |",
+        "|---|---|---|---|---|",
+    ]
+    for label, by_model in shown.items():
+        cells = []
+        for model, path in paths.items():
+            row = by_model.get(model)
+            cells += (
+                ["", ""]
+                if row is None
+                else [
+                    f"{row['flops_ratio']:.2f}x {cite(path, row)}",
+                    interval(row["metrics"]["psnr_db"], 1),
+                ]
+            )
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    every = [row for by_model in shown.values() for row in by_model.values()]
+    return "\n".join([circumstances(every), "", *lines])

@@ -26,8 +26,9 @@ from eval.generate.prompts import first, load_prompts
 from eval.jsonl import append
 from eval.metrics.paired import psnr_db
 from eval.provenance import provenance
+from eval.report.tables_rows import FAMILY
 from eval.statistics import difference, of_mean
-from eval.studies.emoji.trajectory import FAMILIES, PROMPTS, SEED
+from eval.studies.emoji.trajectory import PROMPTS, SEED
 from pipelines.emoji import GUIDANCE, MODELS, load_pipeline, weights_hash
 from tofu_diffusers import SKIP_RULES, StepSkipping, Trajectory, apply_tofu, profile
 
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.scheduler is not None:
         pipe.scheduler = scheduler_like(pipe.scheduler, args.scheduler)
     about = provenance()
-    trajectory = Trajectory.of(profile(FAMILIES[args.model])["speedup"]["options"]["trajectory"])
+    trajectory = Trajectory.of(profile(FAMILY[args.model])["speedup"]["options"]["trajectory"])
     search = Search(pipe, trajectory, args.steps, args.side)
     planned = search.planned(args.speedup)
     found, ahead = search.best(planned, args.candidates)

@@ -13,8 +13,7 @@ from eval.bench.pipeline import UNREDUCED, Bench
 from eval.generate.run import Loaded
 from eval.generate.settings import Setting, config_of
 from eval.jsonl import read
-from eval.report import tables, tables_rivals
-from eval.report.tables_front import like
+from eval.report import tables, tables_front, tables_rivals
 from eval.report.tables_rows import FAMILY, described
 from eval.statistics import difference, of_mean
 from eval.studies import stages, study
@@ -286,6 +285,14 @@ def test_settings_of_the_study_are_told_apart_in_words():
     assert len(set(words)) == len(words)
 
 
+@pytest.mark.parametrize("path", tables_front.FRONT.values(), ids=lambda path: path.name)
+def test_the_committed_front_is_whole(path):
+    rows = read(path)
+    names = {row["setting"]["name"] for row in rows}
+    assert names >= {trial.setting.name for trial in stages.front(25)}
+    assert {(row["steps"], row["n"], len(row["psnr_db"])) for row in rows} == {(25, 32, 32)}
+
+
 def test_fewer_steps_beside_a_row_save_no_more():
     def steps(count, saved, **more):
         options = {"steps": count, **more}
@@ -297,9 +304,9 @@ def test_fewer_steps_beside_a_row_save_no_more():
         steps(12, 2.08),
         steps(14, 1.79, scheduler="multistep"),
     ]
-    assert like({"flops_ratio": 1.80}, rows) is rows[1]
-    assert like({"flops_ratio": 1.56}, rows) is rows[1]
-    assert like({"flops_ratio": 1.2}, rows) is None
+    assert tables_front.like({"flops_ratio": 1.80}, rows) is rows[1]
+    assert tables_front.like({"flops_ratio": 1.56}, rows) is rows[1]
+    assert tables_front.like({"flops_ratio": 1.2}, rows) is None
 
 
 def test_of_each_rival_the_closest_is_shown():

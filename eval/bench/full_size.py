@@ -120,12 +120,11 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @contextmanager
-def example_of(case: Case) -> Iterator[dict[str, Any]]:
-    """Inside it FLOPs of the case's family are counted at the case's size; gives its arguments."""
-    family, inputs = case.family, case.inputs(torch.device("cpu"), torch.float32)
+def example_of(family: Any, inputs: dict[str, Any]) -> Iterator[None]:
+    """Inside it FLOPs of a family are counted with these arguments."""
     family.example = lambda model: inputs
     try:
-        yield inputs
+        yield
     finally:
         del family.example
 
@@ -157,8 +156,8 @@ def counted(case: Case, model: Any, setting: Setting) -> dict[str, Any]:
     Args:
         model: Of the case, on the meta device.
     """
-    family = case.family
-    with example_of(case) as inputs, apply_tofu(model, **setting.options) as handle:
+    family, inputs = case.family, case.inputs(torch.device("cpu"), torch.float32)
+    with example_of(family, inputs), apply_tofu(model, **setting.options) as handle:
         summary = handle.summary()
         (config,) = handle.configs
         grids = family.grids(model, inputs)
@@ -195,31 +194,50 @@ def measure_classes(
         print(f"{name}: {row['flops_ratio']}", flush=True)
 
 
+class Published:
+    """A denoiser class as it was published, or with its defaults, without weights.
+
+    Attributes:
+        config: Whose.
+        inputs: Arguments of a usual call.
+        grid: The finest of its blocks.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.cls = name, getattr(diffusers, name)
+        self.config, self.options = PUBLISHED.get(name, ("class default", {}))
+        self.model = self._of(self.options)
+        self.family: Any = next(each for each in FAMILIES.values() if name in each.classes)
+        self.inputs: dict[str, Any] = self.family.example(self.model)
+        found = self.family.grids(self.model, self.inputs)
+        grids = (found[stack.resolution] for stack in self.family.block_stacks(self.model))
+        self.grid = max(grids, key=lambda each: each.tokens)
+
+    def parts(self) -> Iterator[tuple[Any, int]]:
+        """Models of few layers, and the weight of each in the whole."""
+        for depths, weight in depths_of(self.name, self.model.config):
+            yield self._of({**self.options, **depths}) if depths else self.model, weight
+
+    def _of(self, options: dict[str, Any]) -> Any:
+        with torch.device("meta"):
+            return self.cls(**options)
+
+
 def counted_class(name: str) -> dict[str, Any]:
     """What the row of a class says: of one reduced step, by keys and values and ratio."""
-    cls = getattr(diffusers, name)
-    config, options = PUBLISHED.get(name, ("class default", {}))
-    with torch.device("meta"):
-        model = cls(**options)
-    family = next(family for family in FAMILIES.values() if name in family.classes)
-    inputs = family.example(model)
-    assert inputs is not None
-    found = family.grids(model, inputs)
-    grids = (found[stack.resolution] for stack in family.block_stacks(model))
-    grid = max(grids, key=lambda each: each.tokens)
+    published = Published(name)
+    grid = published.grid
     flops = Counter[tuple[str, float]]()
-    for depths, weight in depths_of(name, model.config):
-        with torch.device("meta"):
-            part = cls(**{**options, **depths}) if depths else model
-        for key, value in steps_of(part, family).items():
+    for part, weight in published.parts():
+        for key, value in steps_of(part, published.family).items():
             flops[key] += weight * value
     saved = {
         keys_values: [round(flops[UNREDUCED] / flops[keys_values, ratio], 4) for ratio in RATIOS]
         for keys_values in dict.fromkeys(keys_values for keys_values, _ in [*flops][1:])
     }
     return {
-        "config": config,
-        "parameters": sum(each.numel() for each in model.parameters()),
+        "config": published.config,
+        "parameters": sum(each.numel() for each in published.model.parameters()),
         "sides": [side for side in grid.sides if side > 1],
         "tokens": grid.tokens,
         "ratios": list(RATIOS),

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
-from eval.bench.full_size import BATCH, PUBLISHED, depths_of, measure_classes
+from eval.bench.full_size import BATCH, Published, example_of, measure_classes
 from tofu_diffusers import FAMILIES, apply_tofu
 
 WORDS = 64
@@ -33,28 +32,20 @@ def classes() -> list[str]:
 
 def counted_text(name: str) -> dict[str, Any]:
     """What the row of a class says, of one row of the batch."""
-    cls = getattr(diffusers, name)
-    config, options = PUBLISHED.get(name, ("class default", {}))
-    with torch.device("meta"):
-        model = cls(**options)
-    family = next(family for family in FAMILIES.values() if name in family.classes)
-    inputs: Any = family.example(model)
+    published = Published(name)
+    family, inputs = published.family, published.inputs
     given = [text for text in family.texts if inputs.get(text.states) is not None]
     # Of the others a usual call has none, of which one token stays.
     left = [WORDS, *[1] * (len(given) - 1)]
     padded = [inputs[text.states].shape[1] for text in given]
     padded[0] = LONGER.get(name, padded[0])
-    found = family.grids(model, inputs)
-    tokens = max(found[stack.resolution].tokens for stack in family.block_stacks(model))
     flops = Counter[str]()
-    for depths, weight in depths_of(name, model.config):
-        with torch.device("meta"):
-            part = cls(**{**options, **depths}) if depths else model
+    for part, weight in published.parts():
         for key, lengths in (("padded", padded), ("left", left)):
             flops[key] += weight * step_of(part, family, with_lengths(inputs, given, lengths))
     return {
-        "config": config,
-        "tokens": tokens,
+        "config": published.config,
+        "tokens": published.grid.tokens,
         "text": {text.states: ends for text, *ends in zip(given, padded, left, strict=True)},
         "step_flops": round(flops["padded"] / BATCH),
         "flops_ratio": round(flops["padded"] / flops["left"], 4),
@@ -81,12 +72,8 @@ def with_lengths(
 
 def step_of(model: Any, family: Any, inputs: dict[str, Any]) -> int:
     """FLOPs of one unreduced step with these arguments."""
-    family.example = lambda model: inputs
-    try:
-        with apply_tofu(model, drop_text_padding=True) as handle:
-            return handle.summary().flops_unreduced
-    finally:
-        del family.example
+    with example_of(family, inputs), apply_tofu(model, drop_text_padding=True) as handle:
+        return handle.summary().flops_unreduced
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from eval.report.tables_rows import (
     circumstances,
     cite,
     described,
+    drift,
     files,
     side_by_side,
 )
@@ -125,13 +126,17 @@ def like(row: Row, rows: Iterable[Row]) -> Row | None:
 
 def drift_table(model: str) -> str:
     """All rows of a model, the least drift first."""
-    rows = sorted(read(FRONT[model]), key=lambda row: -row["metrics"]["psnr_db"]["value"])
-    lines = [
-        f"| {described(row)} {cite(FRONT[model], row)} | {row['flops_ratio']:.2f}x | "
-        f"{interval(row['metrics']['psnr_db'], 1)} | {min(row['psnr_db']):.1f} |"
-        for row in rows
-    ]
-    return "\n".join([circumstances(rows), "", *head(["", "FLOPs", "PSNR, dB", "lowest"]), *lines])
+    rows = sorted(read(FRONT[model]), key=drift, reverse=True)
+    lines = head(["", "FLOPs", "PSNR, dB", "lowest"])
+    for row in rows:
+        cells = [
+            f"{described(row)} {cite(FRONT[model], row)}",
+            f"{row['flops_ratio']:.2f}x",
+            interval(row["metrics"]["psnr_db"], 1),
+            f"{min(row['psnr_db']):.1f}",
+        ]
+        lines.append(line(cells))
+    return "\n".join([circumstances(rows), "", *lines])
 
 
 # In the plots: step skipping, fewer steps, what removes tokens, and what must be beaten.

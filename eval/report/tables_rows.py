@@ -9,7 +9,6 @@ from typing import Any
 from eval.provenance import ROOT
 from eval.report.cells import interval, versions
 from eval.statistics import difference, of_mean
-from pipelines.emoji import weights_hash
 
 FAMILY = {"unet": "unet", "mmdit": "sd3"}
 """The embedded pipelines, and the family of each one's denoiser."""
@@ -29,17 +28,6 @@ def described(row: Row) -> str:
     if kind == "fewer_steps":
         solver = ", DPM-Solver++" if "scheduler" in options else ""
         return f"{options['steps']} steps{solver}"
-    if kind == "step_cache":
-        how = "extrapolated" if options["order"] else "repeated"
-        return (
-            f"whole-step caching, {options['computed']} of {steps} steps, the first {options['first']} among "
-            f"them, {how}"
-        )
-    if kind == "stack":
-        inner = " with ".join(
-            described({"setting": each, "steps": steps}) for each in options["of"]
-        )
-        return f"both: {inner}"
     if kind == "both":
         return f"both: `ratio={options['tokens']['ratio']:g}` and `speedup={options['steps']['speedup']:g}`"
     if kind != "tofu":
@@ -82,10 +70,7 @@ def circumstances(rows: Sequence[Row]) -> str:
     """Of rows that share them, whatever their pipelines."""
     row = rows[0]
     weights = {each["pipeline"]: each["weights"] for each in rows}
-    pipelines = ", ".join(
-        f"`{name}` (weights {those}{'' if those == weights_hash(name) else ', replaced since'})"
-        for name, those in weights.items()
-    )
+    pipelines = ", ".join(f"`{name}` (weights {those})" for name, those in weights.items())
     call = row.get("call", {})
     calls = [each["call"] for each in rows if "width" in each.get("call", {})]
     sizes = dict.fromkeys(f"{each['width']} x {each['height']} px" for each in calls)

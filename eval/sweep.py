@@ -353,6 +353,10 @@ def main(args: argparse.Namespace) -> None:
         chosen = [
             trial.setting for trial in STAGES[args.stage](args.steps) if trial.steps == args.steps
         ]
+        if not chosen:
+            raise ValueError(
+                f"stage {args.stage} has no setting of {args.steps} steps; give --steps that it has"
+            )
     elif args.setting:
         chosen = [run.setting_of(text) for text in args.setting]
     else:

@@ -96,9 +96,9 @@ def apply_tofu(
         TypeError: if the target is no pipeline or model, a config is none, a number is not a number, or
             drop_text_padding neither True nor False.
         ValueError: if ratio and speedup are given together, padding is to be dropped where no mask hides it,
-            an option is of another type than what is asked
-            for, the target has no denoiser of a known family or no site, was changed by tomesd or cache-dit,
-            or the configuration does not hold. The target is then as it was.
+            an option is of another type than what is asked for, the target has no denoiser of a known family
+            or no site, was changed by tomesd or cache-dit, or the configuration does not hold. The target is
+            then as it was.
         FileNotFoundError: if there are no probes where `method_options` say, or a folder has nothing tuned.
         RuntimeError: if a forward that must change was replaced by another.
     """
@@ -248,7 +248,7 @@ class Handle:
     def configs(self) -> tuple[Config, ...]:
         """What was asked for, with nothing left open: one of each workflow at most (the first denoiser's).
 
-        None if text padding alone is dropped.
+        Empty if text padding alone is dropped.
         """
         return self._roots[0][1].layouts[0][0].runtime.setup.configs
 

@@ -282,5 +282,8 @@ def test_a_sweep_over_named_settings_makes_these_and_no_others(
         "no setting is called 'third'; choose of unreduced, half, fewer" in capsys.readouterr().err
     )
     with pytest.raises(SystemExit):
+        main([*words, "--steps", "7"])
+    assert "stage distances has no setting of 7 steps" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         main([*words, "--setting", given[0]])
     assert "leave one out" in capsys.readouterr().err

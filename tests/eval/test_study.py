@@ -374,11 +374,7 @@ RESULTS = sorted((ROOT / "eval" / "results").glob("*.json*"))
 def test_no_committed_row_is_of_earlier_weights(path):
     now = {model: weights_hash(model) for model in FAMILY}
     earlier = {pair for pair in weights_in(path) if pair[0] in now} - {*now.items()}
-    if path in tables.SPEEDS.values():  # times, which hardly depend on them; the document says so
-        top = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8").partition("<!-- table: ")[0]
-        assert all(f"{model} {weights}" in " ".join(top.split()) for model, weights in earlier)
-    else:
-        assert not earlier
+    assert not earlier
 
 
 def test_profiles_were_measured_on_the_weights_at_hand():

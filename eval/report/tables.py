@@ -35,6 +35,7 @@ from eval.report.tables_speed import (
     full_size_table,
     growth_rows,
     growth_table,
+    padding_seen_table,
     padding_table,
     speed_table,
     stacking_table,
@@ -55,6 +56,7 @@ STACKING = measured("stacking", "jsonl")
 FULL_SIZE = ROOT / "eval" / "results" / "full_size.jsonl"
 CLASSES = ROOT / "eval" / "results" / "full_size_classes.jsonl"
 PADDING = ROOT / "eval" / "results" / "text_padding.jsonl"
+PADDING_SEEN = ROOT / "eval" / "results" / "padding_seen.jsonl"
 DOCUMENTS = (
     ROOT / "README.md",
     *(
@@ -85,6 +87,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "full size": lambda: full_size_table(FULL_SIZE),
     "classes": lambda: classes_table(CLASSES),
     "padding": lambda: padding_table(PADDING),
+    "padding seen": lambda: padding_seen_table(PADDING_SEEN),
     "stacking": lambda: stacking_table(STACKING),
     "growth": lambda: growth_table(GROWTH),
     "suite": lambda: "\n\n".join(map(suite_table, SUITES)),

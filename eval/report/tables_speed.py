@@ -11,7 +11,7 @@ from eval.bench.rows import read_rows
 from eval.jsonl import read
 from eval.provenance import ROOT
 from eval.report.cells import interval, line, versions
-from eval.report.tables_rows import described
+from eval.report.tables_rows import circumstances, cite, described
 from tofu_diffusers import KEYS_VALUES
 
 SPEEDS = {name: ROOT / "eval" / "results" / f"speed_{name}.json" for name in ("unet", "mmdit")}
@@ -160,6 +160,26 @@ def padding_table(path: Path) -> str:
             ", ".join(texts),
             f"{short(row['step_flops'] / 1e12)} TFLOPs",
             f"{row['flops_ratio']:.3f}x",
+        ]
+        lines.append(line(cells))
+    return "\n".join(lines)
+
+
+def padding_seen_table(path: Path) -> str:
+    """A line a size: how far pictures are without text padding that their denoiser sees."""
+    rows = read(path)
+    lines = [
+        circumstances(rows),
+        "",
+        "| | text tokens, padded -> left | PSNR, dB |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        padded, *left = row["text_tokens"]
+        cells = [
+            f"`{row['pipeline']}`, {row['call']['height']} px {cite(path, row)}",
+            f"{padded} -> {' to '.join(map(str, left))}",
+            interval(row["metrics"]["psnr_db"], 1),
         ]
         lines.append(line(cells))
     return "\n".join(lines)

@@ -66,7 +66,7 @@ class Study:
         for start in range(0, len(self.prompts), self.batch_size):
             batch = self.prompts[start : start + self.batch_size]
             with trial.setting.applied(self.loaded.pipe) as applied:
-                own = {**call, **applied.call, "output_type": "pt"}
+                own = {**call, **self.given(start), **applied.call, "output_type": "pt"}
                 images = one_batch(self.loaded.pipe, batch, self.seed + start, own).images
                 saving = known_saving(trial.setting, applied, self.loaded.pipe, trial.steps)
             images = images.cpu().float()
@@ -83,9 +83,15 @@ class Study:
         run = 0.0
         for start in range(0, len(self.prompts), self.batch_size):
             batch = self.prompts[start : start + self.batch_size]
-            run += Bench(self.loaded.pipe, batch, self.seed + start, call).flops(trial.setting)
-        whole = Bench(self.loaded.pipe, self.prompts[:1], self.seed, call).flops(UNREDUCED)
+            own = {**call, **self.given(start)}
+            run += Bench(self.loaded.pipe, batch, self.seed + start, own).flops(trial.setting)
+        own = {**call, **self.given(0, 1)}
+        whole = Bench(self.loaded.pipe, self.prompts[:1], self.seed, own).flops(UNREDUCED)
         return len(self.prompts) * whole / run
+
+    def given(self, start: int, count: int | None = None) -> dict[str, Any]:
+        """What else the call of a batch is given, of prompts from the one at `start` on; here nothing."""
+        return {}
 
     def row(self, trial: Trial) -> dict[str, Any]:
         """One row, in the form that the report reads."""

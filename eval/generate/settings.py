@@ -164,7 +164,15 @@ def _fewer_steps(*, steps: int, scheduler: str | None = None) -> int:
 
 
 def _stack(*, of: list[dict[str, Any]]) -> list[Setting]:
-    return [Setting.from_dict(each) for each in of]
+    settings = [Setting.from_dict(each) for each in of]
+    parts = [part for each in settings for part in each.parts()]
+    own = [part.name for part in parts if part.kind in ("tofu", "both")]
+    if len(own) > 1:
+        raise ValueError(
+            f"a stack with {len(own)} settings of tofu, {' and '.join(own)}: applied again, tofu takes the "
+            'place of the earlier; kind "both" has tokens and steps together'
+        )
+    return settings
 
 
 def known_saving(setting: Setting, applied: Applied, pipe: Any, steps: int) -> float | None:

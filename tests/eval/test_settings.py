@@ -286,6 +286,13 @@ def test_settings_that_cannot_be():
             Setting(name)
 
 
+def test_a_stack_holds_one_setting_of_tofu():
+    tokens = {"name": "t", "kind": "tofu", "options": {"ratio": 0.5}}
+    inner = {"name": "i", "kind": "stack", "options": {"of": [{**tokens, "name": "s"}]}}
+    with pytest.raises(ValueError, match=r'2 settings of tofu, s and t: .* kind "both"'):
+        Setting("x", "stack", {"of": [inner, tokens]})
+
+
 def bench(pipe=None):
     call = {"num_inference_steps": 4, "output_type": "latent"}
     return Bench(pipe or tiny.tiny_sd(), ["a cat"], 0, call)

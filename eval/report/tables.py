@@ -17,11 +17,13 @@ from eval.provenance import ROOT
 from eval.report import plots_step
 from eval.report.plots import pareto
 from eval.report.plots_growth import growth
+from eval.report.tables_distances import claim_table, distances_table
 from eval.report.tables_encoders import SUBJECTS, ahead_of, encoders_table
 from eval.report.tables_front import (
     FRONT,
     drawn_rows,
     drift_table,
+    hires_table,
     steps_table,
     tokens_table,
     typed_table,
@@ -75,6 +77,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": steps_table,
     "closest": closest_table,
     "tokens": tokens_table,
+    "hires": hires_table,
+    "claim": claim_table,
+    "distances": distances_table,
     "lengths": lengths_table,
     "rules": rules_table,
     "searched": searched_table,

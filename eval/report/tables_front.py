@@ -21,7 +21,7 @@ from eval.report.tables_rows import (
 from eval.report.tables_tuned import TUNED
 from eval.studies.stages import MERGING, SPEEDS, typed
 
-FRONT = files("front")
+FRONT, HIRES = files("front"), files("hires")
 STEPS = 25
 """Of every row here."""
 
@@ -110,6 +110,36 @@ def token_cells(path: Path, row: Row, rows: Mapping[str, Row]) -> list[str]:
         interval(row["metrics"]["psnr_db"], 1),
         gained,
     ]
+
+
+def hires_table() -> str:
+    """Half of the tokens in a second pass, from upscaled pictures and from those that were made so large."""
+    columns: dict[str, dict[str, Row]] = {}
+    path_of = {}
+    for model, path in HIRES.items():
+        rows = read(path)
+        for side, to in dict.fromkeys(tuple(row["sides"]) for row in rows):
+            title = f"`{model}`, {side} to {to} px"
+            columns[title] = by_name(row for row in rows if row["sides"] == [side, to])
+            path_of[title] = path
+    names = [name for name in TOKENS if any(name in rows for rows in columns.values())]
+    lines = head(
+        ["", *(f"{title}: {x}" for title in columns for x in ("dB", "ahead of fewer steps"))]
+    )
+    every: list[Row] = []
+    for name in names:
+        cells, label = [], ""
+        for title, rows in columns.items():
+            row = rows.get(name)
+            if row is None:
+                cells += ["", ""]
+                continue
+            every.append(row)
+            label = described(row)
+            _, psnr, gained = token_cells(path_of[title], row, rows)
+            cells += [f"{psnr} {cite(path_of[title], row)}", gained]
+        lines.append(line([label, *cells]))
+    return "\n".join([circumstances(every), "", *lines])
 
 
 def like(row: Row, rows: Iterable[Row]) -> Row | None:

@@ -16,9 +16,9 @@ FAMILY = {"unet": "unet", "mmdit": "sd3"}
 Row = Mapping[str, Any]
 
 
-def files(name: str) -> dict[str, Path]:
+def files(name: str, suffix: str = "jsonl") -> dict[str, Path]:
     """The committed file of each embedded pipeline, such as rules_unet.jsonl."""
-    return {model: ROOT / "eval" / "results" / f"{name}_{model}.jsonl" for model in FAMILY}
+    return {model: ROOT / "eval" / "results" / f"{name}_{model}.{suffix}" for model in FAMILY}
 
 
 def described(row: Row) -> str:

@@ -13,7 +13,7 @@ from eval.bench.pipeline import UNREDUCED, Bench
 from eval.generate.run import Loaded
 from eval.generate.settings import Setting, config_of
 from eval.jsonl import read
-from eval.report import tables, tables_front, tables_rivals
+from eval.report import tables, tables_distances, tables_front, tables_rivals
 from eval.report.tables_rows import FAMILY, described
 from eval.statistics import difference, of_mean
 from eval.studies import stages, study
@@ -317,6 +317,30 @@ def test_of_each_rival_the_closest_is_shown():
 
     far, near, other = pair("cache-0.1", 30, 50), pair("cache-0.2", 30, 45), pair("skip-2", 1, 99)
     assert [*tables_rivals.closest([far, near, other])] == [near, other]
+
+
+def test_a_change_the_other_way_round():
+    change = {"value": 0.25, "low": 0.0, "high": 1.0}
+    assert tables_distances.less(change) == "-20.0% (-50.0% to +0.0%)"
+
+
+def test_how_much_worse_at_most():
+    more, fewer = {"lower": 0.01, "upper": 0.02}, {"lower": -0.03, "upper": 0.01}
+    metrics = {f"{tables_distances.FD}-change": more, f"{tables_distances.ALIGNMENT}-change": fewer}
+    assert tables_distances.worst(metrics, tables_distances.FD) == "2.0%"
+    assert tables_distances.worst(metrics, tables_distances.ALIGNMENT) == "3.0%"
+    metrics[f"{tables_distances.ALIGNMENT}-change"] = more
+    assert tables_distances.worst(metrics, tables_distances.ALIGNMENT) == "0.0%"
+
+
+@pytest.mark.parametrize("path", tables_distances.DISTANCES.values(), ids=lambda path: path.name)
+def test_the_committed_distances_are_whole_and_see_damage(path):
+    rows = tables_distances.sweep_rows(path)
+    assert {*rows} == {trial.setting.name for trial in stages.distances(25)} | {"unreduced"}
+    assert len({row["n"] for row in rows.values()}) == 1
+    damage = rows["damaged"]["metrics"]
+    assert damage[f"{tables_distances.FD}-change"]["lower"] > 0.1
+    assert damage[f"{tables_distances.ALIGNMENT}-change"]["upper"] < -0.1
 
 
 @pytest.mark.parametrize("workflow", ["tokens", "speedup"])

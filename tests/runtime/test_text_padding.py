@@ -163,13 +163,19 @@ def test_a_picture_that_is_not_there_goes_as_well():
         ("PRXTransformer2DModel", lambda mask: None, "attention_mask is None"),
         ("PRXTransformer2DModel", lambda mask: mask * 0.5, "other numbers than 0 and 1"),
         ("ChromaTransformer2DModel", lambda mask: mask.float(), "is float32"),
+        (
+            "Krea2Transformer2DModel",
+            lambda mask: mask.float(),
+            "give the pipeline a prompt_embeds_mask of bool",
+        ),
     ],
 )
 @torch.no_grad()
 def test_padding_that_may_be_seen_stays_and_is_spoken_of(name, changes, why):
     model, family, bare = built(name)
     inputs = with_padding(family, bare)
-    inputs["attention_mask"] = changes(inputs["attention_mask"])
+    (text,) = family.texts
+    inputs[text.mask] = changes(inputs[text.mask])
     expected = output_of(model, inputs)
     with apply_tofu(model, drop_text_padding=True) as handle:
         with pytest.warns(UserWarning, match=why):

@@ -55,6 +55,11 @@ def built(name):
     return model, known_family(model), described.arguments()
 
 
+class Unknown(torch.nn.Module):
+    def forward(self, hidden_states, timestep):
+        return hidden_states
+
+
 def text_of(handle):
     return handle._all[0].runtime.text
 
@@ -189,10 +194,12 @@ def test_it_is_refused_where_no_mask_hides_a_text():
     model = DENOISERS["FluxTransformer2DModel"].build()
     for options in ({}, {"ratio": 0.5}, {"speedup": 2}):
         with pytest.raises(
-            ValueError, match=r"max_sequence_length= .*HunyuanImageTransformer2DModel"
+            ValueError, match=r"max_sequence_length=, .*HunyuanImageTransformer2DModel"
         ):
             apply_tofu(model, **options, drop_text_padding=True)
     assert "_tofu" not in vars(model)
+    with pytest.raises(ValueError, match=r"Unknown is of no known class.* name the family"):
+        apply_tofu(Unknown(), drop_text_padding=True)
     with pytest.raises(TypeError, match="True or False, not 1"):
         apply_tofu(DENOISERS["PRXTransformer2DModel"].build(), drop_text_padding=1)
 

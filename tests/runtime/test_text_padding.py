@@ -227,6 +227,22 @@ def test_compiled_it_goes_from_the_second_step_on():
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:6 steps")
+@torch.no_grad()
+def test_compiled_padding_that_stays_is_spoken_of_behind_the_first_step():
+    torch._dynamo.reset()
+    model, family, bare = built("PRXTransformer2DModel")
+    inputs = with_padding(family, bare)
+    inputs["attention_mask"] = inputs["attention_mask"] * 0.5
+    with apply_tofu(model, speedup=1, drop_text_padding=True) as handle:
+        model.compile(fullgraph=True, backend="eager")
+        handle.step(0, 6)
+        output_of(model, inputs)
+        with pytest.warns(UserWarning, match=f"{STAYS}.* other numbers than 0 and 1"):
+            handle.step(1, 6)
+    torch._dynamo.reset()
+
+
 def test_places_are_cut_in_runs():
     x = torch.arange(10)[None, :, None]
     places = Places.of([4, 0, 1, 6], tokens=7)

@@ -118,7 +118,8 @@ def apply_tofu(
     asked = () if alone else _asked(*_of_tuned(target, configs, speedup), ratio, options)
     family = options.get("family", next((each.family for each in asked if each.family), None))
     skips = not alone and (not asked or any(isinstance(each, StepSkipping) for each in asked))
-    pipeline, found = _denoisers(target, family, skips)
+    # Where padding alone is to go, a denoiser of an unknown class is refused for its text, not its tokens.
+    pipeline, found = _denoisers(target, family, skips or alone)
     if drop_text_padding:
         for model, kind in found:
             _check_masks_text(model, kind)
@@ -658,11 +659,16 @@ def _denoisers(
 def _check_masks_text(model: nn.Module, family: Family) -> None:
     """Raise ValueError where no text of a denoiser has padding that can be dropped."""
     if not family.texts:
+        why = (
+            "is of no known class, so that it is not known which text nothing sees; name the family whose "
+            "blocks are the same (family='hunyuan_image')"
+            if family is ANY
+            else "sees the padding of its text, cuts it off itself, or has text beside its sequence; a "
+            "shorter max_sequence_length=, where the pipeline's call has it, pads less"
+        )
         can = sorted(name for each in FAMILIES.values() if each.texts for name in each.classes)
         raise ValueError(
-            f"drop_text_padding: {type(model).__name__} has no text in its sequence under a mask, so that "
-            "padding is either seen or not there; a shorter max_sequence_length= in the pipeline's call pads "
-            f"less. Padding can be dropped of {', '.join(can)}"
+            f"drop_text_padding: {type(model).__name__} {why}. Padding can be dropped of {', '.join(can)}"
         )
 
 

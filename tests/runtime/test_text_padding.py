@@ -3,7 +3,9 @@
 A family that says where its texts and masks stand is tested by that alone.
 """
 
+import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -53,6 +55,11 @@ def built(name):
     described = DENOISERS[name]
     model = tiny.randomise(described.build())
     return model, known_family(model), described.arguments()
+
+
+class Unknown(torch.nn.Module):
+    def forward(self, hidden_states, timestep):
+        return hidden_states
 
 
 def text_of(handle):
@@ -163,13 +170,19 @@ def test_a_picture_that_is_not_there_goes_as_well():
         ("PRXTransformer2DModel", lambda mask: None, "attention_mask is None"),
         ("PRXTransformer2DModel", lambda mask: mask * 0.5, "other numbers than 0 and 1"),
         ("ChromaTransformer2DModel", lambda mask: mask.float(), "is float32"),
+        (
+            "Krea2Transformer2DModel",
+            lambda mask: mask.float(),
+            "give the pipeline a prompt_embeds_mask of bool",
+        ),
     ],
 )
 @torch.no_grad()
 def test_padding_that_may_be_seen_stays_and_is_spoken_of(name, changes, why):
     model, family, bare = built(name)
     inputs = with_padding(family, bare)
-    inputs["attention_mask"] = changes(inputs["attention_mask"])
+    (text,) = family.texts
+    inputs[text.mask] = changes(inputs[text.mask])
     expected = output_of(model, inputs)
     with apply_tofu(model, drop_text_padding=True) as handle:
         with pytest.warns(UserWarning, match=why):
@@ -183,10 +196,12 @@ def test_it_is_refused_where_no_mask_hides_a_text():
     model = DENOISERS["FluxTransformer2DModel"].build()
     for options in ({}, {"ratio": 0.5}, {"speedup": 2}):
         with pytest.raises(
-            ValueError, match=r"max_sequence_length= .*HunyuanImageTransformer2DModel"
+            ValueError, match=r"max_sequence_length=, .*HunyuanImageTransformer2DModel"
         ):
             apply_tofu(model, **options, drop_text_padding=True)
     assert "_tofu" not in vars(model)
+    with pytest.raises(ValueError, match=r"Unknown is of no known class.* name the family"):
+        apply_tofu(Unknown(), drop_text_padding=True)
     with pytest.raises(TypeError, match="True or False, not 1"):
         apply_tofu(DENOISERS["PRXTransformer2DModel"].build(), drop_text_padding=1)
 
@@ -212,6 +227,74 @@ def test_compiled_it_goes_from_the_second_step_on():
         with pytest.raises(RuntimeError, match=f"of 10 tokens that are no padding {PAD} were"):
             handle.step(4, 6)
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:6 steps")
+@torch.no_grad()
+def test_compiled_padding_that_stays_is_spoken_of_behind_the_first_step():
+    torch._dynamo.reset()
+    model, family, bare = built("PRXTransformer2DModel")
+    inputs = with_padding(family, bare)
+    inputs["attention_mask"] = inputs["attention_mask"] * 0.5
+    with apply_tofu(model, speedup=1, drop_text_padding=True) as handle:
+        model.compile(fullgraph=True, backend="eager")
+        handle.step(0, 6)
+        output_of(model, inputs)
+        with pytest.warns(UserWarning, match=f"{STAYS}.* other numbers than 0 and 1"):
+            handle.step(1, 6)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@torch.no_grad()
+def test_a_mask_that_is_written_to_is_read_again(steps, mode):
+    """In one call alone and in a loop; there not in inference mode, where nobody can know it."""
+    model, family, bare = built("PRXTransformer2DModel")
+    inputs = with_padding(family, bare)
+    with mode(), apply_tofu(model, drop_text_padding=True) as handle:
+        mask = inputs["attention_mask"] = inputs["attention_mask"].clone()
+        dropped = []
+        for step in range(2):
+            if steps:
+                handle.step(step, steps)
+            found = output_of(model, inputs)
+            dropped += [count for _, count in text_of(handle).counts.values()]
+            if step == 0:
+                mask.fill_(1)
+    known = not steps or mode is torch.no_grad
+    assert dropped == [PAD, 0 if known else PAD]
+    if known:
+        assert torch.equal(found, output_of(model, inputs))
+
+
+@torch.no_grad()
+def test_why_padding_stayed_is_of_the_last_call_where_it_is_alone():
+    model, family, bare = built("PRXTransformer2DModel")
+    inputs = with_padding(family, bare)
+    with apply_tofu(model, drop_text_padding=True) as handle:
+        with pytest.warns(UserWarning, match="attention_mask is None"):
+            output_of(model, {**inputs, "attention_mask": None})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            output_of(model, inputs)
+        assert f"dropped {PAD} of" in str(handle.summary())
+        assert "is None" not in str(handle.summary())
+
+
+def test_what_was_read_is_not_kept():
+    """A picture with a gradient could not be copied, and would hold what it was made from."""
+    model, family, bare = built(VIDEO15)
+    inputs = with_padding(family, bare)
+    inputs["image_embeds"] = torch.randn(2, 9, 12, requires_grad=True) * 1
+    expected, read = output_of(model, inputs), weakref.ref(inputs["image_embeds"])
+    with apply_tofu(model, drop_text_padding=True) as handle:
+        handle.step(0, 4)
+        found = output_of(model, inputs)
+        torch.testing.assert_close(output_of(copy.deepcopy(model), inputs), found, rtol=0, atol=0)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        del inputs, found, expected
+        assert read() is None
 
 
 def test_places_are_cut_in_runs():

@@ -308,6 +308,20 @@ def patch_grid(model: Any, sample: Tensor) -> dict[int, TokenGrid]:
     return {0: TokenGrid(height, width)}
 
 
+def seen_by_numbers(mask: Tensor | None, name: str, way_out: str) -> str | None:
+    """Why this mask, which attentions are given as it is, hides no padding; None where it does.
+
+    Args:
+        way_out: How the pipeline is given one of bool.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return None
+    return (
+        f"{name} is {str(mask.dtype).removeprefix('torch.')}, which attentions add to their scores, so that "
+        f"padding is seen; {way_out}, or a shorter max_sequence_length="
+    )
+
+
 def padded_by_attention(mask: str) -> ValueError:
     """The refusal of a mask over image tokens that an attention makes as long as what it is given."""
     return ValueError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Kwargs, MaskedText, register_family
+from .base import Kwargs, MaskedText, register_family, seen_by_numbers
 from .flux import TextInSequenceFamily, packed_example
 
 
@@ -21,19 +21,17 @@ class ChromaFamily(TextInSequenceFamily):
     texts = (MaskedText("encoder_hidden_states", "attention_mask", ids="txt_ids"),)
 
     def sees_padding(self, model: Any, named: Kwargs) -> str | None:
-        mask = named.get("attention_mask")
-        if mask is not None and mask.dtype != torch.bool:
-            return (
-                f"attention_mask is {str(mask.dtype).removeprefix('torch.')}, which attentions add to their "
-                "scores, so that padding is seen; give the pipeline prompt_embeds with a "
-                "prompt_attention_mask of bool (and the negative ones), or a shorter max_sequence_length="
-            )
-        if torch.is_grad_enabled() and model.gradient_checkpointing:
+        seen = seen_by_numbers(
+            named.get("attention_mask"),
+            "attention_mask",
+            "give the pipeline prompt_embeds with a prompt_attention_mask of bool (and the negative ones)",
+        )
+        if seen is None and torch.is_grad_enabled() and model.gradient_checkpointing:
             return (
                 "with gradient checkpointing single blocks get no mask, so that padding is seen; call "
                 "disable_gradient_checkpointing()"
             )
-        return None
+        return seen
 
     def attention_inputs(self, block: Any, x: Tensor, kwargs: Kwargs) -> dict[str, Tensor]:
         if hasattr(block, "norm1"):

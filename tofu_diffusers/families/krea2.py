@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tokens.grid import TokenGrid
-from .base import Kwargs, MaskedText, register_family
+from .base import Kwargs, MaskedText, register_family, seen_by_numbers
 from .sequence import SequenceFamily
 
 
@@ -32,6 +32,13 @@ class Krea2Family(SequenceFamily):
     timestep_scale = 1e-3
     shared_positions = True
     gate_names = ("to_gate",)
+
+    def sees_padding(self, model: Any, named: Kwargs) -> str | None:
+        return seen_by_numbers(
+            named.get("encoder_attention_mask"),
+            "encoder_attention_mask",
+            "give the pipeline a prompt_embeds_mask of bool (and the negative one)",
+        )
 
     def grids(self, model: Any, named: Kwargs) -> dict[int, TokenGrid]:
         # (time, row, column) of each token, 0 for text. Of the image's, rows and columns begin at 0, too.

@@ -533,7 +533,6 @@ class Generation:
         if not self.history:
             self._warn_of_nothing()
             self.warn_of_reach()
-            self.warn_of_padding()
         self.history.append(self._record())
         self._count_computed()
         self.computed_steps += not call.skip
@@ -543,6 +542,9 @@ class Generation:
             # A call that was of one branch of guidance may be of another one now.
             self.forget()
         self.runtime.text.resolve()
+        if len(self.history) == 1:
+            # What a traced call was given is known only now.
+            self.warn_of_padding()
         grid = self.runtime.reader.resolve_grid()
         if grid is not None and grid.tokens != call.grids[0].tokens:
             self._keep_tokens(grid.text_before, grid.tokens)

@@ -316,7 +316,11 @@ class Runtime:
                 f"scheduler of its own, use {other}"
             )
         self.caches.clear_plans()
-        call.number = call.number if beside else 0
+        if not beside:
+            call.number = 0
+            if self.text.drops:
+                # One call alone is a generation.
+                self.text.start()
         call.cfg_branches = "1"
 
     def _split_stacks(self, between: str | None, alone: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..families.base import Family, MaskedText
+from ..steps.reference import Reference
 from .call import Call
 
 
@@ -54,6 +55,11 @@ class Places:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
+def version_of(x: Tensor) -> int:
+    """How often a tensor was written to; always 0 in inference mode, where nobody counts."""
+    return 0 if x.is_inference() else x._version
+
+
 class TextPadding:
     """The padding of one denoiser's texts.
 
@@ -75,8 +81,8 @@ class TextPadding:
         self.why_not = ""
         self.counts: dict[str, tuple[int, int]] = {}
         self.reads = 0
-        # By branch and number of the text: what was read, and what it says.
-        self._known: dict[str, tuple[Tensor, Places]] = {}
+        # By branch and number of the text: what was read, how often it had been written to, what it says.
+        self._known: dict[str, tuple[Reference, int, Places]] = {}
         self._traced: dict[str, Places] = {}
         self._seen: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -129,7 +135,7 @@ class TextPadding:
             RuntimeError: if a text is longer than what was left of it, because it changed on the way.
         """
         for key, (source, states) in self._seen.items():
-            if key in self._known and self._known[key][0] is source:
+            if self._is_known(key, source):
                 continue
             text, used = self.family.texts[int(key.split("/")[1])], self._traced.get(key)
             places = self._read(text, source, states.shape[1])
@@ -155,21 +161,28 @@ class TextPadding:
                 )
             self._seen[key] = (source, states)
             return self._traced.get(key)
-        if key not in self._known or self._known[key][0] is not source:
+        if not self._is_known(key, source):
             self._remember(key, source, self._read(text, source, states.shape[1]))
-        return self._known[key][1]
+        return self._known[key][2]
+
+    def _is_known(self, key: str, source: Tensor) -> bool:
+        """Whether it was read, and is as it was then."""
+        if key not in self._known:
+            return False
+        read, version, _ = self._known[key]
+        return read() is source and version == version_of(source)
 
     def _remember(self, key: str, source: Tensor, places: Places) -> None:
-        self._known[key] = (source, places)
+        self._known[key] = (Reference(source), version_of(source), places)
         # Traced, all branches of guidance drop what is padding in each of them: they share one graph, and
         # may change places where guidance begins or ends on the way.
         number = key.split("/")[1]
         alike = [
             other
-            for other, (_, its) in self._known.items()
+            for other, (_, _, its) in self._known.items()
             if other.split("/")[1] == number and its.tokens == places.tokens
         ]
-        kept = frozenset[int]().union(*(self._known[other][1].kept for other in alike))
+        kept = frozenset[int]().union(*(self._known[other][2].kept for other in alike))
         for other in alike:
             self._traced[other] = Places.of(kept, places.tokens)
 

@@ -17,6 +17,11 @@ FEW = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(study, "FIRST_STEPS", 4)
+
+
 @pytest.mark.parametrize("model", study.SECOND)
 def test_the_second_pass_redraws_the_first(model):
     made = study.Redrawn(run.load(model), ["a cat", "a red apple"], 128, 2)

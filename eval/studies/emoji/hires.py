@@ -30,6 +30,7 @@ from pipelines.emoji import GUIDANCE, MODELS
 
 STRENGTH, STEPS, SIDE = 0.5, 24, 128
 """Half of these steps run, of as many fewer, too: all counts are even."""
+FIRST_STEPS = 25
 SECOND: dict[str, tuple[Any, dict[str, Any]]] = {
     "unet": (StableDiffusionImg2ImgPipeline, {}),
     # For the T5 that is not there it would append zeros, which this transformer never saw.
@@ -47,7 +48,7 @@ class Redrawn(Study):
     def __init__(self, loaded: Loaded, prompts: list[str], side: int, batch_size: int) -> None:
         self.side, pictures = side, []
         call = {
-            "num_inference_steps": 25,
+            "num_inference_steps": FIRST_STEPS,
             "guidance_scale": GUIDANCE,
             "height": side,
             "width": side,

@@ -57,25 +57,23 @@ def worst(metrics: Mapping[str, Mapping[str, Any]], name: str) -> str:
 def claim_table() -> str:
     """ToFu at half of the tokens: how much more or less than others its pictures score, pair by pair."""
     metrics = {FD: "Frechet distance", KID: "KID", ALIGNMENT: "alignment"}
+    sweeps = {path: sweep_rows(path) for path in DISTANCES.values()}
     heads = (f"`{model}`, {title}" for model in DISTANCES for title in metrics.values())
     lines = head(["ToFu instead of", *heads])
-    for scope in ("", "-attention"):
-        for rival in MERGING:
-            if rival == "tofu":
-                continue
-            cells, shown = [], ""
-            for path in DISTANCES.values():
-                row = sweep_rows(path).get(f"{rival}{scope}-0.5")
-                if row is None:
-                    continue
-                shown = described(row)
-                changes = row["against"][f"tofu{scope}-0.5"]
-                # Rows have how much another is more than ToFu, as a share of ToFu's.
-                cells += [less(changes[f"{name}-change"]) for name in metrics]
-                cells[-len(metrics)] += f" {cite(path, row)}"
-            if cells:
-                lines.append(line([shown, *cells]))
-    return "\n".join(lines)
+    names = [f"{rival}{scope}-0.5" for scope in ("", "-attention") for rival in MERGING]
+    for name in names:
+        found = {path: rows[name] for path, rows in sweeps.items() if name in rows}
+        if not found or name.startswith("tofu"):
+            continue
+        cells = [described(next(iter(found.values())))]
+        mine = "tofu-attention-0.5" if "-attention" in name else "tofu-0.5"
+        for path, row in found.items():
+            # Rows have how much another is more than ToFu, as a share of ToFu's.
+            distance, *others = (less(row["against"][mine][f"{each}-change"]) for each in metrics)
+            cells += [f"{distance} {cite(path, row)}", *others]
+        lines.append(line(cells))
+    every = [rows["unreduced"] for rows in sweeps.values()]
+    return "\n".join([circumstances(every), "", *lines])
 
 
 def less(change: Mapping[str, float]) -> str:

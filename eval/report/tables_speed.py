@@ -10,7 +10,7 @@ from pathlib import Path
 from eval.bench.rows import read_rows
 from eval.jsonl import read
 from eval.provenance import ROOT
-from eval.report.cells import interval, line, versions
+from eval.report.cells import head, interval, line, versions
 from eval.report.tables_rows import circumstances, cite, described
 from tofu_diffusers import KEYS_VALUES
 
@@ -168,12 +168,7 @@ def padding_table(path: Path) -> str:
 def padding_seen_table(path: Path) -> str:
     """A line a size: how far pictures are without text padding that their denoiser sees."""
     rows = read(path)
-    lines = [
-        circumstances(rows),
-        "",
-        "| | text tokens, padded -> left | PSNR, dB |",
-        "|---|---|---|",
-    ]
+    lines = head(["", "text tokens, padded -> left", "PSNR, dB"])
     for row in rows:
         padded, *left = row["text_tokens"]
         cells = [
@@ -182,7 +177,7 @@ def padding_seen_table(path: Path) -> str:
             interval(row["metrics"]["psnr_db"], 1),
         ]
         lines.append(line(cells))
-    return "\n".join(lines)
+    return "\n".join([circumstances(rows), "", *lines])
 
 
 def suite_table(path: Path) -> str:

@@ -20,6 +20,7 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -168,12 +169,13 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"no row of stage {args.stage} matches {args.match!r}; ids are such as {next(iter(ids))}"
             )
-    made = measured(study, trials, args, state)
+    made = measured(study, trials, args.out, args.stage, state)
     if args.stage == "rivals":
         state.wait_for_everyone()
         rows = {row["id"]: row for row in read(args.out)}
         found = (rows.get(study.about(trial)["id"]) for trial in trials)
-        made |= measured(study, [*beside(filter(None, found), args.steps)], args, state)
+        more = [*beside(filter(None, found), args.steps)]
+        made |= measured(study, more, args.out, args.stage, state)
     without = [each.rpartition("/")[2] for each, has_row in made.items() if not has_row]
     if without:
         raise ValueError(
@@ -183,9 +185,14 @@ def main(args: argparse.Namespace) -> None:
 
 
 def measured(
-    study: Study, trials: Sequence[Trial], args: argparse.Namespace, state: Any
+    study: Study, trials: Sequence[Trial], out: Path, title: str, state: Any
 ) -> dict[str, bool]:
     """Add the rows of these trials that are not there.
+
+    Args:
+        out: JSON-lines file.
+        title: Of the progress bar.
+        state: Of accelerate, the processes that share the trials.
 
     Returns:
         Of each id that was to be added, whether it got a row: not if pictures failed.
@@ -193,7 +200,7 @@ def measured(
     Raises:
         ValueError: if the file holds another row of the same name.
     """
-    done = {row["id"]: row for row in read(args.out)}
+    done = {row["id"]: row for row in read(out)}
     todo = []
     for trial in trials:
         about = study.about(trial)
@@ -202,14 +209,14 @@ def measured(
             todo.append(trial)
         elif wrong := differences({name: row[name] for name in about}, about):
             raise ValueError(
-                f"{args.out} holds another {about['id']}: {'; '.join(wrong)}; ask for the same, or choose "
+                f"{out} holds another {about['id']}: {'; '.join(wrong)}; ask for the same, or choose "
                 "another --out"
             )
     mine = todo[state.process_index :: state.num_processes]
     made: dict[str, bool] = {}
-    for trial in tqdm(mine, desc=args.stage, unit=" rows", disable=not state.is_main_process):
+    for trial in tqdm(mine, desc=title, unit=" rows", disable=not state.is_main_process):
         try:
-            append(args.out, study.row(trial))
+            append(out, study.row(trial))
             made[study.about(trial)["id"]] = True
         except FailedPictures as error:
             warnings.warn(f"{error}\nit gets no row", stacklevel=2)

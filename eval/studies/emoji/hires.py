@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusionImg2ImgPipeline
 from PIL import Image
-from tqdm import tqdm
 
 from eval.bench.pipeline import one_batch
 from eval.generate import run
 from eval.generate.prompts import first, load_prompts
 from eval.generate.run import Loaded
 from eval.generate.settings import Setting
-from eval.jsonl import append, read
 from eval.studies.stages import MERGING, Trial, around, tofu
-from eval.studies.study import Study
+from eval.studies.study import Study, measured
 from pipelines.emoji import GUIDANCE, MODELS
 
 STRENGTH, STEPS, SIDE = 0.5, 24, 128
@@ -47,23 +46,18 @@ class Redrawn(Study):
 
     def __init__(self, loaded: Loaded, prompts: list[str], side: int, batch_size: int) -> None:
         self.side, pictures = side, []
-        call = {
-            "num_inference_steps": FIRST_STEPS,
-            "guidance_scale": GUIDANCE,
-            "height": side,
-            "width": side,
-        }
+        small = {"num_inference_steps": FIRST_STEPS, "guidance_scale": GUIDANCE}
+        small |= {"height": side, "width": side}
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            pictures += one_batch(loaded.pipe, batch, start, call).images
+            pictures += one_batch(loaded.pipe, batch, start, small).images
         self.first = [each.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for each in pictures]
         made, self.besides = SECOND[loaded.name]
         checker = {"requires_safety_checker": False} if loaded.name == "unet" else {}
         second = made(**loaded.pipe.components, **checker)
         second.set_progress_bar_config(disable=True)
-        loaded = Loaded(second, loaded.name, loaded.weights, loaded.dtype, loaded.device)
         call = {"guidance_scale": GUIDANCE, "strength": STRENGTH}
-        super().__init__(loaded, prompts, 0, batch_size, call)
+        super().__init__(replace(loaded, pipe=second), prompts, 0, batch_size, call)
 
     def given(self, start: int, count: int | None = None) -> dict[str, Any]:
         """The pictures of the first pass, which a call begins with."""
@@ -103,12 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     prompts = first(load_prompts("emoji"), args.n, least=2)
     for side in args.side:
-        loaded = run.load(args.model)
-        study = Redrawn(loaded, prompts, side, args.batch_size)
-        done = {row["id"] for row in read(args.out)}
-        todo = [each for each in trials(args.model) if study.about(each)["id"] not in done]
-        for trial in tqdm(todo, desc=f"from {side} px", unit=" rows"):
-            append(args.out, study.row(trial))
+        study = Redrawn(run.load(args.model), prompts, side, args.batch_size)
+        measured(study, [*trials(args.model)], args.out, f"from {side} px", run.processes())
 
 
 if __name__ == "__main__":

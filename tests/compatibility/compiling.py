@@ -9,7 +9,7 @@ import torch._dynamo
 from tests import tiny
 from tofu_diffusers import apply_tofu
 
-from .base import STEPS, UNET, Course, denoiser, generate, is_active
+from .base import STEPS, Course, denoiser, generate, is_active
 
 
 def compiled_whole(pipe: Any) -> None:
@@ -42,19 +42,21 @@ def course(compiled: Callable[[Any], None]) -> Callable[[Any, dict[str, float]],
     return happens
 
 
-SMALL = {"FLUX": lambda: tiny.tiny_flux(num_layers=1, num_single_layers=1)}
+# Tracing takes as long as there are layers.
+UNET = {"SD": lambda: tiny.tiny_sd(channels=(32,), middle=False)}
+TRANSFORMER = {"FLUX": lambda: tiny.tiny_flux(num_layers=1, num_single_layers=1)}
 COMPILING = (
     Course(
         "`torch.compile(fullgraph=True)`",
         unet=UNET,
-        transformer=SMALL,
+        transformer=TRANSFORMER,
         happens=course(compiled_whole),
         note="one graph a distinct ratio",
     ),
     Course(
         "`compile_repeated_blocks(fullgraph=True)`",
         unet=UNET,
-        transformer=SMALL,
+        transformer=TRANSFORMER,
         happens=course(compiled_blocks),
     ),
 )

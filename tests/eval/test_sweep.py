@@ -26,6 +26,12 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def without_page(monkeypatch):
+    """Its plots take longer than a tiny sweep."""
+    monkeypatch.setattr(sweep.page, "main", lambda args: None)
+
+
 def command(folder, out, *more):
     sizes = ["--height", "64", "--width", "96", "--steps", "5", "--guidance", "2"]
     return [
@@ -167,7 +173,7 @@ def test_mistakes_end_early(folder, tmp_path, capsys, words, message):
     assert not out.exists()
 
 
-def test_savings_are_counted_anew_where_anything_changed(folder, tmp_path):
+def test_savings_are_counted_anew_where_anything_changed(folder, tmp_path, without_page):
     out = tmp_path / "sweep"
 
     def half(ratio):
@@ -200,7 +206,9 @@ def test_one_process_writes_what_all_of_them_count(folder, tmp_path, monkeypatch
         assert (tmp_path / "sweep" / "flops.json").exists() == main_process
 
 
-def test_times_are_of_the_process_that_takes_them(folder, tmp_path, monkeypatch, capsys):
+def test_times_are_of_the_process_that_takes_them(
+    folder, tmp_path, monkeypatch, capsys, without_page
+):
     out, half = tmp_path / "sweep", {"name": "half", "kind": "fewer_steps", "options": {"steps": 3}}
     words = ["sweep", *command(folder, out, "--setting", json.dumps(half))]
     assert main([*words, "--rounds", "0"]) == 0

@@ -230,3 +230,10 @@ def test_caches_of_attention_outputs_run_with_skipped_steps_and_not_with_fewer_t
         pipe.transformer.disable_cache()
         handle.remove()
         assert torch.equal(tiny.generate(pipe, steps=12), plain)
+
+
+def test_a_denoiser_in_data_parallel_is_asked_for_what_it_wraps():
+    pipe = tiny.tiny_sd()
+    pipe.unet = torch.nn.DataParallel(pipe.unet)
+    with pytest.raises(ValueError, match=r"unet: DataParallel.*; give the pipeline its \.module"):
+        apply_tofu(pipe, speedup=2.0)

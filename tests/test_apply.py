@@ -27,7 +27,7 @@ MAKERS = {
     "sd35": partial(tiny.tiny_sd3, dual=True),
 }
 # The token profile where it reduces: generations here are short.
-EARLY = {"ratio": 0.5, "warmup_steps": 2, "keys_values": "fresh"}
+EARLY = {"ratio": 0.5, "warmup_steps": 2, "cooldown_steps": 0, "keys_values": "fresh"}
 SETTINGS = {
     # One of four steps.
     "step": {"speedup": 4 / 3, "warmup_steps": 2},

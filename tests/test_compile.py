@@ -11,14 +11,16 @@ from tests.inputs import unet_inputs
 from tofu_diffusers import apply_tofu, remove_tofu
 
 SKIPPING = {"speedup": 1.5, "warmup_steps": 2}
+# Generations here are short: reduced from the third step on, and to the end.
+SHORT = {"warmup_steps": 2, "cooldown_steps": 0}
 SETTINGS = {
     "tome": {"ratio": 0.5, "method": "tome"},
     "step": {**SKIPPING, "corrector": True},
     "step_plain": {**SKIPPING, "corrector": False},
-    # The token profile, but from the third step on: generations here are short.
-    "fresh": {"ratio": 0.5, "warmup_steps": 2, "keys_values": "fresh", "corrector": True},
-    "cached": {"ratio": 0.5, "warmup_steps": 2, "keys_values": "cached", "corrector": True},
-    "fresh_plain": {"ratio": 0.5, "warmup_steps": 2, "keys_values": "fresh", "corrector": False},
+    # The token profile.
+    "fresh": {"ratio": 0.5, **SHORT, "keys_values": "fresh", "corrector": True},
+    "cached": {"ratio": 0.5, **SHORT, "keys_values": "cached", "corrector": True},
+    "fresh_plain": {"ratio": 0.5, **SHORT, "keys_values": "fresh", "corrector": False},
     "attention": {"ratio": 0.5, "method": "tofu", "scope": "attention"},
     "span_temporal": {
         "ratio": 0.5,
@@ -95,7 +97,7 @@ def test_every_family_fullgraph(family, setting):
     pipe = small(family)
     model = tiny.denoisers(pipe)[0]
     # A compiled FLUX reads its grid after its first step, which runs whole.
-    options = {"warmup_steps": 2} | SETTINGS[setting]
+    options = SHORT | SETTINGS[setting]
     with apply_tofu(pipe, **options):
         eager = run(pipe)
     apply_tofu(pipe, **options)
@@ -115,7 +117,7 @@ def test_every_family_fullgraph(family, setting):
 )
 def test_repeated_blocks_of_transformers_fullgraph(family, setting):
     """One graph a class of blocks and kind of step serves all its blocks."""
-    options = {"warmup_steps": 2} | SETTINGS[setting]
+    options = SHORT | SETTINGS[setting]
     counts = []
     for layers in (2, 3):
         torch._dynamo.reset()

@@ -223,7 +223,8 @@ class TokenReduction(DenoiserConfig):
         depth_schedule: The same over the depth (0: first block, 1: last block).
         warmup_steps: Steps at the start that compute all tokens. More drift less and save less. Else 0, or as
             many as the method needs.
-        cooldown_steps: Steps at the end that compute all tokens.
+        cooldown_steps: Steps at the end that compute all tokens, which takes back what was forecast wrongly
+            before. More drift less and save less. Else 0.
         first_blocks, last_blocks: Blocks at the start and the end that compute all tokens.
         share: Which blocks share a plan within a step: each "block" has its own, a "stack" of blocks has one,
             or all blocks of a "resolution" (a token grid) have one. Else "stack".
@@ -248,8 +249,8 @@ class TokenReduction(DenoiserConfig):
         "reuse": 1, "max_age": 0, "seed": 0,
     }  # fmt: skip
     without_profile: ClassVar[Mapping[str, Any]] = {
-        "corrector": False, "scope": "block", "keys_values": "dropped", "warmup_steps": 0, "share": "stack",
-        "max_age": 0,
+        "corrector": False, "scope": "block", "keys_values": "dropped", "share": "stack",
+        "warmup_steps": 0, "cooldown_steps": 0, "max_age": 0,
     }  # fmt: skip
     """What options are, where a method is named, if they are not given."""
 
@@ -264,7 +265,7 @@ class TokenReduction(DenoiserConfig):
     schedule: Schedule = Schedule()
     depth_schedule: Schedule = Schedule()
     warmup_steps: int | None = None
-    cooldown_steps: int = 0
+    cooldown_steps: int | None = None
     first_blocks: int = 0
     last_blocks: int = 0
     share: str | None = None
@@ -428,7 +429,8 @@ class TokenReduction(DenoiserConfig):
             f"keys_values {self.keys_values!r}": self.keys_values == "cached",
             f"method {self.method!r} (source {', '.join(method.sources)})": method.warmup > 0,
             f"schedule {self.schedule.kind!r}": not self.schedule.is_constant,
-            "warmup_steps and cooldown_steps": (self.warmup_steps or 0) + self.cooldown_steps > 0,
+            "warmup_steps and cooldown_steps": (self.warmup_steps or 0) + (self.cooldown_steps or 0)
+            > 0,
             f"reuse {self.reuse}": self.reuse > 1,
         }
         return [reason for reason, holds in reasons.items() if holds]

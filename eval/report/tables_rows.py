@@ -50,9 +50,11 @@ def described(row: Row) -> str:
         how = chosen.get(options["method"], f"as {options['method']} chooses")
         if how_chosen.get("age_exponent", 0) > 2:
             how = f"oldest first, then {how}"
+        last = options.get("cooldown_steps", 0)
+        cooldown = f", the last {last} whole" if last else ""
         return (
             f"tokens {how}, {options['unmerge']}{corrector}, keys_values {options['keys_values']}, "
-            f"ratio {options['ratio']:g}, {options['warmup_steps']} warm-up steps"
+            f"ratio {options['ratio']:g}, {options['warmup_steps']} warm-up steps{cooldown}"
         )
     if "schedule" in options:
         return f"few tokens early (JiT's shares), {options['method']}"

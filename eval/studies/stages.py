@@ -126,7 +126,7 @@ def tokens(steps: int) -> Iterator[Trial]:
     """`TOKENS` with fresh and with cached keys and values, at two ratios.
 
     Again with the corrector ("corrected"), and with the corrector and the oldest tokens first ("due"), also
-    with two warm-up steps in the place of a quarter of all.
+    with two warm-up steps in the place of a quarter of all, and with three and the last four steps whole.
     """
     for ratio in (0.5, 0.75):
         for keys_values in ("fresh", "cached"):
@@ -144,6 +144,8 @@ def tokens(steps: int) -> Iterator[Trial]:
                 due = {**corrected, "method_options": DUE}
                 yield Trial(tofu(f"{name}-due", **due), steps)
                 yield Trial(tofu(f"{name}-due-first2", **{**due, "warmup_steps": 2}), steps)
+                last4 = {**due, "warmup_steps": 3, "cooldown_steps": 4}
+                yield Trial(tofu(f"{name}-due-last4", **last4), steps)
 
 
 MERGING: dict[str, dict[str, Any]] = {

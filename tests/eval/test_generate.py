@@ -44,7 +44,9 @@ PROMPTS = ["a red apple", "two dogs", "a tree", "a blue car", "a cat"]
 CALL = {"num_inference_steps": 5, "guidance_scale": 3.0, "height": 48, "width": 64}
 UNREDUCED = Setting("unreduced")
 # With caches that outlive a step: they must not outlive a batch.
-TOFU = Setting("half", "tofu", {"ratio": 0.5, "unmerge": "taylor", "warmup_steps": 1})
+TOFU = Setting(
+    "half", "tofu", {"ratio": 0.5, "unmerge": "taylor", "warmup_steps": 1, "cooldown_steps": 0}
+)
 
 
 @pytest.fixture(autouse=True)

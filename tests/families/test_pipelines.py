@@ -15,7 +15,7 @@ from tofu_diffusers import apply_tofu
 from tofu_diffusers.families import known_family
 
 STEPS = 4
-EARLY = {"warmup_steps": 2}  # generations here are short
+EARLY = {"warmup_steps": 2, "cooldown_steps": 0}  # generations here are short
 MEASURED = {"SD3Transformer2DModel", "UNet2DConditionModel"}
 """Of which this repository has a trained model; others skip by the profile of one of them, provisionally."""
 TAKE_32 = {"GlmImagePipeline", "LTX2Pipeline", "LTXPipeline", "SanaPipeline"}

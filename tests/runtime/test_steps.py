@@ -118,8 +118,8 @@ def test_warmup_and_cooldown_steps_stay_whole():
 def test_few_steps_are_warned_of():
     pipe = tiny.tiny_sd()
     with (
-        apply_tofu(pipe, ratio=0.5, warmup_steps=2),
-        pytest.warns(UserWarning, match="4 steps, of which 2 compute all tokens"),
+        apply_tofu(pipe, ratio=0.5, warmup_steps=2, cooldown_steps=1),
+        pytest.warns(UserWarning, match="4 steps, of which 3 compute all tokens"),
     ):
         tiny.generate(pipe, steps=4)
     # The token profile is left for what needs no past by itself.
@@ -167,7 +167,7 @@ def test_a_bare_model_stands_alone_or_is_told():
     # Of a bare model noise levels and step sizes are not known: a rule that needs none, and no corrector.
     [
         {"speedup": 5 / 3, "rule": "late", "corrector": False},
-        {"ratio": 0.5, "warmup_steps": 2, "corrector": False},
+        {"ratio": 0.5, "warmup_steps": 2, "cooldown_steps": 0, "corrector": False},
         {"ratio": 0.5},
     ],
     ids=str,
@@ -211,7 +211,7 @@ def test_guidance_in_two_calls_uses_the_conditional_plan():
             cut[first] = cut[first] + 0.2 * step * drift
             return cut
 
-        early = {"warmup_steps": 2}
+        early = {"warmup_steps": 2, "cooldown_steps": 0}
         for options in (early, early | {"keys_values": "cached"}, {"method": "tome"}):
             handle = apply_tofu(model, ratio=0.5, **options)
             together, apart = [], []
@@ -381,7 +381,9 @@ def edits(pipe):
     )
 
 
-@pytest.mark.parametrize("options", [{"method": "tome"}, {"warmup_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"method": "tome"}, {"warmup_steps": 2, "cooldown_steps": 0}], ids=str
+)
 @pytest.mark.parametrize("build", [perturbed, edits])
 def test_three_conditions_in_a_batch(build, options):
     """Images stay apart, each with the plan of its own."""

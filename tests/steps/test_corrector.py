@@ -17,6 +17,7 @@ TOKENS = {
     "merge": "prune",
     "keys_values": "fresh",
     "warmup_steps": 2,
+    "cooldown_steps": 0,
     "share": "resolution",
 }
 BUILDS = {

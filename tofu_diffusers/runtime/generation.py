@@ -382,9 +382,13 @@ class Generation:
     def _warn_of_few(self) -> None:
         setup, steps, computed = self.runtime.setup, len(self.sampling), self._steps_to_compute
         if computed <= FEW_STEPS and setup.warmup_steps and not setup.has_stand_in:
+            last = {*range(steps - setup.cooldown_steps, steps)} - setup.skipped_steps(
+                self.sampling
+            )
+            whole = min(computed, setup.warmup_steps + len(last))
             ran = f"{steps} steps" if computed == steps else f"{computed} computed steps of {steps}"
             self._warn(
-                f"{ran}, of which {min(computed, setup.warmup_steps)} compute all tokens: little is left to "
+                f"{ran}, of which {whole} compute all tokens: little is left to "
                 "save; with so few steps choose a method and unmerge without memory (method='tofu')"
             )
         skipping = setup.skipping
@@ -472,9 +476,9 @@ class Generation:
                 return
             largest = max(largest, *map(float, ratios))
         first = max(unknown, setup.warmup_steps)
-        if not largest and first + config.cooldown_steps >= computed:
+        if not largest and first + setup.cooldown_steps >= computed:
             why = (
-                f"all tokens are computed in {first} at the start and {config.cooldown_steps} at the end, of "
+                f"all tokens are computed in {first} at the start and {setup.cooldown_steps} at the end, of "
                 f"{computed} that are computed; ask for more steps, or lower warmup_steps or cooldown_steps"
             )
         elif not largest:

@@ -140,6 +140,11 @@ class Setup:
         """Steps at the start that compute all tokens: as asked, and until there is evidence."""
         return 0 if self.reduction is None else self.reduction.steps_needed
 
+    @property
+    def cooldown_steps(self) -> int:
+        """Steps at the end that compute all tokens."""
+        return 0 if self.reduction is None else self.reduction.cooldown_steps or 0
+
     def skipped_steps(self, sampling: Sampling) -> frozenset[int]:
         """The steps of a generation at which the denoiser is skipped, if enough was computed before."""
         config, total = self.skipping, len(sampling)
@@ -209,7 +214,7 @@ class Setup:
         if reduction is None:
             return StepSettings((), skip, False)
         level = sampling.noise[min(index, total - 1)] if total else 1.0
-        first, last = self.warmup_steps, total - reduction.cooldown_steps
+        first, last = self.warmup_steps, total - self.cooldown_steps
         whole = bool(total) and (computed_steps < first or index >= last)
         ratios = tuple(
             str(0.0 if whole else reduction.ratio_at(1.0 - level, site.depth))

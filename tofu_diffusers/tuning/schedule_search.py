@@ -64,7 +64,7 @@ class ReductionBudget:
             generation.sampling.noise,
         )
         assert setup.reduction is not None
-        first, last = setup.warmup_steps, len(noise) - setup.reduction.cooldown_steps
+        first, last = setup.warmup_steps, len(noise) - setup.cooldown_steps
         if first >= last:
             raise ValueError(
                 f"all {len(noise)} steps compute all tokens, so there is nothing to learn; ask for more than "

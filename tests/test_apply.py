@@ -27,7 +27,7 @@ MAKERS = {
     "sd35": partial(tiny.tiny_sd3, dual=True),
 }
 # The token profile where it reduces: generations here are short.
-EARLY = {"ratio": 0.5, "warmup_steps": 2, "cooldown_steps": 0, "keys_values": "fresh"}
+EARLY = {"ratio": 0.5, **tiny.SHORT, "keys_values": "fresh"}
 SETTINGS = {
     # One of four steps.
     "step": {"speedup": 4 / 3, "warmup_steps": 2},
@@ -136,7 +136,7 @@ def test_images_of_a_batch_do_not_influence_each_other(setting):
 
 def test_inference_mode_and_plain_calls_in_any_order():
     pipe = tiny.tiny_sd()
-    with apply_tofu(pipe, ratio=0.5, keys_values="cached"):
+    with apply_tofu(pipe, **EARLY | {"keys_values": "cached"}):
         first = tiny.generate(pipe, steps=4)
         with torch.inference_mode():
             second = tiny.generate(pipe, steps=4)

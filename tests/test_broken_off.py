@@ -11,7 +11,7 @@ from tests.inputs import unet_inputs
 from tofu_diffusers import apply_tofu, remove_tofu
 
 # With a past: generations here are short.
-TOKENS = {"ratio": 0.5, "scope": "block", "warmup_steps": 2, "cooldown_steps": 0}
+TOKENS = {"ratio": 0.5, "scope": "block", **tiny.SHORT}
 SETTINGS = {
     "tokens": TOKENS,
     "cached": {**TOKENS, "keys_values": "cached"},

@@ -11,16 +11,14 @@ from tests.inputs import unet_inputs
 from tofu_diffusers import apply_tofu, remove_tofu
 
 SKIPPING = {"speedup": 1.5, "warmup_steps": 2}
-# Generations here are short: reduced from the third step on, and to the end.
-SHORT = {"warmup_steps": 2, "cooldown_steps": 0}
 SETTINGS = {
     "tome": {"ratio": 0.5, "method": "tome"},
     "step": {**SKIPPING, "corrector": True},
     "step_plain": {**SKIPPING, "corrector": False},
     # The token profile.
-    "fresh": {"ratio": 0.5, **SHORT, "keys_values": "fresh", "corrector": True},
-    "cached": {"ratio": 0.5, **SHORT, "keys_values": "cached", "corrector": True},
-    "fresh_plain": {"ratio": 0.5, **SHORT, "keys_values": "fresh", "corrector": False},
+    "fresh": {"ratio": 0.5, **tiny.SHORT, "keys_values": "fresh", "corrector": True},
+    "cached": {"ratio": 0.5, **tiny.SHORT, "keys_values": "cached", "corrector": True},
+    "fresh_plain": {"ratio": 0.5, **tiny.SHORT, "keys_values": "fresh", "corrector": False},
     "attention": {"ratio": 0.5, "method": "tofu", "scope": "attention"},
     "span_temporal": {
         "ratio": 0.5,
@@ -97,7 +95,7 @@ def test_every_family_fullgraph(family, setting):
     pipe = small(family)
     model = tiny.denoisers(pipe)[0]
     # A compiled FLUX reads its grid after its first step, which runs whole.
-    options = SHORT | SETTINGS[setting]
+    options = tiny.SHORT | SETTINGS[setting]
     with apply_tofu(pipe, **options):
         eager = run(pipe)
     apply_tofu(pipe, **options)
@@ -117,7 +115,7 @@ def test_every_family_fullgraph(family, setting):
 )
 def test_repeated_blocks_of_transformers_fullgraph(family, setting):
     """One graph a class of blocks and kind of step serves all its blocks."""
-    options = SHORT | SETTINGS[setting]
+    options = tiny.SHORT | SETTINGS[setting]
     counts = []
     for layers in (2, 3):
         torch._dynamo.reset()

@@ -75,6 +75,9 @@ from tests.denoisers import DENOISERS
 
 # The constructors of diffusers draw weights that are replaced below.
 untouched_generator = torch.random.fork_rng(devices=[])
+SHORT = {"warmup_steps": 2, "cooldown_steps": 0}
+"""For token profiles, as generations here are short: tokens are reduced from the third step to the last."""
+
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 # How `generate` calls them unless told otherwise. With models of this size, text of the pipelines' own
 # length would outweigh the image, and their own sizes would take minutes. Those of `tests.tiny_pipelines` are

@@ -71,7 +71,7 @@ def test_reduced_it_compiles_where_the_unmodified_model_does(name):
     described = shallow(name)
     model, inputs = tiny.randomise(described.build()), described.arguments()
     family = known_family(model)
-    options = {"ratio": 0.5, "warmup_steps": 2, "cooldown_steps": 0, "scope": scope_of(family)}
+    options = {"ratio": 0.5, **tiny.SHORT, "scope": scope_of(family)}
     # Positions cannot be read while it is traced, and are behind the first step. If not all are the image's,
     # that one takes too many tokens for it.
     grid = family.grids(model, inputs)[0]

@@ -28,7 +28,7 @@ BUILDERS = {
     "unet2d": tiny.tiny_ddpm,
 }
 # The token profile, but reducing from the third step on: generations here are short.
-EARLY = {"ratio": 0.5, "warmup_steps": 2, "cooldown_steps": 0, "keys_values": "fresh"}
+EARLY = {"ratio": 0.5, **tiny.SHORT, "keys_values": "fresh"}
 TOME = {"ratio": 0.5, "method": "tome"}
 FEED_FORWARDS = ("ff.net.0.proj", "ffn.net.0.proj", "img_mlp.net.0.proj", "proj_mlp")
 

@@ -15,7 +15,6 @@ from tofu_diffusers import apply_tofu
 from tofu_diffusers.families import known_family
 
 STEPS = 4
-EARLY = {"warmup_steps": 2, "cooldown_steps": 0}  # generations here are short
 MEASURED = {"SD3Transformer2DModel", "UNet2DConditionModel"}
 """Of which this repository has a trained model; others skip by the profile of one of them, provisionally."""
 TAKE_32 = {"GlmImagePipeline", "LTX2Pipeline", "LTXPipeline", "SanaPipeline"}
@@ -43,9 +42,9 @@ def test_a_pipeline_with_half_of_its_tokens_and_with_half_of_its_steps(name):
     denoisers = tiny.denoisers(pipe)
     assert {type(denoiser).__name__ for denoiser in denoisers} == {name}
     before = generate(pipe)
-    with apply_tofu(pipe, ratio=0, **EARLY):
+    with apply_tofu(pipe, ratio=0, **tiny.SHORT):
         assert torch.equal(generate(pipe), before)
-    with apply_tofu(pipe, ratio=0.5, **EARLY) as handle:
+    with apply_tofu(pipe, ratio=0.5, **tiny.SHORT) as handle:
         reduced = generate(pipe)
         assert all(0 < row["tokens_kept"] < row["tokens_in"] for row in handle.stats())
         assert [seen.denoiser for seen in handle.inspect()] == [name] * len(denoisers)

@@ -187,7 +187,7 @@ def test_fused_projections_are_refused_with_keys_and_values_and_run_without():
 
 def test_cache_memory_is_counted_and_limited():
     pipe = tiny.tiny_sd()
-    with apply_tofu(pipe, ratio=0.5, keys_values="cached") as handle:
+    with apply_tofu(pipe, ratio=0.5, keys_values="cached", **tiny.SHORT) as handle:
         generation, seen = handle._generations[0][1], []
 
         def look(module, args):
@@ -217,12 +217,12 @@ def test_cache_memory_is_counted_and_limited():
         assert not any(projection.rows for projection in generation.runtime.setup.projections)
         assert not generation.runtime.caches.corrector.states
     gib = held / 2**30
-    with apply_tofu(pipe, ratio=0.5, keys_values="cached", memory_limit=gib * 1.01):
+    with apply_tofu(pipe, ratio=0.5, keys_values="cached", **tiny.SHORT, memory_limit=gib * 1.01):
         tiny.generate(pipe, steps=4)
     ran = []
     pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: ran.append(module))
     with (
-        apply_tofu(pipe, ratio=0.5, keys_values="cached", memory_limit=gib * 0.99),
+        apply_tofu(pipe, ratio=0.5, keys_values="cached", **tiny.SHORT, memory_limit=gib * 0.99),
         pytest.raises(
             MemoryError, match=r"caches need 0.00\d+ GiB, above memory_limit 0.00\d+ GiB"
         ),

@@ -94,12 +94,12 @@ def test_layerwise_casting_and_cached_keys_and_values():
     for when in ("after", "before"):
         pipe = tiny.tiny_sd()
         if when == "before":
-            apply_tofu(pipe, ratio=0.5, keys_values="cached")
+            apply_tofu(pipe, ratio=0.5, keys_values="cached", **tiny.SHORT)
         apply_layerwise_casting(
             pipe.unet, storage_dtype=torch.bfloat16, compute_dtype=torch.float32
         )
         if when == "after":
-            apply_tofu(pipe, ratio=0.5, keys_values="cached")
+            apply_tofu(pipe, ratio=0.5, keys_values="cached", **tiny.SHORT)
         assert torch.isfinite(tiny.generate(pipe, steps=4)).all()
         remove_tofu(pipe)
         assert torch.equal(tiny.generate(pipe, steps=4), baseline)
@@ -181,7 +181,7 @@ def test_a_modular_pipeline_with_guidance_in_two_calls():
         )
 
     baseline = run()
-    with apply_tofu(pipe, ratio=0.5, keys_values="cached") as handle:
+    with apply_tofu(pipe, ratio=0.5, keys_values="cached", **tiny.SHORT) as handle:
         assert not torch.equal(run(), baseline)
         steps = handle.inspect()[0].steps
         assert [(step.calls, step.ratios[0]) for step in steps] == [

@@ -579,14 +579,12 @@ def test_dispatch_reaches_the_kernels(monkeypatch):
     assert set(triton_unmerge.FORMS) == fused
 
 
-# Generations here are short: reduced from the third step on, and to the end.
-SHORT = {"warmup_steps": 2, "cooldown_steps": 0}
 MODELS = {
     "tome": {"method": "tome", "merge": "mlerp", "unmerge": "mlerp"},
     "mean": {"method": "pitome", "merge": "mean", "unmerge": "copy"},
     "prune": {"method": "tome", "merge": "prune", "unmerge": "copy"},
-    "taylor": {"keys_values": "fresh", **SHORT},
-    "blend": {"keys_values": "cached", "unmerge": "blend", **SHORT},
+    "taylor": {"keys_values": "fresh", **tiny.SHORT},
+    "blend": {"keys_values": "cached", "unmerge": "blend", **tiny.SHORT},
 }
 
 

@@ -18,9 +18,9 @@ SETTINGS = {
     "tome": {"ratio": 0.5, "method": "tome"},
     "attention": {"ratio": 0.5, "method": "tofu", "scope": "attention"},
     "step": {"speedup": 5 / 3},
-    "tokens": {"ratio": 0.5, "warmup_steps": 2, "cooldown_steps": 0},
+    "tokens": {"ratio": 0.5, **tiny.SHORT},
     "few_steps": {"ratio": 0.5},
-    "cached": {"ratio": 0.5, "keys_values": "cached"},
+    "cached": {"ratio": 0.5, "keys_values": "cached", **tiny.SHORT},
     "scheduled": {"ratio": 0.5, "method": "random", "schedule": "linear"},
 }
 
@@ -210,7 +210,7 @@ def test_full_size_models_are_counted_without_weights(cls, config, tera, least):
 
 def test_computed_says_where_the_work_went():
     pipe = tiny.tiny_sd()
-    options = {"resolutions": (0,), "max_age": 4, "warmup_steps": 2, "cooldown_steps": 0}
+    options = {"resolutions": (0,), "max_age": 4, **tiny.SHORT}
     with apply_tofu(pipe, ratio=0.5, **options) as handle:
         assert handle.computed() == {}
         tiny.generate(pipe, ["a cat", "a dog"], steps=6, height=120, width=136)

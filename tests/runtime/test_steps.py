@@ -39,7 +39,7 @@ def test_schedulers_set_before_or_after_applying(scheduler, when):
     pipe = tiny.tiny_sd()
     if when == "before":
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    handle = apply_tofu(pipe, ratio=0.5, keys_values="fresh")
+    handle = apply_tofu(pipe, ratio=0.5, keys_values="fresh", **tiny.SHORT)
     if when == "after":
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     calls = []
@@ -167,7 +167,7 @@ def test_a_bare_model_stands_alone_or_is_told():
     # Of a bare model noise levels and step sizes are not known: a rule that needs none, and no corrector.
     [
         {"speedup": 5 / 3, "rule": "late", "corrector": False},
-        {"ratio": 0.5, "warmup_steps": 2, "cooldown_steps": 0, "corrector": False},
+        {"ratio": 0.5, **tiny.SHORT, "corrector": False},
         {"ratio": 0.5},
     ],
     ids=str,
@@ -211,8 +211,7 @@ def test_guidance_in_two_calls_uses_the_conditional_plan():
             cut[first] = cut[first] + 0.2 * step * drift
             return cut
 
-        early = {"warmup_steps": 2, "cooldown_steps": 0}
-        for options in (early, early | {"keys_values": "cached"}, {"method": "tome"}):
+        for options in (tiny.SHORT, tiny.SHORT | {"keys_values": "cached"}, {"method": "tome"}):
             handle = apply_tofu(model, ratio=0.5, **options)
             together, apart = [], []
             for step in range(steps):
@@ -230,8 +229,8 @@ def test_guidance_in_two_calls_uses_the_conditional_plan():
 @pytest.mark.parametrize(
     "options",
     [
-        {"ratio": 0.5, "keys_values": "cached"},
-        {"ratio": 0.5, "keys_values": "fresh", "unmerge": "taylor"},
+        {"ratio": 0.5, "keys_values": "cached", **tiny.SHORT},
+        {"ratio": 0.5, "keys_values": "fresh", "unmerge": "taylor", **tiny.SHORT},
         {"speedup": 1.5},
         {
             "ratio": 0.5,
@@ -381,9 +380,7 @@ def edits(pipe):
     )
 
 
-@pytest.mark.parametrize(
-    "options", [{"method": "tome"}, {"warmup_steps": 2, "cooldown_steps": 0}], ids=str
-)
+@pytest.mark.parametrize("options", [{"method": "tome"}, tiny.SHORT], ids=str)
 @pytest.mark.parametrize("build", [perturbed, edits])
 def test_three_conditions_in_a_batch(build, options):
     """Images stay apart, each with the plan of its own."""

@@ -16,8 +16,7 @@ TOKENS = {
     "scope": "block",
     "merge": "prune",
     "keys_values": "fresh",
-    "warmup_steps": 2,
-    "cooldown_steps": 0,
+    **tiny.SHORT,
     "share": "resolution",
 }
 BUILDS = {

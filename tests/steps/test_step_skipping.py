@@ -656,7 +656,7 @@ def test_fitted_forecasts_are_saved_and_read(tmp_path):
 
 TOKENS = {
     "tome": TokenReduction(method="tome", ratio=0.5),
-    "profile": TokenReduction(ratio=0.5, warmup_steps=2, cooldown_steps=0),
+    "profile": TokenReduction(ratio=0.5, **tiny.SHORT),
 }
 
 

@@ -1,6 +1,7 @@
 """Measured defaults, one JSON file a family: what `ratio=` and `speedup=` do when told no more.
 
-    tokens    options of TokenReduction: the best measured that reduces tokens at all steps but the first and last
+    tokens    options of TokenReduction: the best measured that reduces tokens at all steps but the first
+              and the last ones
     speedup   the type and options of what was measured best at two times fewer FLOPs, whatever it is
 
 Each names the committed result it was chosen from; without one it is provisional. A family without a trained

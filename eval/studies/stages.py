@@ -197,7 +197,7 @@ def front(steps: int) -> Iterator[Trial]:
     yield from typed(steps)
     yield from sped_up(steps, 4)
     # More of a curve, for what saves less or between.
-    for count in range(steps - 3, steps // 2 - 3, -1):
+    for count in range(steps - 2, steps // 2 - 3, -1):
         if count not in {int(steps / speedup) for speedup in (*SPEEDS, 4)}:
             yield Trial(Setting(f"steps-{count}", "fewer_steps", {"steps": count}), steps)
     for speedup in (*SPEEDS, 4):

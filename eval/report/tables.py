@@ -29,6 +29,7 @@ from eval.report.tables_front import (
     typed_table,
 )
 from eval.report.tables_linearity import linearity_table, merged_table
+from eval.report.tables_profiles import options_table, whole_steps_table
 from eval.report.tables_rivals import closest_table, rivals_table
 from eval.report.tables_rules import lengths_table, rules_table, searched_table
 from eval.report.tables_speed import (
@@ -73,6 +74,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"{model} speed": (lambda model=model: speed_table(model)) for model in SPEEDS},
     **{f"encoders {each}": (lambda each=each: encoders_table(each)) for each in SUBJECTS},
     **{f"encoders {each} ahead": (lambda each=each: ahead_of(each)) for each in SUBJECTS},
+    "whole steps": whole_steps_table,
+    "profile options": options_table,
     "typed": typed_table,
     "steps": steps_table,
     "closest": closest_table,

@@ -148,6 +148,37 @@ def tokens(steps: int) -> Iterator[Trial]:
                 yield Trial(tofu(f"{name}-due-last4", **last4), steps)
 
 
+WHOLE_FIRST, WHOLE_LAST = (2, 3, 6), (0, 1, 2, 3, 4, 6, 8)
+PROFILE = {**TOKENS, "corrector": True, "method_options": DUE, "ratio": 0.5}
+"""The token profile, but for its whole steps."""
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "cached": {"keys_values": "cached"},
+    "uncorrected": {"corrector": False},
+    "temporal": {"unmerge": "temporal"},
+    "blend": {"unmerge": "blend"},
+    "age4": {"method_options": {**DUE, "age_exponent": 4}},
+    "age64": {"method_options": {**DUE, "age_exponent": 64}},
+    "max-age2": {"max_age": 2},
+    "share-stack": {"share": "stack"},
+    "share-block": {"share": "block"},
+    "reuse2": {"reuse": 2},
+    "first-block": {"first_blocks": 1},
+    "last-block": {"last_blocks": 1},
+}
+"""Options of the token profile, each changed alone."""
+
+
+def profiles(steps: int) -> Iterator[Trial]:
+    """The token profile with more or fewer whole steps, and with each of `OTHERWISE`."""
+    for first, last in itertools.product(WHOLE_FIRST, WHOLE_LAST):
+        if first + last < steps:
+            whole = {"warmup_steps": first, "cooldown_steps": last}
+            yield Trial(tofu(f"first{first}-last{last}", **PROFILE, **whole), steps)
+    for name, changed in OTHERWISE.items():
+        options = {**PROFILE, "warmup_steps": 3, "cooldown_steps": 4, **changed}
+        yield Trial(tofu(f"profile-{name}", **options), steps)
+
+
 MERGING: dict[str, dict[str, Any]] = {
     "tofu": {"method": "tofu"},
     "tome": {"method": "tome"},
@@ -280,4 +311,5 @@ STAGES = {
     "rivals": rivals,
     "grid": grid,
     "distances": distances,
+    "profiles": profiles,
 }

@@ -5,8 +5,8 @@
 
 Stages: `typed`, ratios and speed-ups as people type them, with fewer steps; `front`, these and all other
 ways to save, each at what it saves; `rules`, every skip rule at six speed-ups in 10, 25 and 50 steps;
-`rivals`, other packages' caches, with the default beside each; `grid`, every valid combination of method,
-merge, unmerge, scope and keys_values.
+`rivals`, other packages' caches, with the default beside each; `profiles`, each option of the token profile
+changed alone; `grid`, every valid combination of method, merge, unmerge, scope and keys_values.
 
 Drift is the PSNR to the unreduced picture of the same prompt and seed, savings are counted FLOPs. No picture
 is kept and no time taken: `eval sweep` does both, for few settings. Stopped anywhere, the same command goes

@@ -17,7 +17,7 @@ from eval.provenance import ROOT
 from eval.report import plots_step
 from eval.report.plots import pareto
 from eval.report.plots_growth import growth
-from eval.report.tables_distances import DISTANCES_128PX, claim_table, distances_table
+from eval.report.tables_distances import claim_table, distances_table
 from eval.report.tables_encoders import SUBJECTS, ahead_of, encoders_table
 from eval.report.tables_front import (
     FRONT,
@@ -83,7 +83,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "hires": hires_table,
     "claim": claim_table,
     "distances": distances_table,
-    "distances 128 px": lambda: distances_table(DISTANCES_128PX),
     "lengths": lengths_table,
     "rules": rules_table,
     "searched": searched_table,

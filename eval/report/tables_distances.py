@@ -12,7 +12,6 @@ from eval.report.tables_rows import Row, by_name, circumstances, cite, described
 from eval.studies.stages import MERGING
 
 DISTANCES = files("distances", "json")
-DISTANCES_128PX = files("distances_128px", "json")
 FD, KID, ALIGNMENT = "fd-effnetlite0-real", "kid-effnetlite0-real", "emoji_alignment"
 WORSE = {FD: "upper", ALIGNMENT: "lower"}
 """The one-sided bound of a change that says how much worse it may be."""
@@ -23,12 +22,12 @@ def sweep_rows(path: Path) -> dict[str, Row]:
     return by_name(json.loads(path.read_text(encoding="utf-8"))["rows"])
 
 
-def distances_table(sweeps: Mapping[str, Path] = DISTANCES) -> str:
+def distances_table() -> str:
     """How far sets of pictures are from those of training, and how much worse than unreduced at most."""
     names = ["", "FLOPs", "PSNR, dB", "alignment", "lost at most"]
     lines = head([*names, "Frechet distance", "more at most", "KID x 1000"])
     every: list[Row] = []
-    for path in sweeps.values():
+    for path in DISTANCES.values():
         for row in sweep_rows(path).values():
             every.append(row)
             metrics = row["metrics"]

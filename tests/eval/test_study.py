@@ -13,7 +13,7 @@ from eval.bench.pipeline import UNREDUCED, Bench
 from eval.generate.run import Loaded
 from eval.generate.settings import Setting, config_of
 from eval.jsonl import read
-from eval.report import tables, tables_distances, tables_front, tables_rivals
+from eval.report import tables, tables_distances, tables_front, tables_profiles, tables_rivals
 from eval.report.tables_rows import FAMILY, described
 from eval.statistics import difference, of_mean
 from eval.studies import stages, study
@@ -341,6 +341,16 @@ def test_the_committed_distances_are_whole_and_see_damage(path):
     damage = rows["damaged"]["metrics"]
     assert damage[f"{tables_distances.FD}-change"]["lower"] > 0.1
     assert damage[f"{tables_distances.ALIGNMENT}-change"]["upper"] < -0.1
+
+
+@pytest.mark.parametrize("path", tables_profiles.PROFILES.values(), ids=lambda path: path.name)
+def test_every_option_of_the_token_profile_was_tried(path):
+    rows = {row["id"] for row in read(path)}
+    for steps in (12, 25, 50):
+        names = {trial.setting.name for trial in stages.profiles(steps)}
+        if steps != 25:
+            names = {name for name in names if name.startswith("first3-")}
+        assert rows >= {f"{path.stem[9:]}-64px-{steps}steps-n8/{name}" for name in names}
 
 
 @pytest.mark.parametrize("workflow", ["tokens", "speedup"])

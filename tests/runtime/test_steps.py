@@ -115,6 +115,19 @@ def test_warmup_and_cooldown_steps_stay_whole():
     assert ratios == ["0.0", "0.5", "0.5", "0.5", "0.0", "0.0"]
 
 
+@pytest.mark.parametrize("make", [tiny.tiny_sd, tiny.tiny_sd3])
+def test_the_profiles_begin_and_end_with_whole_steps(make):
+    pipe = make()
+    handle = apply_tofu(pipe, ratio=0.5)
+    tiny.generate(pipe, steps=12)
+    ratios = [step.ratios[0] for step in handle.inspect()[0].steps]
+    assert ratios == ["0.0"] * 3 + ["0.5"] * 5 + ["0.0"] * 4
+    # The last steps are the profile's to say only where nobody does.
+    handle = apply_tofu(pipe, ratio=0.5, cooldown_steps=0)
+    tiny.generate(pipe, steps=12)
+    assert [step.ratios[0] for step in handle.inspect()[0].steps] == ["0.0"] * 3 + ["0.5"] * 9
+
+
 def test_few_steps_are_warned_of():
     pipe = tiny.tiny_sd()
     with (

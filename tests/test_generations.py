@@ -21,7 +21,7 @@ from tests import tiny
 from tofu_diffusers import apply_tofu, remove_tofu
 
 # What needs no past, what needs one, and what skips steps.
-SETTINGS = [{"ratio": 0.5, "method": "tome"}, {"ratio": 0.5, "warmup_steps": 2}, {"speedup": 1.5}]
+SETTINGS = [{"ratio": 0.5, "method": "tome"}, {"ratio": 0.5, **tiny.SHORT}, {"speedup": 1.5}]
 STEPS = 10
 PICTURE = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
 

@@ -99,7 +99,7 @@ CACHES = (
         lambda pipe: MagCacheConfig(mag_ratios=[1.0, 0.5] * 5, num_inference_steps=10),
         note="beside skipped steps it counts those that are computed: fit its ratios to them",
     ),
-    cache("SeaCache", lambda pipe: SeaCacheConfig(threshold=1.0), transformer=WAN),
+    cache("SeaCache", lambda pipe: SeaCacheConfig(threshold=0.5), transformer=WAN),
     cache(
         "text key and value cache",
         lambda pipe: TextKVCacheConfig(),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from eval.jsonl import read
 from eval.report.cells import head, line
 from eval.report.tables_rows import Row, ahead, by_name, circumstances, cite, drift, files
-from eval.studies.stages import OTHERWISE, WHOLE_FIRST, WHOLE_LAST
+from eval.studies.stages import OTHERWISE, WHOLE, WHOLE_FIRST, WHOLE_LAST
 
 PROFILES = files("profiles")
 
@@ -46,7 +46,7 @@ def options_table() -> str:
     columns = [each for each in by_steps() if each[1] == 25]
     heads = [name for model, _, _ in columns for name in (f"`{model}`, FLOPs", f"`{model}`, dB")]
     lines = head(["instead of the profile's", *heads])
-    own = "first3-last4"
+    own = f"first{WHOLE['warmup_steps']}-last{WHOLE['cooldown_steps']}"
     for name, changed in {"the profile": {}, **OTHERWISE}.items():
         what = ", ".join(f"{key} {value!r}" for key, value in changed.items())
         cells = [f"`{what}`" if changed else name]

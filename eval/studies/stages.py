@@ -120,6 +120,8 @@ TOKENS = {
 
 # The token that has waited longest is due first; of those that have waited as long, what changes most.
 DUE = {"source": "change", "age_exponent": 16}
+WHOLE = {"warmup_steps": 3, "cooldown_steps": 4}
+"""Steps of the token profile that compute all tokens."""
 
 
 def tokens(steps: int) -> Iterator[Trial]:
@@ -144,8 +146,7 @@ def tokens(steps: int) -> Iterator[Trial]:
                 due = {**corrected, "method_options": DUE}
                 yield Trial(tofu(f"{name}-due", **due), steps)
                 yield Trial(tofu(f"{name}-due-first2", **{**due, "warmup_steps": 2}), steps)
-                last4 = {**due, "warmup_steps": 3, "cooldown_steps": 4}
-                yield Trial(tofu(f"{name}-due-last4", **last4), steps)
+                yield Trial(tofu(f"{name}-due-last4", **{**due, **WHOLE}), steps)
 
 
 WHOLE_FIRST, WHOLE_LAST = (2, 3, 6), (0, 1, 2, 3, 4, 6, 8)
@@ -175,7 +176,7 @@ def profiles(steps: int) -> Iterator[Trial]:
             whole = {"warmup_steps": first, "cooldown_steps": last}
             yield Trial(tofu(f"first{first}-last{last}", **PROFILE, **whole), steps)
     for name, changed in OTHERWISE.items():
-        options = {**PROFILE, "warmup_steps": 3, "cooldown_steps": 4, **changed}
+        options = {**PROFILE, **WHOLE, **changed}
         yield Trial(tofu(f"profile-{name}", **options), steps)
 
 

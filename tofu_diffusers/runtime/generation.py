@@ -382,9 +382,8 @@ class Generation:
     def _warn_of_few(self) -> None:
         setup, steps, computed = self.runtime.setup, len(self.sampling), self._steps_to_compute
         if computed <= FEW_STEPS and setup.warmup_steps and not setup.has_stand_in:
-            last = {*range(steps - setup.cooldown_steps, steps)} - setup.skipped_steps(
-                self.sampling
-            )
+            skipped = setup.skipped_steps(self.sampling)
+            last = {*range(steps - setup.cooldown_steps, steps)} - skipped
             whole = min(computed, setup.warmup_steps + len(last))
             ran = f"{steps} steps" if computed == steps else f"{computed} computed steps of {steps}"
             self._warn(

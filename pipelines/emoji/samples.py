@@ -1,7 +1,7 @@
 """Generate the pictures that a pipeline is judged by, on this machine.
 
     python -m pipelines.emoji.samples --model unet                         # all sets; hours on a CPU
-    python -m pipelines.emoji.samples --model unet --side 64 --sets captions
+    python -m pipelines.emoji.samples --model unet --side 64 --sets captions -n 817
 
 Stopped anywhere, the same command goes on. `python -m eval.studies.emoji.quality` scores what it wrote.
 """
@@ -115,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=sorted(MODELS), required=True)
     parser.add_argument("--side", type=int, default=data.SIZE, help="pixels (%(default)s)")
     parser.add_argument("--sets", nargs="+", metavar="SET", help="default: all")
+    parser.add_argument("-n", type=int, help="only the first n of each set")
     parser.add_argument("--batch", type=int, default=16, help="pictures at a time (%(default)s)")
     parser.add_argument("--data", type=Path, default=data.WORK / "emoji.npz", help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=data.WORK / "samples", help="(%(default)s)")
@@ -122,7 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = prompt_sets(data.load(args.data))
     if unknown := sorted({*(args.sets or ())} - {*sets}):
         parser.error(f"no set {', '.join(unknown)}; choose of {', '.join(sets)}")
-    chosen = {name: sets[name] for name in args.sets or sets}
+    if args.n is not None and args.n < 1:
+        parser.error(f"-n {args.n}: at least 1")
+    chosen = {name: sets[name][: args.n] for name in args.sets or sets}
     pipe: Any = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -302,7 +302,7 @@ def test_quality_writes_its_figures_into_the_card(judged, tmp_path):
     assert found["compositions"]["samples"] != found["compositions"]["real"]
     assert found["training"]["samples"]["R@1"] == found["training"]["real"]["R@1"]
     sizes = [row["n"] for row in quality["distances"].values()]
-    assert sizes == [[2, 7], [2, 3], [3, 3]]
+    assert sizes == [[2, 7], [2, 2], [2, 2]]
     assert all("16 feature dimensions" in row["warning"] for row in quality["distances"].values())
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     for words in ("| fd-made-up |", "| training names |", "](held_out.webp)", "2 images for 16"):
@@ -330,6 +330,22 @@ def test_quality_of_two_sizes_stands_side_by_side(judged, tmp_path):
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| 64 | samples to training pictures |" in text
     assert "| 128 | samples to training pictures |" in text
+
+
+def test_quality_of_another_set_stands_beside_that_of_the_first(judged, tmp_path):
+    card = json.loads((tmp_path / "card.json").read_text())
+    samples(tmp_path, card["weights_sha256"])
+    first = judged()["quality"]["128"]
+    images, about = unpack(tmp_path / "unet.npz")
+    captions = about | {"sets": {"captions": ["apple", "car"]}}
+    blobs = [webp(Image.fromarray(each)) for each in images[-2:]]
+    pack(tmp_path / "unet.npz", blobs, captions)
+    both = judged()["quality"]["128"]
+    assert both["retrieval"] == first["retrieval"] and both["distances"] != first["distances"]
+    captions["sampling"] = about["sampling"] | {"steps": 10}
+    pack(tmp_path / "unet.npz", blobs, captions)
+    again = judged()["quality"]["128"]
+    assert again["retrieval"] == {} and again["sampling"]["steps"] == 10
 
 
 def test_samples_go_on_where_they_were_stopped(packed, tmp_path, monkeypatch):
@@ -384,8 +400,12 @@ def test_samples_go_on_where_they_were_stopped(packed, tmp_path, monkeypatch):
     most, done = 99, len(prompt_sets(emoji_data())["compositions"])
     emoji_samples.main([*words, "--side", "32", "--sets", "compositions", "held_out"])
     assert seeds == [0, done]
-    with pytest.raises(SystemExit):
-        emoji_samples.main([*words, "--sets", "caption"])
+    for wrong in (["--sets", "caption"], ["-n", "0"]):
+        with pytest.raises(SystemExit):
+            emoji_samples.main([*words, *wrong])
+
+    emoji_samples.main([*words, "--side", "32", "--sets", "captions", "-n", "3"])
+    assert unpack(tmp_path / "unet_32px.npz")[1]["sets"] == {"captions": prompts[:3]}
 
 
 @pytest.mark.parametrize("model", MODELS)

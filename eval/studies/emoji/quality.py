@@ -67,7 +67,7 @@ def retrieval(
 def distances(samples: Tensor, real: Tensor) -> dict[str, dict[str, Any]]:
     """Frechet distances of features and the sizes of the sets; the last two at one size.  [N, D], [M, D]."""
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
-    size = len(real) // 2
+    size = min(len(samples), len(real) // 2)
     half, other = real[order[:size]], real[order[size : 2 * size]]
     pairs = {
         "samples to training pictures": (samples, real),
@@ -123,6 +123,13 @@ def judged(
     return result
 
 
+def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, and of sets that were not among these pictures what was before, if sampled alike."""
+    if before.get("sampling") != found["sampling"]:
+        return found
+    return {**before, **found, "retrieval": {**before["retrieval"], **found["retrieval"]}}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Score every model's pictures that the folder holds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -151,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         made = by_set(images, sets)
         found = judged(made, about, emoji, scorer, extractor, args.cache)
-        card["quality"] = {**card.get("quality", {}), str(about["side"]): found}
+        quality, side = card.setdefault("quality", {}), str(about["side"])
+        quality[side] = joined(quality.get(side, {}), found)
         for name in SHEETS:
             if name in sets and about["side"] == data.SIZE:
                 path = SUBJECTS[model].folder / f"{name}.webp"

@@ -1,12 +1,13 @@
 """Which combination loses least at which saving? Drift of many settings, each a row once it is measured.
 
-    python -m eval study --pipeline unet --stage grid --out eval/results/study_unet.jsonl
+    python -m eval study --pipeline unet --stage grid --out rows.jsonl
     torchrun --nproc-per-node 2 -m eval study --pipeline mmdit --stage front --out rows.jsonl
 
 Stages: `typed`, ratios and speed-ups as people type them, with fewer steps; `front`, these and all other
-ways to save, each at what it saves; `rules`, every skip rule at six speed-ups in 10, 25 and 50 steps;
-`rivals`, other packages' caches, with the default beside each; `profiles`, each option of the token profile
-changed alone; `grid`, every valid combination of method, merge, unmerge, scope and keys_values.
+ways to save, each at what it saves, with the default beside other packages and both workflows together;
+`rules`, every skip rule at six speed-ups in 10, 25 and 50 steps; `rivals`, other packages' caches, with the
+default beside each; `profiles`, each option of the token profile changed alone; `grid`, every valid
+combination of method, merge, unmerge, scope and keys_values.
 
 Drift is the PSNR to the unreduced picture of the same prompt and seed, savings are counted FLOPs. No picture
 is kept and no time taken: `eval sweep` does both, for few settings. Stopped anywhere, the same command goes
@@ -170,11 +171,14 @@ def main(args: argparse.Namespace) -> None:
                 f"no row of stage {args.stage} matches {args.match!r}; ids are such as {next(iter(ids))}"
             )
     made = measured(study, trials, args.out, args.stage, state)
-    if args.stage == "rivals":
+    if args.stage in ("front", "rivals"):
         state.wait_for_everyone()
         rows = {row["id"]: row for row in read(args.out)}
         found = (rows.get(study.about(trial)["id"]) for trial in trials)
-        more = [*beside(filter(None, found), args.steps)]
+        # The front has a curve of the own settings; what else is on it lies between their points.
+        own = ("tofu", "fewer_steps") if args.stage == "front" else ()
+        rivals = [row for row in found if row is not None and row["setting"]["kind"] not in own]
+        more = [*beside(rivals, args.steps)]
         made |= measured(study, more, args.out, args.stage, state)
     without = [each.rpartition("/")[2] for each, has_row in made.items() if not has_row]
     if without:

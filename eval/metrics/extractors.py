@@ -143,6 +143,8 @@ def _read_pictures(path: Path, cache: Path) -> Pictures:
         if not files:
             raise ValueError(f"{path} holds no pictures ({', '.join(SUFFIXES)})")
         return Pictures(files, cache)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; name a folder of pictures, a .npy or a .npz file")
     if path.suffix not in (".npy", ".npz") or not path.is_file():
         raise ValueError(f"{path} is neither a folder of pictures nor a .npy or .npz file")
     try:

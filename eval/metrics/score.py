@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -206,6 +207,8 @@ def score(
         if same and about.items() <= found.items():
             return found
 
+    if wild is not None:
+        _warn_of_sizes(wild, mine.pictures)
     # The user's own first: what of them cannot be read is said before the rest is computed.
     wild_rows = None if wild is None else features(extractor, wild)
     rows, base_rows = features(extractor, mine.pictures), features(extractor, base.pictures)
@@ -242,6 +245,17 @@ def score(
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(out, text.encode())
     return result
+
+
+def _warn_of_sizes(real: Pictures, made: Pictures) -> None:
+    (_, h, w), (_, height, width) = real[0].shape, made[0].shape
+    if (h, w) != (height, width):
+        warnings.warn(
+            f"the first real picture is {w} x {h} px and the first of the run {width} x {height}: both are "
+            "resized for the extractor, and the distance to real pictures holds that, too; give real "
+            "pictures made as large",
+            stacklevel=3,
+        )
 
 
 def compare(

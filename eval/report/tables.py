@@ -17,7 +17,7 @@ from eval.provenance import ROOT
 from eval.report import plots_step
 from eval.report.plots import pareto
 from eval.report.plots_growth import growth
-from eval.report.tables_distances import claim_table, distances_table
+from eval.report.tables_distances import SIZES, claim_table, distances_table, sharp_table
 from eval.report.tables_encoders import SUBJECTS, ahead_of, encoders_table
 from eval.report.tables_front import (
     FRONT,
@@ -30,7 +30,12 @@ from eval.report.tables_front import (
 )
 from eval.report.tables_linearity import linearity_table, merged_table
 from eval.report.tables_profiles import options_table, whole_steps_table
-from eval.report.tables_rivals import closest_table, rivals_table
+from eval.report.tables_rivals import (
+    both_table,
+    closest_at_128_px_table,
+    closest_table,
+    rivals_table,
+)
 from eval.report.tables_rules import lengths_table, rules_table, searched_table
 from eval.report.tables_speed import (
     SPEEDS,
@@ -79,10 +84,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "typed": typed_table,
     "steps": steps_table,
     "closest": closest_table,
+    "closest at 128 px": closest_at_128_px_table,
+    "both": both_table,
     "tokens": tokens_table,
     "hires": hires_table,
     "claim": claim_table,
-    "distances": distances_table,
+    "sharp": sharp_table,
+    **{
+        f"distances at {px}": (lambda paths=paths: distances_table(paths))
+        for px, paths in SIZES.items()
+    },
     "lengths": lengths_table,
     "rules": rules_table,
     "searched": searched_table,

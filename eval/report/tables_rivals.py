@@ -8,6 +8,7 @@ from typing import Any
 
 from eval.jsonl import read
 from eval.report.cells import interval, line
+from eval.report.tables_front import FRONT
 from eval.report.tables_rows import Row, ahead, by_name, circumstances, cite, drift, files
 
 RIVALS = files("rivals")
@@ -21,6 +22,9 @@ NAMES = {
     "early-tome": "few tokens early (JiT's shares), by ToMe",
     "deepcache-2": "DeepCache, every 2nd step",
     "deepcache-3": "DeepCache, every 3rd step",
+    "tomesd-0.5": "tomesd, half of the tokens",
+    "both-0.25-2": "`ratio=0.25` and `speedup=2`",
+    "both-0.5-2": "`ratio=0.5` and `speedup=2`",
 }
 FORECASTS = {"repeat": "", "taylorseer": " with TaylorSeer", "foca": " with FoCa"}
 
@@ -43,8 +47,28 @@ def rivals_table() -> str:
 
 
 def closest_table() -> str:
-    """Of each rival, whatever its threshold or interval, the setting that the default is least ahead of."""
-    return table({path: [*closest(pairs(path))] for path in RIVALS.values()})
+    """Of each cache, whatever its threshold or interval, the setting that the default is least ahead of."""
+    return table({path: [*closest(filter(cache, pairs(path)))] for path in RIVALS.values()})
+
+
+def closest_at_128_px_table() -> str:
+    """The same of what runs in stage `front`, at the size that the models are trained for."""
+    return table({path: [*closest(filter(cache, pairs(path)))] for path in FRONT.values()})
+
+
+def both_table() -> str:
+    """Both workflows together, beside step skipping alone."""
+    return table({path: [*filter(both, pairs(path))] for path in FRONT.values()})
+
+
+def both(pair: Pair) -> bool:
+    """Whether a pair is of both workflows."""
+    return bool(pair[0]["setting"]["kind"] == "both")
+
+
+def cache(pair: Pair) -> bool:
+    """Whether a pair is of what reuses or forecasts: no other solver, no fewer tokens."""
+    return pair[0]["setting"]["kind"] not in ("fewer_steps", "tofu", "tomesd", "both")
 
 
 def closest(found: Iterable[Pair]) -> Iterator[Pair]:
@@ -59,7 +83,7 @@ def closest(found: Iterable[Pair]) -> Iterator[Pair]:
 def table(found: Mapping[Path, Sequence[Pair]]) -> str:
     """A line a pair."""
     lines = [
-        "| | FLOPs | PSNR, dB | default: FLOPs | ahead by, dB |",
+        "| | FLOPs | PSNR, dB | `speedup=`, FLOPs | ahead by, dB |",
         "|---|---|---|---|---|",
     ]
     every: list[Row] = []

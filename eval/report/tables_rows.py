@@ -9,6 +9,7 @@ from typing import Any
 from eval.provenance import ROOT
 from eval.report.cells import interval, versions
 from eval.statistics import difference, of_mean
+from pipelines.emoji.data import SIZE
 
 FAMILY = {"unet": "unet", "mmdit": "sd3"}
 """The embedded pipelines, and the family of each one's denoiser."""
@@ -23,8 +24,7 @@ def files(name: str, suffix: str = "jsonl") -> dict[str, Path]:
 
 def described(row: Row) -> str:
     """A setting in words."""
-    setting, steps = row["setting"], row["steps"]
-    options, kind = setting["options"], setting["kind"]
+    options, kind = row["setting"]["options"], row["setting"]["kind"]
     if kind == "fewer_steps":
         solver = ", DPM-Solver++" if "scheduler" in options else ""
         return f"{options['steps']} steps{solver}"
@@ -33,17 +33,11 @@ def described(row: Row) -> str:
     if kind != "tofu":
         numbers = ", ".join(f"{name} {value}" for name, value in options.items())
         return f"{kind}, {numbers}"
-    corrector = ", corrector" if options.get("corrector") else ""
     if len(options) == 1:  # as people type it
         ((name, amount),) = options.items()
         return f"`{name}={amount:g}`"
-    if "speedup" in options:
-        computed = round(steps / row["flops_ratio"])
-        return (
-            f"step skipping{corrector}, speedup {options['speedup']:.2f}, {options['warmup_steps']} warm-up "
-            f"steps: {computed} of {steps} steps computed"
-        )
     if "keys_values" in options:
+        corrector = ", corrector" if options.get("corrector") else ""
         how_chosen = options.get("method_options", {})
         source = how_chosen.get("source", "change")
         chosen = {"random": "at random", "importance": f"by {source.replace('_', ' ')}"}
@@ -68,24 +62,36 @@ def cite(path: Path, row: Row) -> str:
     return f"<!-- row: {path.name}#{row['id']} -->"
 
 
-def circumstances(rows: Sequence[Row]) -> str:
-    """Of rows that share them, whatever their pipelines."""
-    row = rows[0]
+DRIFT = (
+    "PSNR to the unreduced picture of the same seed in dB, mean with its 95 % bootstrap interval. FLOPs of "
+    "the denoiser, counted, unreduced over reduced."
+)
+
+
+def circumstances(rows: Sequence[Row], shown: str = DRIFT) -> str:
+    """What rows were measured with, whatever their pipelines, and what a table shows of them."""
     weights = {each["pipeline"]: each["weights"] for each in rows}
     pipelines = ", ".join(f"`{name}` (weights {those})" for name, those in weights.items())
-    call = row.get("call", {})
-    calls = [each["call"] for each in rows if "width" in each.get("call", {})]
-    sizes = dict.fromkeys(f"{each['width']} x {each['height']} px" for each in calls)
-    size = f"{' or '.join(sizes)}, " if sizes else ""
-    count = " or ".join(dict.fromkeys(str(each["n"]) for each in rows))
-    guidance = f"guidance {call['guidance_scale']:g}, " if call else ""
-    steps = " or ".join(dict.fromkeys(str(each["steps"]) for each in rows))
+    scales = [f"{each['call']['guidance_scale']:g}" for each in rows if "call" in each]
+    guidance = f"guidance {either(scales)}, " if scales else ""
     return (
-        f"Embedded pipeline {pipelines}, {size}{steps} steps, {guidance}n = {count}, "
-        f"seed {row['seed']} on; {row['device']}; {versions(row)}. PSNR to the unreduced picture of "
-        "the same seed in dB, mean with its 95 % bootstrap interval. FLOPs of the denoiser, counted, "
-        "unreduced over reduced."
+        f"Embedded pipeline {pipelines}, {either(map(size, rows))}, {either(each['steps'] for each in rows)} "
+        f"steps, {guidance}n = {either(each['n'] for each in rows)}, seed "
+        f"{either(each['seed'] for each in rows)} on; {either(each['device'] for each in rows)}; "
+        f"{either(map(versions, rows))}. {shown}"
     )
+
+
+def either(values: Iterable[Any]) -> str:
+    """Each value once."""
+    return " or ".join(dict.fromkeys(map(str, values)))
+
+
+def size(row: Row) -> str:
+    """Of the pictures: the pipeline's own unless its call or its second pass says another."""
+    call = row.get("call", {})
+    own = row["sides"][-1] if "sides" in row else SIZE
+    return f"{call.get('width', own)} x {call.get('height', own)} px"
 
 
 def drift(row: Row) -> float:
@@ -105,8 +111,19 @@ def ahead(mine: Row, other: Row) -> str:
 
 
 def by_name(rows: Iterable[Row]) -> dict[str, Row]:
-    """Rows of one stage by the name of their setting."""
-    return {row["setting"]["name"]: row for row in rows}
+    """Rows of one stage by the name of their setting.
+
+    Raises:
+        ValueError: if two have the same name: of another size or number, they belong into another file.
+    """
+    found: dict[str, Row] = {}
+    for row in rows:
+        other = found.setdefault(row["setting"]["name"], row)
+        if other is not row:
+            raise ValueError(
+                f"{other['id']} and {row['id']} lie in one file; keep one of them there"
+            )
+    return found
 
 
 def side_by_side(shown: Mapping[str, Mapping[str, Row]], paths: Mapping[str, Path]) -> str:

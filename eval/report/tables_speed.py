@@ -253,12 +253,13 @@ def told_spread(row: Row, name: str, digits: str, unit: str = "") -> str:
 def speed_table(model: str) -> str:
     """Times of some settings, as `python -m eval speed` wrote them."""
     data = json.loads(SPEEDS[model].read_text(encoding="utf-8"))
-    about, steps = data["about"], data["about"]["call"]["num_inference_steps"]
+    about = data["about"]
+    call = about["call"]
     lines = [
         f"Embedded pipeline `{model}` (weights {about['pipeline']['weights']}), batch of {about['n']}, "
-        f"{steps} steps; {about['device']}, {about['threads']} threads; {versions(about)}; commit "
-        f"{about['commit'][:12]}. Unreduced time over that of the setting, in turns, median of "
-        f"{data['rows'][0]['rounds']} (p20 to p80).",
+        f"{call['num_inference_steps']} steps, guidance {call['guidance_scale']:g}; {about['device']}, "
+        f"{about['threads']} threads; {versions(about)}; commit {about['commit'][:12]}. Unreduced time over "
+        f"that of the setting, in turns, median of {data['rows'][0]['rounds']} (p20 to p80).",
         "",
         "| | FLOPs | denoiser | end to end |",
         "|---|---|---|---|",
@@ -266,6 +267,5 @@ def speed_table(model: str) -> str:
     for row in data["rows"]:
         cells = [f"{row['flops_ratio']:.2f}x"]
         cells += [interval(row[name], 2, "x") for name in ("speed", "end_to_end_speed")]
-        what = described({**row, "steps": steps})
-        lines.append(f"| {what} | {' | '.join(cells)} |")
+        lines.append(f"| {described(row)} | {' | '.join(cells)} |")
     return "\n".join(lines)

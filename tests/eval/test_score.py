@@ -242,8 +242,10 @@ def test_pictures_of_an_array_are_those_of_the_files(tmp_path, reference):
             read_pictures(tmp_path / "few.npy", tmp_path)
     with pytest.raises(ValueError, match=r"uint8 \[N, H, W, 3\], not float64 \[2, 3\]"):
         Pictures(np.zeros((2, 3)), tmp_path)
-    with pytest.raises(ValueError, match="neither a folder of pictures"):
-        read_pictures(tmp_path / "none", tmp_path)
+    (tmp_path / "notes.txt").write_text("no pictures")
+    for name, words in (("none", "does not exist"), ("notes.txt", "neither a folder of pictures")):
+        with pytest.raises(ValueError, match=words):
+            read_pictures(tmp_path / name, tmp_path)
 
 
 class Inception(nn.Module):
@@ -706,7 +708,10 @@ def test_scores_are_written_with_what_they_come_from_and_reused(tmp_path):
             half, reference, extractor=extractor, alignment=alignment, real=tmp_path / "real.npy"
         )
 
-    result = run()
+    with pytest.warns(
+        UserWarning, match=r"real picture is 8 x 8 px and the first of the run \d+ x"
+    ):
+        result = run()
     rows = {
         name: extractor(torch.from_numpy(pictures).permute(0, 3, 1, 2))
         for name, pictures in (

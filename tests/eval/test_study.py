@@ -13,8 +13,15 @@ from eval.bench.pipeline import UNREDUCED, Bench
 from eval.generate.run import Loaded
 from eval.generate.settings import Setting, config_of
 from eval.jsonl import read
-from eval.report import tables, tables_distances, tables_front, tables_profiles, tables_rivals
-from eval.report.tables_rows import FAMILY, described
+from eval.report import (
+    tables,
+    tables_distances,
+    tables_front,
+    tables_profiles,
+    tables_rivals,
+    tables_rules,
+)
+from eval.report.tables_rows import FAMILY, by_name, circumstances, described, size
 from eval.statistics import difference, of_mean
 from eval.studies import stages, study
 from eval.studies.stages import STAGES, Trial
@@ -226,7 +233,8 @@ def test_rows_made_otherwise_are_not_mixed(command, capsys):
     before = out.read_bytes()
     with pytest.raises(SystemExit):
         run("--seed", "5")
-    assert "seed: 0 here, 5 asked for" in capsys.readouterr().err
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "seed: 0 here, 5 asked for" in told and told.startswith("eval study: error: ")
     assert out.read_bytes() == before
 
 
@@ -289,24 +297,83 @@ def test_settings_of_the_study_are_told_apart_in_words():
 def test_the_committed_front_is_whole(path):
     rows = read(path)
     names = {row["setting"]["name"] for row in rows}
-    assert names >= {trial.setting.name for trial in stages.front(25)}
+    packages = {
+        "unet": {"tomesd-0.5", "deepcache-2", "deepcache-3"},
+        "mmdit": {"taylorseer-2", "taylorseer-3"},
+    }
+    rivals = {"pab-2", "both-0.25-2", "both-0.5-2", *packages[rows[0]["pipeline"]]}
+    beside = {f"speedup-as-{name}" for name in rivals}
+    assert names == {trial.setting.name for trial in stages.front(25)} | rivals | beside
     assert {(row["steps"], row["n"], len(row["psnr_db"])) for row in rows} == {(25, 32, 32)}
+    assert {(row["seed"], size(row)) for row in rows} == {(0, "128 x 128 px")}
 
 
-def test_fewer_steps_beside_a_row_save_no_more():
-    def steps(count, saved, **more):
-        options = {"steps": count, **more}
-        return {"setting": {"kind": "fewer_steps", "options": options}, "flops_ratio": saved}
+@pytest.mark.parametrize("path", tables_rivals.RIVALS.values(), ids=lambda path: path.name)
+def test_beside_every_committed_rival_is_the_default(path):
+    rows = by_name(read(path))
+    assert {(row["n"], row["seed"], size(row)) for row in rows.values()} == {(32, 0, "64 x 64 px")}
+    rivals = {name for name in rows if not name.startswith("speedup-as-")}
+    kinds = {"seacache"} | (
+        {"magcache", "dbcache", "taylorseer"} if "mmdit" in path.name else {"deepcache"}
+    )
+    assert {rows[name]["setting"]["kind"] for name in rivals} >= kinds
+    for name in rivals:
+        if rows[name]["flops_ratio"] > 1:
+            assert rows[f"speedup-as-{name}"]["flops_ratio"] >= rows[name]["flops_ratio"] - 0.001
+
+
+def test_fewer_steps_beside_a_row_are_the_best_there():
+    def steps(count, saved, db, **more):
+        return {
+            "setting": {"kind": "fewer_steps", "options": {"steps": count, **more}},
+            "flops_ratio": saved,
+            "metrics": {"psnr_db": {"value": db}},
+        }
 
     rows = [
-        steps(18, 1.39),
-        steps(16, 1.56),
-        steps(12, 2.08),
-        steps(14, 1.79, scheduler="multistep"),
+        steps(18, 1.39, 51),
+        steps(16, 1.56, 49),
+        steps(15, 1.67, 50),
+        steps(12, 2.08, 45),
+        steps(14, 1.79, 99, scheduler="multistep"),
     ]
-    assert tables_front.like({"flops_ratio": 1.80}, rows) is rows[1]
-    assert tables_front.like({"flops_ratio": 1.56}, rows) is rows[1]
+    assert tables_front.like({"flops_ratio": 1.80}, rows) is rows[2]
+    assert tables_front.like({"flops_ratio": 1.40}, rows) is rows[0]
+    assert tables_front.like({"flops_ratio": 1.56}, rows) is rows[2]
     assert tables_front.like({"flops_ratio": 1.2}, rows) is None
+
+
+def test_two_rows_of_one_name_are_refused():
+    def row(size):
+        return {"id": f"unet-{size}px-n32/a", "setting": {"name": "a"}}
+
+    with pytest.raises(ValueError, match="unet-64px-n32/a and unet-128px-n32/a lie in one file"):
+        by_name([row(64), row(128)])
+    assert [*by_name([row(64)])] == ["a"]
+
+
+def test_what_differs_between_rows_is_told_once():
+    about = {
+        "pipeline": "unet",
+        "weights": "abc",
+        "device": "CPU",
+        "versions": {"torch": "2"},
+        "steps": 25,
+    }
+    rows = [
+        {**about, "n": n, "seed": 0, "call": {"guidance_scale": guidance, **sides}}
+        for n, guidance, sides in (
+            (8, 3.0, {}),
+            (32, 5.0, {"height": 64, "width": 96}),
+            (8, 3.0, {}),
+        )
+    ]
+    told = circumstances(rows, "What.")
+    assert (
+        "128 x 128 px or 96 x 64 px, 25 steps, guidance 3 or 5, n = 8 or 32, seed 0 on; CPU;"
+        in told
+    )
+    assert told.endswith(". What.")
 
 
 def test_of_each_rival_the_closest_is_shown():
@@ -333,11 +400,41 @@ def test_how_much_worse_at_most():
     assert tables_distances.worst(metrics, tables_distances.ALIGNMENT) == "0.0%"
 
 
-@pytest.mark.parametrize("path", tables_distances.DISTANCES.values(), ids=lambda path: path.name)
-def test_the_committed_distances_are_whole_and_see_damage(path):
-    rows = tables_distances.sweep_rows(path)
-    assert {*rows} == {trial.setting.name for trial in stages.distances(25)} | {"unreduced"}
-    assert len({row["n"] for row in rows.values()}) == 1
+@pytest.mark.parametrize("path", tables_rules.RULES.values(), ids=lambda path: path.name)
+def test_the_committed_rules_are_whole(path):
+    groups: dict[tuple[int, str], list[str]] = {}
+    for row in read(path):
+        assert (row["n"], row["seed"], size(row)) == (8, 0, "64 x 64 px")
+        sampler = row.get("scheduler", "")
+        groups.setdefault((row["steps"], sampler), []).append(row["setting"]["name"])
+    assert len(groups) == (6 if "unet" in path.name else 9)
+    for (steps, _), names in groups.items():
+        known = (trial.setting.name for trial in stages.rules(25) if trial.steps == steps)
+        assert sorted(names) == sorted(known)
+
+
+@pytest.mark.parametrize("path", tables_front.HIRES.values(), ids=lambda path: path.name)
+def test_the_committed_hires_passes_are_of_the_same_settings(path):
+    rows = read(path)
+    upscaled, drawn = (
+        sorted(row["setting"]["name"] for row in rows if row["sides"] == [side, 128])
+        for side in (64, 128)
+    )
+    assert upscaled == drawn
+    assert {*drawn} >= {"ratio-0.5", "tofu-0.5", "tofu-attention-0.5", "tome-0.5", "random-0.5"}
+
+
+@pytest.mark.parametrize(("px", "n"), {64: 256}.items())
+@pytest.mark.parametrize("model", tables_distances.DISTANCES)
+def test_the_committed_distances_are_whole_and_see_damage(model, px, n):
+    rows = tables_distances.sweep_rows(tables_distances.SIZES[f"{px} px"][model])
+    names = {trial.setting.name for trial in stages.distances(25)}
+    if px == 128:
+        around = {f"{name}-attention-0.5" for name in ("tofu", "tome", "prune")}
+        names = {*tables_distances.SHARP, *around}
+    assert {*rows} == names | {"unreduced"}
+    for row in rows.values():
+        assert (row["n"], row["seed"], size(row)) == (n, 0, f"{px} x {px} px")
     damage = rows["damaged"]["metrics"]
     assert damage[f"{tables_distances.FD}-change"]["lower"] > 0.1
     assert damage[f"{tables_distances.ALIGNMENT}-change"]["upper"] < -0.1

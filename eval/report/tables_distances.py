@@ -12,7 +12,7 @@ from eval.report.tables_rows import DRIFT, Row, by_name, circumstances, cite, de
 from eval.studies.stages import MERGING
 
 DISTANCES = files("distances", "json")
-SIZES = {"64 px": DISTANCES}
+SIZES = {"64 px": DISTANCES, "128 px": files("distances_128px", "json")}
 FD, KID, ALIGNMENT = "fd-effnetlite0-real", "kid-effnetlite0-real", "emoji_alignment"
 NAMES = {ALIGNMENT: "alignment", FD: "Frechet distance", KID: "KID"}
 WORSE = {FD: "upper", KID: "upper", ALIGNMENT: "lower"}
@@ -95,22 +95,27 @@ def worst(metrics: Mapping[str, Mapping[str, Any]], name: str) -> str:
 def claim_table() -> str:
     """ToFu at half of the tokens: how much more or less than others its pictures score, pair by pair."""
     metrics = (FD, KID, ALIGNMENT)
-    sweeps = {path: sweep_rows(path) for path in DISTANCES.values()}
     heads = (f"`{model}`, {NAMES[metric]}" for model in DISTANCES for metric in metrics)
     lines = head(["ToFu instead of", *heads])
+    every: list[Row] = []
     rivals = [rival for rival in MERGING if rival != "tofu"]
-    names = [f"{rival}-0.5" for rival in rivals]
-    names += [f"{rival}-attention-0.5" for rival in rivals if rival != "random"]
-    for name in names:
-        mine = "tofu-attention-0.5" if "-attention" in name else "tofu-0.5"
-        cells = []
-        for path, rows in sweeps.items():
-            row = rows[name]
-            # Rows have how much another is more than ToFu, as a share of ToFu's.
-            distance, *others = (less(row["against"][mine][f"{each}-change"]) for each in metrics)
-            cells += [f"{distance} {cite(path, row)}", *others]
-        lines.append(line([described(row), *cells]))
-    every = [rows["unreduced"] for rows in sweeps.values()]
+    in_blocks = [f"{rival}-0.5" for rival in rivals]
+    around = [f"{rival}-attention-0.5" for rival in rivals if rival != "random"]
+    at_128_px = [f"{rival}-attention-0.5" for rival in ("tome", "prune")]
+    for px, names in (("64 px", [*in_blocks, *around]), ("128 px", at_128_px)):
+        sweeps = {path: sweep_rows(path) for path in SIZES[px].values()}
+        for name in names:
+            mine = "tofu-attention-0.5" if "-attention" in name else "tofu-0.5"
+            cells = []
+            for path, rows in sweeps.items():
+                row = rows[name]
+                every.append(row)
+                # Rows have how much another is more than ToFu, as a share of ToFu's.
+                distance, *others = (
+                    less(row["against"][mine][f"{each}-change"]) for each in metrics
+                )
+                cells += [f"{distance} {cite(path, row)}", *others]
+            lines.append(line([f"{described(row)}, {px}", *cells]))
     return "\n".join([circumstances(every, INSTEAD), "", *lines])
 
 

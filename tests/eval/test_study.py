@@ -424,7 +424,7 @@ def test_the_committed_hires_passes_are_of_the_same_settings(path):
     assert {*drawn} >= {"ratio-0.5", "tofu-0.5", "tofu-attention-0.5", "tome-0.5", "random-0.5"}
 
 
-@pytest.mark.parametrize(("px", "n"), {64: 256}.items())
+@pytest.mark.parametrize(("px", "n"), {64: 256, 128: 128}.items())
 @pytest.mark.parametrize("model", tables_distances.DISTANCES)
 def test_the_committed_distances_are_whole_and_see_damage(model, px, n):
     rows = tables_distances.sweep_rows(tables_distances.SIZES[f"{px} px"][model])

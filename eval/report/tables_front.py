@@ -182,8 +182,9 @@ def drift_table(model: str) -> str:
 # In the plots: step skipping, fewer steps, what removes tokens, and what must be beaten.
 DRAWN = (
     "speedup-1.5", "speedup-2", "speedup-3", "speedup-4", "steps-16", "steps-12", "steps-8", "steps-6",
-    "multistep-12", "ratio-0.25", "ratio-0.5", "ratio-0.75", "both-0.25-2", "tofu-0.5", "tome-0.5",
-    "pitome-0.5", "random-0.5", "tomesd-0.5", "deepcache-2", "taylorseer-2", "early-random",
+    "multistep-12", "ratio-0.25", "ratio-0.5", "ratio-0.75", "both-0.25-2", "speedup-as-both-0.25-2",
+    "tofu-0.5", "tome-0.5", "pitome-0.5", "random-0.5", "tomesd-0.5", "deepcache-2", "taylorseer-2",
+    "early-random",
 )  # fmt: skip
 
 

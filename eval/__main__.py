@@ -41,14 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = given[0] if given else None
     if wanted in COMMANDS:
         module = importlib.import_module(COMMANDS[wanted][0])
-        parsers[wanted].description = module.__doc__
-        parsers[wanted].formatter_class = argparse.RawDescriptionHelpFormatter
-        module.add_arguments(parsers[wanted])
+        command = parsers[wanted]
+        command.description = module.__doc__
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        module.add_arguments(command)
     args = parser.parse_args(given)
     try:
         module.main(args)
     except (ImportError, OSError, ValueError) as error:
-        command = parsers[args.command]
         # What `command.error` says, without pages of usage above it.
         command.exit(2, f"{command.prog}: error: {error}\n")
     return 0

@@ -30,12 +30,7 @@ from eval.report.tables_front import (
 )
 from eval.report.tables_linearity import linearity_table, merged_table
 from eval.report.tables_profiles import options_table, whole_steps_table
-from eval.report.tables_rivals import (
-    both_table,
-    closest_at_128_px_table,
-    closest_table,
-    rivals_table,
-)
+from eval.report.tables_rivals import RIVALS, both_table, closest_table, rivals_table
 from eval.report.tables_rules import lengths_table, rules_table, searched_table
 from eval.report.tables_speed import (
     SPEEDS,
@@ -83,8 +78,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "profile options": options_table,
     "typed": typed_table,
     "steps": steps_table,
-    "closest": closest_table,
-    "closest at 128 px": closest_at_128_px_table,
+    "closest": lambda: closest_table(RIVALS),
+    "closest at 128 px": lambda: closest_table(FRONT),
     "both": both_table,
     "tokens": tokens_table,
     "hires": hires_table,

@@ -69,12 +69,13 @@ def sharp_table() -> str:
     lines = head(["", *(f"{px}: {each}" for px in SIZES for each in ("FLOPs", *NAMES.values()))])
     every: list[Row] = []
     for model in DISTANCES:
+        sweeps = {paths[model]: sweep_rows(paths[model]) for paths in SIZES.values()}
         for name in SHARP:
             cells = []
-            for paths in SIZES.values():
-                row = sweep_rows(paths[model])[name]
+            for path, rows in sweeps.items():
+                row = rows[name]
                 every.append(row)
-                cells.append(f"{row['flops_ratio']:.2f}x {cite(paths[model], row)}")
+                cells.append(f"{row['flops_ratio']:.2f}x {cite(path, row)}")
                 cells += [share(row["metrics"][f"{metric}-change"]) for metric in NAMES]
             lines.append(line([f"`{model}`, {described(row)}", *cells]))
     return "\n".join([circumstances(every, CHANGE), "", *lines])

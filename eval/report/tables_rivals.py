@@ -22,7 +22,6 @@ NAMES = {
     "early-tome": "few tokens early (JiT's shares), by ToMe",
     "deepcache-2": "DeepCache, every 2nd step",
     "deepcache-3": "DeepCache, every 3rd step",
-    "tomesd-0.5": "tomesd, half of the tokens",
     "both-0.25-2": "`ratio=0.25` and `speedup=2`",
     "both-0.5-2": "`ratio=0.5` and `speedup=2`",
 }
@@ -46,14 +45,9 @@ def rivals_table() -> str:
     return table({path: pairs(path) for path in RIVALS.values()})
 
 
-def closest_table() -> str:
+def closest_table(paths: Mapping[str, Path]) -> str:
     """Of each cache, whatever its threshold or interval, the setting that the default is least ahead of."""
-    return table({path: [*closest(filter(cache, pairs(path)))] for path in RIVALS.values()})
-
-
-def closest_at_128_px_table() -> str:
-    """The same of what runs in stage `front`, at the size that the models are trained for."""
-    return table({path: [*closest(filter(cache, pairs(path)))] for path in FRONT.values()})
+    return table({path: [*closest(filter(cache, pairs(path)))] for path in paths.values()})
 
 
 def both_table() -> str:

@@ -90,7 +90,7 @@ def either(values: Iterable[Any]) -> str:
 def size(row: Row) -> str:
     """Of the pictures: the pipeline's own unless its call or its second pass says another."""
     call = row.get("call", {})
-    own = row["sides"][-1] if "sides" in row else SIZE
+    own = row.get("sides", [SIZE])[-1]
     return f"{call.get('width', own)} x {call.get('height', own)} px"
 
 

@@ -11,7 +11,7 @@ from eval.bench.rows import read_rows
 from eval.jsonl import read
 from eval.provenance import ROOT
 from eval.report.cells import head, interval, line, versions
-from eval.report.tables_rows import circumstances, cite, described
+from eval.report.tables_rows import circumstances, cite, described, either
 from tofu_diffusers import KEYS_VALUES
 
 SPEEDS = {name: ROOT / "eval" / "results" / f"speed_{name}.json" for name in ("unet", "mmdit")}
@@ -90,7 +90,7 @@ def full_size_table(path: Path) -> str:
     """A line a model: what a step takes, and how many times fewer FLOPs every setting counts."""
     rows = read(path)
     names = list(dict.fromkeys(row["setting"]["name"] for row in rows))
-    steps = " or ".join(dict.fromkeys(str(row["steps"]) for row in rows))
+    steps = either(row["steps"] for row in rows)
     heads = (f"`{name.replace('-', '=')}`" for name in names)
     lines = [
         f"Counted on shapes alone, {steps} steps; {versions(rows[0])}. A step is that of one image in one "
@@ -187,7 +187,7 @@ def suite_table(path: Path) -> str:
     names = ("torch", "diffusers", "transformers", "tofu_diffusers")
     versions = ", ".join(f"{name} {first[name]}" for name in names)
     commits = ", ".join(dict.fromkeys(row["commit"][:12] for row in rows))
-    rounds = " or ".join(dict.fromkeys(row["rounds"] for row in rows if row["rounds"]))
+    rounds = either(row["rounds"] for row in rows if row["rounds"])
     columns = (
         "model", "tokens", "what", "ratio", "FLOPs", "ceiling", "speed", "share of the ceiling", "peak, MiB",
     )  # fmt: skip

@@ -6,11 +6,13 @@ names and colour words.
 """
 
 import argparse
+import hashlib
 import io
 import json
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,12 @@ class Emoji:
     names: list[list[str]]
     colours: list[str | None]
     recoloured: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 over all of it."""
+        said = json.dumps([self.names, self.colours, self.recoloured.tolist()]).encode()
+        return hashlib.sha256(said + self.images.tobytes()).hexdigest()[:16]
 
     @property
     def concepts(self) -> list[str]:
@@ -98,7 +106,10 @@ def fetch(spec: str, folder: Path) -> tarfile.TarFile:
         if shutil.which("npm") is None:
             raise SystemExit(f"{path.name} is not in {folder} and npm is not installed; get either")
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "pack", "--silent", spec], cwd=folder, check=True)
+        # Moved when it is whole: a kill leaves no half of an archive behind.
+        with tempfile.TemporaryDirectory(dir=folder) as part:
+            subprocess.run(["npm", "pack", "--silent", spec], cwd=part, check=True)
+            (Path(part) / path.name).replace(path)
     return tarfile.open(path)
 
 
@@ -147,11 +158,15 @@ def read_pack(path: Path) -> tuple[list[bytes], Any]:
     return [raw[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)], json.loads(records)
 
 
+def decoded(blobs: Sequence[bytes]) -> np.ndarray:
+    """Encoded pictures of one size.  uint8 [I, H, W, 3]."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")) for blob in blobs])
+
+
 def unpack(path: Path) -> tuple[np.ndarray, Any]:
     """What `pack` wrote: pictures uint8 [I, H, W, 3], records."""
     blobs, records = read_pack(path)
-    images = [np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")) for blob in blobs]
-    return np.stack(images), records
+    return decoded(blobs), records
 
 
 def build(packages: Path, out: Path) -> None:

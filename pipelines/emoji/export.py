@@ -1,38 +1,53 @@
 """Write the trained parts in diffusers' folder format, in fp16: `weights/` and `mmdit/`."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusionPipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusionPipeline
+from torch import Tensor
+from transformers import CLIPTextModel
 
 from pipelines.emoji.data import Emoji
-from pipelines.emoji.loop import averaged
+from pipelines.emoji.loop import averaged, fingerprint
 from pipelines.emoji.mmdit import new_flow_scheduler, new_transformer
 from pipelines.emoji.text import new_tokenizer, trained_text_encoder
 from pipelines.emoji.unet import new_scheduler, new_unet
-from pipelines.emoji.vae import SIDES, trained_vae
+from pipelines.emoji.vae import SIDES, encode_all, trained_vae
 
 EMBEDDED = ("weights", "mmdit", "scorer")
 LIMIT_BYTES, FILE_LIMIT_BYTES = 24_000_000, 15_000_000
 
 
 def export(emoji: Emoji, work: Path, home: Path) -> None:
-    """The averaged weights of the furthest stage of each denoiser replace those under `home`."""
+    """The averaged weights of the furthest stage of each denoiser replace those under `home`.
+
+    Raises:
+        SystemExit: if there is none, or one was trained on other latents or texts than are exported with it.
+    """
     unet, mmdit = (_furthest(work, name) for name in ("unet", "mmdit"))
     if unet is None and mmdit is None:
         raise SystemExit(
             f"no denoiser's checkpoint in {work}; train one first: "
             "python -m pipelines.emoji.train --stage unet32 --minutes 10"
         )
+    latents = encode_all(emoji, work, torch.device("cpu"))
+    text = trained_text_encoder(emoji, work, "unet32")
+    basis = fingerprint(latents.basis, text)
+    writers: dict[Path, Callable[[Path], object]] = {}  # all is read before anything is replaced
     if unet is not None:
-        pipe = _unet_pipeline(emoji, work, unet)
-        _replace(home / "weights", pipe.save_pretrained)
+        # The first stage trains the text encoder too.
+        own = latents.basis if unet.stem == "unet32" else basis
+        pipe = _unet_pipeline(emoji, trained_vae(work, latents), text, averaged(unet, "unet.", own))
+        writers[home / "weights"] = pipe.save_pretrained
     if mmdit is not None:
         # One by one: the samples of the card lie beside them.
-        _replace(home / "mmdit" / "transformer", _transformer(mmdit).save_pretrained)
-        _replace(home / "mmdit" / "scheduler", new_flow_scheduler().save_pretrained)
+        transformer = _transformer(averaged(mmdit, "mmdit.", basis))
+        writers[home / "mmdit" / "transformer"] = transformer.save_pretrained
+        writers[home / "mmdit" / "scheduler"] = new_flow_scheduler().save_pretrained
+    for folder, write in writers.items():
+        _replace(folder, write)
     for checkpoint in filter(None, (unet, mmdit)):
         print(f"exported {checkpoint.stem}")
     check_sizes(home)
@@ -56,12 +71,14 @@ def _furthest(work: Path, denoiser: str) -> Path | None:
     return next(filter(Path.exists, stages), None)
 
 
-def _unet_pipeline(emoji: Emoji, work: Path, checkpoint: Path) -> StableDiffusionPipeline:
+def _unet_pipeline(
+    emoji: Emoji, vae: AutoencoderKL, text: CLIPTextModel, weights: Mapping[str, Tensor]
+) -> StableDiffusionPipeline:
     unet = new_unet()
-    unet.load_state_dict(averaged(checkpoint, "unet."))
+    unet.load_state_dict(weights)
     return StableDiffusionPipeline(
-        vae=trained_vae(work),
-        text_encoder=trained_text_encoder(emoji, work, "unet32").eval(),
+        vae=vae,
+        text_encoder=text.eval(),
         tokenizer=new_tokenizer(emoji),
         unet=unet.eval(),
         scheduler=new_scheduler(),
@@ -71,10 +88,10 @@ def _unet_pipeline(emoji: Emoji, work: Path, checkpoint: Path) -> StableDiffusio
     ).to(torch.float16)
 
 
-def _transformer(checkpoint: Path) -> SD3Transformer2DModel:
+def _transformer(weights: Mapping[str, Tensor]) -> SD3Transformer2DModel:
     """For large pictures, whichever stage the weights are of: all but the table of positions is alike."""
     transformer = new_transformer()
-    missing, unexpected = transformer.load_state_dict(averaged(checkpoint, "mmdit."), strict=False)
+    missing, unexpected = transformer.load_state_dict(weights, strict=False)
     assert missing == ["pos_embed.pos_embed"] and not unexpected, (missing, unexpected)
     return transformer.to(torch.float16).eval()
 

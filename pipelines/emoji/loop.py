@@ -4,6 +4,7 @@ Everything random in a step comes from (seed, step, shard), so a run that is kil
 again draws what the unbroken run would have drawn; the checkpoint needs no generator state.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -198,6 +199,9 @@ def new_optimizers(
 class Loop:
     """Trains a module by `loss_fn(generator, rng) -> {"loss": ..., ...}`, one call a shard.
 
+    basis: hash of what is learned from (data, latents, texts). A checkpoint of another basis is not gone on
+    from: training begins anew, with its averaged weights.
+
     No step waits for the device: a GPU is given the next one while it computes.
 
     On a CPU each shard runs in its own thread with single-threaded operators: small operators
@@ -212,6 +216,7 @@ class Loop:
         budget: Budget,
         lr: float | Mapping[str, float],
         device: torch.device,
+        basis: str,
         seed: int = 0,
         shards: int = 1,
         decay: float = 0.999,
@@ -219,6 +224,7 @@ class Loop:
         evaluate_seconds: float = 480,
     ) -> None:
         self.name, self.module, self.work, self.budget = name, module, work, budget
+        self.basis = basis
         self.device, self.seed, self.shards = device, seed, shards
         self.save_seconds, self.evaluate_seconds = save_seconds, evaluate_seconds
         self.pool = ThreadPoolExecutor(shards, initializer=torch.set_num_threads, initargs=(1,))
@@ -258,11 +264,35 @@ class Loop:
 
     def _load(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if state.get("basis") != self.basis:
+            self._begin_again(state["ema"])
+            return
+        if "module" not in state:
+            raise SystemExit(
+                f"{self.checkpoint} holds only the averaged weights of a finished stage; to train "
+                f"{self.name} further, move it away and begin with the embedded weights"
+            )
         self.module.load_state_dict(state["module"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.ema.values = state["ema"]
         self.step, self.seconds = state["step"], state["seconds"]
+
+    def _begin_again(self, averaged: Mapping[str, Tensor]) -> None:
+        """From the first step, with what was learned from something else."""
+        mine = self.ema.parameters
+        learned = {
+            key: value
+            for key, value in averaged.items()
+            if mine[key].requires_grad and mine[key].shape == value.shape
+        }
+        self.module.load_state_dict(learned, strict=False)
+        self.ema = Ema(self.module, self.ema.decay)
+        print(
+            f"{self.name} begins anew, with the averaged weights of {self.checkpoint}: these were trained "
+            "on other data, latents or texts than there are now",
+            flush=True,
+        )
 
     def save(self) -> None:
         """Write all that it takes to go on."""
@@ -270,6 +300,7 @@ class Loop:
             "module": self.module.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "ema": self.ema.values,
+            "basis": self.basis,
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -403,7 +434,7 @@ def begin_with(
     for path in checkpoints:
         if path.exists():
             module.load_state_dict(averaged(path, prefix), strict=False)
-            print(f"begins with the weights of {path}", flush=True)
+            print(f"{type(module).__name__} begins with the weights of {path}", flush=True)
             return
     if not folder.is_dir():
         return
@@ -411,18 +442,36 @@ def begin_with(
     saved = type(module).from_pretrained(folder, local_files_only=True)
     if {k: v.shape for k, v in saved.named_parameters()} == shapes:
         module.load_state_dict(dict(saved.named_parameters()), strict=False)
-        print(f"begins with the weights of {folder}", flush=True)
+        print(f"{type(module).__name__} begins with the weights of {folder}", flush=True)
     else:
         print(f"begins anew: {folder} holds a model of another shape", flush=True)
 
 
-def averaged(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The averaged weights in a checkpoint, of one submodule when a prefix is given."""
+def fingerprint(basis: str, module: nn.Module) -> str:
+    """First 16 hex digits of the SHA-256 over a hash and the parameters of a module on the CPU."""
+    digest = hashlib.sha256(basis.encode())
+    for value in module.parameters():
+        digest.update(value.detach().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def averaged(path: Path, prefix: str = "", basis: str | None = None) -> dict[str, Tensor]:
+    """The averaged weights in a checkpoint, of one submodule when a prefix is given.
+
+    Raises:
+        SystemExit: if there is none, or it was trained on another basis than the one that is given.
+    """
     if not path.exists():
         stage = path.stem
         raise SystemExit(
             f"stage {stage} has no checkpoint at {path}; train it first: "
             f"python -m pipelines.emoji.train --stage {stage} --minutes 10"
         )
-    values = torch.load(path, map_location="cpu", weights_only=True)["ema"]
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if basis is not None and state.get("basis") != basis:
+        raise SystemExit(
+            f"{path} was trained on other data, latents or texts than {path.parent} now gives; train it "
+            f"on these: python -m pipelines.emoji.train --stage {path.stem} --minutes 10"
+        )
+    values = state["ema"]
     return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}

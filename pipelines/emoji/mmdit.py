@@ -14,7 +14,7 @@ from transformers import CLIPTextModelWithProjection
 from pipelines.emoji import MMDIT
 from pipelines.emoji.data import Emoji
 from pipelines.emoji.denoise import side_of, stages_before, train_denoiser
-from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, compiled
+from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, compiled, fingerprint
 from pipelines.emoji.sd3 import with_projection
 from pipelines.emoji.text import WIDTH, new_tokenizer, trained_text_encoder
 from pipelines.emoji.vae import Latents
@@ -97,10 +97,12 @@ def train_mmdit(
     transformer = new_transformer(data.shape[-1])
     begin_with(transformer, MMDIT / "transformer", stages_before(work, stage), "mmdit.")
     tokenizer = new_tokenizer(emoji)
-    text = with_projection(trained_text_encoder(emoji, work, "unet32")).to(device)
+    encoder = trained_text_encoder(emoji, work, "unet32")
+    basis = fingerprint(latents.basis, encoder)
+    text = with_projection(encoder).to(device)
     text.requires_grad_(False)
     module = nn.ModuleDict({"mmdit": transformer})
-    loop = Loop(stage, module, work, budget, lr, device, seed=side + 1, shards=shards)
+    loop = Loop(stage, module, work, budget, lr, device, basis, seed=side + 1, shards=shards)
 
     fast = compiled(transformer, device, budget)
 

@@ -171,9 +171,9 @@ def train_text(
     rows, captions = Rows(emoji, device), Captions(tokenizer, emoji, device)
     data = latents.by_side[SIDES[-1]].to(device)
     text = new_text_encoder(tokenizer)
-    begin_with(text, WEIGHTS / "text_encoder")
+    _begin(text, tokenizer)
     module = nn.ModuleDict({"text": text, "tower": tower()})
-    loop = Loop("text", module, work, budget, 1e-3, device, seed=1)
+    loop = Loop("text", module, work, budget, 1e-3, device, latents.basis, seed=1)
 
     def similarity(row: Tensor, ids: Tensor) -> Tensor:
         with autocast(device):
@@ -200,6 +200,18 @@ def train_text(
 
 def trained_text_encoder(emoji: Emoji, work: Path, *stages: str) -> CLIPTextModel:
     """As the first of these stages that has a checkpoint left it, averaged, or else as embedded."""
-    text = new_text_encoder(new_tokenizer(emoji))
-    begin_with(text, WEIGHTS / "text_encoder", [work / f"{stage}.pt" for stage in stages], "text.")
+    tokenizer = new_tokenizer(emoji)
+    text = new_text_encoder(tokenizer)
+    _begin(text, tokenizer, *(work / f"{stage}.pt" for stage in stages))
     return text
+
+
+def _begin(text: CLIPTextModel, tokenizer: CLIPTokenizer, *checkpoints: Path) -> None:
+    """As `begin_with`; what is embedded is taken only if its pieces of words have the same ids."""
+    embedded = WEIGHTS / "text_encoder"
+    if not any(map(Path.exists, checkpoints)) and (WEIGHTS / "tokenizer").is_dir():
+        theirs = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True)
+        if theirs.get_vocab() != tokenizer.get_vocab():
+            print(f"begins anew: {embedded} is of other words than these data", flush=True)
+            return
+    begin_with(text, embedded, checkpoints, "text.")

@@ -12,7 +12,7 @@ from pipelines.emoji.loop import Budget, Loop
 from pipelines.emoji.mmdit import train_mmdit
 from pipelines.emoji.text import train_text
 from pipelines.emoji.unet import train_unet
-from pipelines.emoji.vae import cache_latents, load_latents, train_decoder, train_vae
+from pipelines.emoji.vae import encode_all, train_decoder, train_vae
 
 STAGES = (
     "vae", "decoder", "text", "unet32", "unet64", "unet128", "mmdit32", "mmdit64", "mmdit128",
@@ -41,9 +41,7 @@ def run_stage(stage: str, budget: Budget, emoji: Emoji, work: Path, device: torc
     batch = BATCHES.get(device.type, BATCHES["cpu"])[stage]
     if stage == "vae":
         return train_vae(emoji, work, budget, device, batch, shards)
-    if not (work / "latents.pt").exists():
-        cache_latents(emoji, work, device)
-    latents = load_latents(work)
+    latents = encode_all(emoji, work, device)
     if stage == "decoder":
         return train_decoder(emoji, latents, work, budget, device, batch, shards)
     if stage == "text":
@@ -69,8 +67,6 @@ def main() -> None:
             continue
         share = SHARES[stage] if args.stage == "all" else 1.0
         run_stage(stage, Budget(minutes=args.minutes * share), emoji, args.work, device)
-        if stage == "vae":  # the latents of the autoencoder as it was are another code
-            cache_latents(emoji, args.work, device)
 
 
 if __name__ == "__main__":

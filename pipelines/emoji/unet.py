@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pipelines.emoji import WEIGHTS
 from pipelines.emoji.data import Emoji
 from pipelines.emoji.denoise import side_of, stages_before, train_denoiser
-from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, compiled
+from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, compiled, fingerprint
 from pipelines.emoji.text import WIDTH, new_tokenizer, trained_text_encoder
 from pipelines.emoji.vae import Latents
 
@@ -85,13 +85,15 @@ def train_unet(
     torch.manual_seed(side)
     tokenizer, unet = new_tokenizer(emoji), new_unet()
     alphas = new_scheduler().alphas_cumprod.to(device)
-    text = trained_text_encoder(emoji, work, "unet32", "text").to(device)
+    text = trained_text_encoder(emoji, work, "unet32", "text")
+    basis = latents.basis if first else fingerprint(latents.basis, text)
+    text.to(device)
     begin_with(unet, WEIGHTS / "unet", stages_before(work, stage), "unet.")
     if not first:
         text.requires_grad_(False)
     module = nn.ModuleDict({"unet": unet, "text": text} if first else {"unet": unet})
     rates = {"unet": lr, "text": lr / 4} if first else {"unet": lr}
-    loop = Loop(stage, module, work, budget, rates, device, seed=side, shards=shards)
+    loop = Loop(stage, module, work, budget, rates, device, basis, seed=side, shards=shards)
 
     fast = compiled(unet, device, budget)
 

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from pipelines.emoji import WEIGHTS
 from pipelines.emoji.data import Emoji
-from pipelines.emoji.loop import Budget, Loop, autocast, averaged, begin_with, save_atomic
+from pipelines.emoji.loop import (
+    Budget,
+    Loop,
+    autocast,
+    averaged,
+    begin_with,
+    fingerprint,
+    save_atomic,
+)
 
 KL_WEIGHT = 2e-4
 DECODER_NOISE = 0.1
@@ -104,7 +112,7 @@ def train_vae(
     images = torch.from_numpy(emoji.images).to(device)
     vae = new_vae()
     begin_with(vae, WEIGHTS / "vae")
-    loop = Loop("vae", vae, work, budget, 2e-3, device, shards=shards)
+    loop = Loop("vae", vae, work, budget, 2e-3, device, emoji.digest, shards=shards)
 
     def loss_fn(generator: torch.Generator, rng: random.Random) -> dict[str, Tensor]:
         # Small pictures are cheap, and the denoisers begin with their latents; large ones are what is shown.
@@ -150,10 +158,10 @@ def train_decoder(
     train = torch.from_numpy(emoji.trained).nonzero().flatten().to(device)
     images = torch.from_numpy(emoji.images).to(device)
     stored = {side: z.to(device) for side, z in latents.by_side.items()}
-    vae = trained_vae(work).train()
+    vae = _standardised_vae(work, latents).train()
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
-    loop = Loop("decoder", vae, work, budget, 1e-3, device, shards=shards)
+    loop = Loop("decoder", vae, work, budget, 1e-3, device, latents.basis, shards=shards)
 
     def loss_fn(generator: torch.Generator, rng: random.Random) -> dict[str, Tensor]:
         side = rng.choices(SIDES, (0.05, 0.25, 0.7))[0]
@@ -186,12 +194,18 @@ def standardise(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
     out.weight *= std.view(1, -1, 1, 1)
 
 
-def trained_vae(work: Path) -> AutoencoderKL:
-    """The autoencoder of the latents in the cache."""
-    vae, latents = _raw_vae(work), load_latents(work)
+def _standardised_vae(work: Path, latents: Latents) -> AutoencoderKL:
+    """The autoencoder whose latents these are, its decoder not trained further."""
+    vae = _raw_vae(work)
     standardise(vae, latents.mean, latents.std)
+    return vae
+
+
+def trained_vae(work: Path, latents: Latents) -> AutoencoderKL:
+    """The autoencoder whose latents these are."""
+    vae = _standardised_vae(work, latents)
     if (decoder := work / "decoder.pt").exists():
-        vae.load_state_dict(averaged(decoder))
+        vae.load_state_dict(averaged(decoder, basis=latents.basis))
     return vae
 
 
@@ -200,12 +214,13 @@ class Latents:
     """All latents, one row a picture of the data set.
 
     by_side: [I, 4, side / 4, side / 4] of pictures of each of `SIDES`, standardised as those of the
-    largest; mean, std: [4] of the raw ones.
+    largest; mean, std: [4] of the raw ones; basis: hash of the data and the autoencoder.
     """
 
     by_side: dict[int, Tensor]
     mean: Tensor
     std: Tensor
+    basis: str
 
 
 def _raw_vae(work: Path) -> AutoencoderKL:
@@ -216,9 +231,19 @@ def _raw_vae(work: Path) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def cache_latents(emoji: Emoji, work: Path, device: torch.device) -> None:
-    """Encode every picture once, at every size of training."""
-    vae = _raw_vae(work).to(device)
+def encode_all(emoji: Emoji, work: Path, device: torch.device) -> Latents:
+    """Every picture's latents at every size of training, from a file in `work` if they are there.
+
+    The file is written anew where it is of other data or of another autoencoder.
+    """
+    path, vae = work / "latents.pt", _raw_vae(work)
+    # A decoder that was trained further leaves them as they are.
+    basis = fingerprint(emoji.digest, nn.ModuleList([vae.encoder, vae.quant_conv]))
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        if kept.get("basis") == basis:
+            return Latents(**kept)
+    vae.to(device)
     raw: dict[int, list[Tensor]] = {side: [] for side in SIDES}
     for images in torch.from_numpy(emoji.images).split(32):
         pixels = to_unit(images.to(device))
@@ -231,17 +256,8 @@ def cache_latents(emoji: Emoji, work: Path, device: torch.device) -> None:
         std, mean = torch.ones_like(std), torch.zeros_like(mean)
     shape = (1, -1, 1, 1)
     by_side = {side: ((z - mean.view(shape)) / std.view(shape)).half() for side, z in whole.items()}
-    save_atomic({"by_side": by_side, "mean": mean, "std": std}, work / "latents.pt")
+    latents = Latents(by_side, mean, std, basis)
+    save_atomic(vars(latents), path)
     spread = ", ".join(f"{z.float().std():.3f} of {side} px" for side, z in by_side.items())
     print(f"{len(emoji.images)} latents; their standard deviation is {spread}", flush=True)
-
-
-def load_latents(work: Path) -> Latents:
-    """Read the encoded pictures; without them the command that makes them is named."""
-    path = work / "latents.pt"
-    if not path.exists():
-        raise SystemExit(
-            f"no latents at {path}; train the autoencoder first: "
-            "python -m pipelines.emoji.train --stage vae --minutes 10"
-        )
-    return Latents(**torch.load(path, weights_only=True))
+    return latents

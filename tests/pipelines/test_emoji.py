@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
+from transformers import CLIPTokenizer
 
 from pipelines.emoji import (
     HERE,
@@ -50,12 +51,14 @@ from pipelines.emoji.loop import (
     Loop,
     begin_with,
     compiled,
+    fingerprint,
     learning_rate,
     new_optimizers,
 )
 from pipelines.emoji.mmdit import encode, new_transformer, train_mmdit
 from pipelines.emoji.scorer import FOLDER, EmojiScorer
 from pipelines.emoji.sd3 import ClipOnlySD3Pipeline
+from pipelines.emoji.sheet import sheet
 from pipelines.emoji.text import (
     Captions,
     Rows,
@@ -63,13 +66,13 @@ from pipelines.emoji.text import (
     new_tokenizer,
     tokens,
     train_text,
+    trained_text_encoder,
 )
 from pipelines.emoji.train import STAGES
 from pipelines.emoji.unet import new_unet, train_unet
 from pipelines.emoji.vae import (
     Latents,
-    cache_latents,
-    load_latents,
+    encode_all,
     new_vae,
     standardise,
     train_decoder,
@@ -270,6 +273,19 @@ def test_the_data_are_the_listed_concepts(tmp_path, monkeypatch):
         build(tmp_path, tmp_path / "made" / "emoji.npz")
 
 
+def test_an_archive_that_was_cut_off_is_not_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: "npm")
+
+    def killed(command, cwd, check):
+        (Path(cwd) / "emojilib-4.0.3.tgz").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.subprocess, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.fetch(data.PACKAGES["names"], tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_missing_data_names_the_command(tmp_path):
     with pytest.raises(SystemExit, match=r"python -m pipelines\.emoji\.data"):
         load(tmp_path / "emoji.npz")
@@ -278,10 +294,10 @@ def test_missing_data_names_the_command(tmp_path):
 # Training
 
 
-def quadratic(tmp_path: Path, steps: int) -> tuple[Loop, torch.nn.Linear]:
+def quadratic(tmp_path: Path, steps: int, basis: str = "some data") -> tuple[Loop, torch.nn.Linear]:
     torch.manual_seed(0)
     layer = torch.nn.Linear(4, 4)
-    loop = Loop("vae", layer, tmp_path, Budget(steps=steps), 1e-2, CPU, shards=2)
+    loop = Loop("vae", layer, tmp_path, Budget(steps=steps), 1e-2, CPU, basis, shards=2)
     return loop, layer
 
 
@@ -306,6 +322,68 @@ def test_a_killed_run_ends_with_the_weights_of_an_unbroken_one(tmp_path):
         assert torch.equal(whole[key], resumed[key])
         assert torch.equal(whole_ema[key], resumed_ema[key])
         assert not torch.equal(whole[key], half[key])
+
+
+def test_what_was_learned_from_something_else_is_not_gone_on_from(tmp_path, capsys):
+    """Nor lost: training begins anew, with its averaged weights."""
+    loop, layer = quadratic(tmp_path, steps=3)
+
+    def loss(generator, rng):
+        return {"loss": (layer(torch.randn(3, 4, generator=generator)) - 1).square().mean()}
+
+    loop.run(loss, lambda: {})
+    learned = {key: value.clone() for key, value in loop.ema.values.items()}
+    assert quadratic(tmp_path, steps=3)[0].step == 3
+    assert "begins anew" not in capsys.readouterr().out
+    again, layer = quadratic(tmp_path, 3, "other data")
+    assert f"averaged weights of {tmp_path / 'vae.pt'}" in capsys.readouterr().out
+    assert again.step == 0 and again.seconds == 0 and not again.adamw.state
+    for values in (layer.state_dict(), again.ema.values):
+        assert all(torch.equal(value, learned[key]) for key, value in values.items())
+    torch.save({"ema": learned, "basis": "some data"}, tmp_path / "vae.pt")
+    with pytest.raises(SystemExit, match="averaged weights of a finished stage"):
+        quadratic(tmp_path, steps=3)
+
+
+def test_latents_are_of_the_data_and_autoencoder_that_are_there(tiny_emoji, tmp_path, capsys):
+    first = encode_all(tiny_emoji, tmp_path, CPU)
+    written = (tmp_path / "latents.pt").stat().st_mtime_ns
+    capsys.readouterr()
+    again = encode_all(tiny_emoji, tmp_path, CPU)
+    assert "standard deviation" not in capsys.readouterr().out
+    assert (tmp_path / "latents.pt").stat().st_mtime_ns == written
+    assert again.basis == first.basis and torch.equal(again.by_side[64], first.by_side[64])
+
+    turned = replace(tiny_emoji, images=tiny_emoji.images[::-1].copy())
+    other = encode_all(turned, tmp_path, CPU)
+    assert other.basis != first.basis
+    torch.testing.assert_close(other.by_side[64], first.by_side[64].flip(0), atol=1e-2, rtol=1e-2)
+    assert encode_all(replace(turned, colours=["red"] * 9), tmp_path, CPU).basis != other.basis
+    # The decoder may be trained further; an encoder that was is another code.
+    vae = new_vae()
+    bases = []
+    for part in (vae.decoder, vae.encoder):
+        torch.save({"ema": dict(vae.named_parameters())}, tmp_path / "vae.pt")
+        bases.append(encode_all(tiny_emoji, tmp_path, CPU).basis)
+        with torch.no_grad():
+            part.conv_in.weight.add_(1)
+        torch.save({"ema": dict(vae.named_parameters())}, tmp_path / "vae.pt")
+        bases.append(encode_all(tiny_emoji, tmp_path, CPU).basis)
+    assert bases[0] == bases[1] == bases[2] != bases[3]
+
+
+def test_embedded_words_are_taken_for_the_same_pieces_only(
+    tiny_emoji, tmp_path, monkeypatch, capsys
+):
+    """Of as many pieces with other ids a text encoder would say other things."""
+    trained_text_encoder(tiny_emoji, tmp_path)
+    assert "of other words than these data" in capsys.readouterr().out
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True)
+    monkeypatch.setattr("pipelines.emoji.text.new_tokenizer", lambda emoji: tokenizer)
+    mine = trained_text_encoder(tiny_emoji, tmp_path)
+    assert f"begins with the weights of {WEIGHTS / 'text_encoder'}" in capsys.readouterr().out
+    embedded = load_pipeline().text_encoder.state_dict()
+    assert all(torch.equal(value, embedded[key]) for key, value in mine.state_dict().items())
 
 
 def test_a_run_stops_at_its_time_and_the_next_goes_on(tmp_path):
@@ -431,7 +509,7 @@ def test_the_stages_resume(tiny_emoji, tmp_path):
     def stage(name: str, work: Path, stop: int | None) -> Loop:
         if name == "vae":
             return train_vae(tiny_emoji, work, budget, CPU, batch=2, stop_after=stop)
-        latents = load_latents(work)
+        latents = encode_all(tiny_emoji, work, CPU)
         if name == "decoder":
             return train_decoder(tiny_emoji, latents, work, budget, CPU, batch=2, stop_after=stop)
         if name == "text":
@@ -448,15 +526,13 @@ def test_the_stages_resume(tiny_emoji, tmp_path):
         assert resumed.step == 2
         for key, value in resumed.module.state_dict().items():
             assert torch.equal(value, whole[key]), (name, key)
-        if name == "vae":
-            cache_latents(tiny_emoji, work, CPU)
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rows} == set(STAGES)
 
 
 def test_a_compiled_denoiser_is_trained_to_the_same_weights(tiny_emoji, tmp_path, monkeypatch):
     """What a GPU does, but for the kernels: one graph, and evaluation without it."""
-    stored = Latents({32: torch.randn(9, 4, 4, 4)}, torch.zeros(4), torch.zeros(4))
+    stored = Latents({32: torch.randn(9, 4, 4, 4)}, torch.zeros(4), torch.zeros(4), "")
     text = new_text_encoder(new_tokenizer(tiny_emoji))
     counter = CompileCounter()
 
@@ -561,10 +637,10 @@ def test_training_sees_the_text_as_the_pipeline_gives_it(mmdit, monkeypatch):
 # Export
 
 
-def checkpoint(path: Path, **modules: torch.nn.Module) -> None:
-    """What export reads of a checkpoint: the averaged weights."""
+def checkpoint(path: Path, basis: str = "", **modules: torch.nn.Module) -> None:
+    """What export reads of a checkpoint: the averaged weights, and from what they were learned."""
     values = torch.nn.ModuleDict(modules).named_parameters()
-    torch.save({"ema": {k: v.detach() for k, v in values}}, path)
+    torch.save({"ema": {k: v.detach() for k, v in values}, "basis": basis}, path)
 
 
 def test_export_writes_what_was_trained(tiny_emoji, tmp_path, monkeypatch):
@@ -575,17 +651,24 @@ def test_export_writes_what_was_trained(tiny_emoji, tmp_path, monkeypatch):
     assert not home.exists()
 
     torch.manual_seed(0)
-    checkpoint(work / "mmdit64.pt", mmdit=new_transformer(16))
-    export(tiny_emoji, work, home)
+
+    def basis():
+        found = encode_all(tiny_emoji, work, CPU).basis
+        return found, fingerprint(found, trained_text_encoder(tiny_emoji, work, "unet32"))
+
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True)
+    with monkeypatch.context() as patch:  # beside the embedded text encoder
+        patch.setattr("pipelines.emoji.text.new_tokenizer", lambda emoji: tokenizer)
+        checkpoint(work / "mmdit64.pt", basis()[1], mmdit=new_transformer(16))
+        export(tiny_emoji, work, home)
     assert [path.name for path in home.iterdir()] == ["mmdit"]
     (home / "mmdit" / "samples.png").touch()
 
     last = new_transformer()
-    checkpoint(work / "mmdit128.pt", mmdit=last)
     torch.save({"ema": dict(new_vae().named_parameters())}, work / "vae.pt")
-    cache_latents(tiny_emoji, work, CPU)
     text = new_text_encoder(new_tokenizer(tiny_emoji))
-    checkpoint(work / "unet32.pt", unet=new_unet(), text=text)
+    checkpoint(work / "unet32.pt", basis()[0], unet=new_unet(), text=text)
+    checkpoint(work / "mmdit128.pt", basis()[1], mmdit=last)
     export(tiny_emoji, work, home)
     assert {path.name for path in home.iterdir()} == {"weights", "mmdit"}
     names = {path.name for path in (home / "mmdit").iterdir()}
@@ -602,6 +685,17 @@ def test_export_writes_what_was_trained(tiny_emoji, tmp_path, monkeypatch):
     kept = load_pipeline().text_encoder.state_dict()
     for key, value in text.state_dict().items():
         torch.testing.assert_close(kept[key], value.half().float(), msg=key)
+
+    # Trained beside another text encoder than the one that would be exported: nothing is replaced.
+    hashes = [weights_hash(model) for model in MODELS]
+    other = new_text_encoder(new_tokenizer(tiny_emoji))
+    checkpoint(work / "unet32.pt", basis()[0], unet=new_unet(), text=other)
+    with pytest.raises(SystemExit, match=r"mmdit128\.pt was trained on other .* --stage mmdit128"):
+        export(tiny_emoji, work, home)
+    assert hashes == [weights_hash(model) for model in MODELS]
+    checkpoint(work / "decoder.pt", "other latents", vae=new_vae())
+    with pytest.raises(SystemExit, match=r"decoder\.pt was trained on other .* --stage decoder"):
+        export(tiny_emoji, work, home)
 
 
 def test_too_large_weights_are_refused(tmp_path, monkeypatch):
@@ -814,11 +908,32 @@ def test_a_card_has_the_last_figures_of_its_stages(tmp_path):
 
 
 def test_a_card_without_a_log_is_refused_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
-    card, _ = cards()
-    monkeypatch.setattr(card, "measure", None)
+    """But for the weights that the card is of already: it keeps what it says of their training."""
+    card, measured = cards()
+    drawn = []
+    monkeypatch.setattr(card, "measure", lambda *given: drawn.append(given) or measured[0])
+    monkeypatch.setattr(card, "save", lambda new: None)
+    options = ["--model", "unet", "--work", str(tmp_path)]
+    card.main(options)
+    assert drawn == [("unet", tmp_path, measured[0]["training"])]
+    log = tmp_path / "log.jsonl"
     with pytest.raises(SystemExit):
-        card.main(["--model", "unet", "--work", str(tmp_path)])
-    assert f"no log of a training at {tmp_path / 'log.jsonl'}" in capsys.readouterr().err
+        card.main([*options, "--log", str(log)])
+    assert f"no log of a training at {log}" in capsys.readouterr().err
+    log.write_text('{"stage": "mmdit64", "step": 1, "minutes": 0.1, "split": "train", "loss": 2.0}')
+    with pytest.raises(SystemExit):
+        card.main([*options, "--log", str(log)])
+    assert f"no stage of unet in {log}" in capsys.readouterr().err
+    monkeypatch.setattr(card, "weights_hash", lambda model: "0" * 16)
+    with pytest.raises(SystemExit):
+        card.main(options)
+    assert len(drawn) == 1
+
+
+def test_a_label_may_have_several_lines():
+    picture = Image.new("RGB", (32, 32))
+    one, two = (sheet([[picture] * 2], [["a", label]], cell=32) for label in ("b", "b\nc"))
+    assert two.height > one.height and two.width == one.width
 
 
 # The scorer

@@ -229,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="eval.bench.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # `start_with_wheels` knows --wheels by its whole name
     )
     parser.add_argument("--out", type=Path, help="folder; goes on where it was")
     parser.add_argument("--suite", choices=("full", "cpu", "tiny"), default="full")

@@ -45,12 +45,12 @@ STEPS, SEED, COUNT = 20, 0, 20
 # Pictures of `eval.studies.emoji.quality` beside the card.
 SHEETS = {
     "held_out": "Names that were held out",
-    "compositions": "Colours and objects that training does not see together",
+    "compositions": "Colours and objects that the pipelines do not see together",
 }
 LABELS = {
     "training": "training names",
     "held_out": "held-out names",
-    "compositions": "a colour and an object that training does not see together",
+    "compositions": "a colour and an object that the pipelines do not see together",
 }
 
 
@@ -162,8 +162,8 @@ def alignment(pipe: Any, emoji: Emoji, scorer: EmojiScorer) -> dict[str, dict[st
     return result
 
 
-def measure(model: str, work: Path, log: Path) -> dict[str, Any]:
-    """Generate, score and draw what the card shows; `log` is that of the training."""
+def measure(model: str, work: Path, trained: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Generate, score and draw what the card shows; `trained` is what `training` said."""
     subject = SUBJECTS[model]
     pipe, emoji, scorer = load_pipeline(model), data.load(work / "emoji.npz"), EmojiScorer.load()
     pictures = generate(pipe, list(SHOWN))
@@ -186,7 +186,7 @@ def measure(model: str, work: Path, log: Path) -> dict[str, Any]:
         "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()},
         "weights_mb": round(sum(f.stat().st_size for f in files) / 1e6, 2),
         "counted": {k: round(v, 3) for k, v in ceiling(denoiser(pipe), 32).items()},
-        "training": training(log, subject.stages),
+        "training": trained,
         "retrieval": scorer.retrieval,
         "alignment": alignment(pipe, emoji, scorer),
     }
@@ -195,7 +195,10 @@ def measure(model: str, work: Path, log: Path) -> dict[str, Any]:
 def block(card: dict[str, Any]) -> str:
     """The figures as Markdown; those of data and scorer stand in the first pipeline's block only."""
     first = card["model"] == "unet"
-    lines = ["| stage | minutes | steps | training loss | held-out |", "|---|---|---|---|---|"]
+    lines = [
+        "| stage | minutes | steps | training loss | on held-out concepts |",
+        "|---|---|---|---|---|",
+    ]
     for stage, row in card["training"].items():
         held = ", ".join(f"{k} {v:.4g}" for k, v in row.get("held_out", {}).items())
         loss = f"{row['train']['loss']:.4g}" if "train" in row else "not logged"
@@ -209,20 +212,27 @@ def block(card: dict[str, Any]) -> str:
             f"{card['held_out_concepts']} concepts and {card['held_out_pairs']} pairs of a colour and a "
             "concept held out."
         )
+    sampling = card["sampling"]
     lines += [
         f"- Parameters: {sizes}; {card['weights_mb']} MB of fp16 weights "
         f"(sha256 {card['weights_sha256']}).",
-        f"- Denoiser at {counted['tokens']:,.0f} tokens: {counted['gflops']:.2f} GFLOPs a call, "
-        f"{counted['share_in_blocks']:.0%} of them in transformer blocks; halving the tokens of "
-        f"every block can give at most {counted['ceiling']:.2f}x.",
+        f"- Denoiser at {counted['tokens']:,.0f} tokens: {counted['gflops']:.2f} GFLOPs a call and "
+        f"picture (guidance takes two), {counted['share_in_blocks']:.0%} of them in transformer blocks; "
+        f"halving the tokens of every block can give at most {counted['ceiling']:.2f}x.",
         "",
-        "| alignment score (mean, cosine x 100) | samples | real pictures | real, wrong name | n |",
+        "| alignment (mean, cosine x 100) | samples | real pictures | real pictures, wrong name | n |",
         "|---|---|---|---|---|",
     ]
     lines += [
         f"| {side.replace('_', '-')} names | {row['samples']} | {row['real']} "
         f"| {row['real_wrong_name']} | {row['n']} |"
         for side, row in card["alignment"].items()
+    ]
+    lines += [
+        "",
+        f"{data.SIZE} px, {sampling['steps']} {SUBJECTS[card['model']].sampler} steps, guidance "
+        f"{sampling['guidance']:g}, seeds from {sampling['first_seed']} on, no selection; torch "
+        f"{card['torch']}, diffusers {card['diffusers']}.",
     ]
     if first:
         lines += [
@@ -237,48 +247,54 @@ def block(card: dict[str, Any]) -> str:
         ]
     if "quality" in card:
         lines += ["", *quality_lines(card["quality"], SUBJECTS[card["model"]].folder)]
-    sampling = card["sampling"]
-    lines += [
-        "",
-        f"Measured with torch {card['torch']}, diffusers {card['diffusers']}, "
-        f"{sampling['steps']} {SUBJECTS[card['model']].sampler} steps, guidance {sampling['guidance']:g}, "
-        f"seeds from {sampling['first_seed']} on, no selection.",
-    ]
     return "\n".join(lines)
 
 
 def quality_lines(quality: dict[str, Any], folder: Path) -> list[str]:
     """What `eval.studies.emoji.quality` measured, by the size of the pictures."""
-    lines = [
-        "| pixels | scorer | R@1 | of real pictures | chance | alignment | of real pictures | n |",
-        "|---|---|---|---|---|---|---|---|",
+    kinds = {
+        "samples": "samples",
+        "autoencoder": "real pictures through the autoencoder",
+        "real": "real pictures",
+    }
+    found = [
+        f"| {side} | {LABELS[name]} | {row['n']} | "
+        + " | ".join(str(row[kind]["R@1"]) for kind in kinds)
+        + f" | {row['chance']} | "
+        + " | ".join(str(row[kind]["alignment"]) for kind in kinds)
+        + " |"
+        for side, measured in quality.items()
+        for name, row in measured["retrieval"].items()
     ]
-    for side, measured in quality.items():
-        for name, row in measured["retrieval"].items():
-            samples, real = row["samples"], row["real"]
-            lines.append(
-                f"| {side} | {LABELS[name]} | {samples['R@1']} | {real['R@1']} | {row['chance']} "
-                f"| {samples['alignment']} | {real['alignment']} | {row['n']} |"
-            )
     distances = [
-        f"| {side} | {name} | {row['value']} | {row['n'][0]:,} and {row['n'][1]:,}"
-        f"{' (' + row['warning'] + ')' if 'warning' in row else ''} |"
+        f"| {side} | {measured['distance']} | {name} | {row['value']} | {row['n'][0]:,} and "
+        f"{row['n'][1]:,}{' (' + row['warning'] + ')' if 'warning' in row else ''} |"
         for side, measured in quality.items()
         for name, row in measured.get("distances", {}).items()
     ]
+    lines: list[str] = []
+    if found:
+        scores, rule = " | ".join(kinds.values()), "|".join(["---"] * (5 + 2 * len(kinds)))
+        heads = [f"{score} of {scores}" for score in ("R@1", "alignment")]
+        lines += [
+            f"| pixels | prompts | n | {heads[0]} | chance | {heads[1]} |",
+            f"|{rule}|",
+            *found,
+        ]
     if distances:
-        kind = next(each["distance"] for each in quality.values() if "distance" in each)
-        lines += ["", f"| pixels | {kind} | distance | pictures |", "|---|---|---|---|", *distances]
-    sampling = next(iter(quality.values()))["sampling"]
-    lines += [
-        "",
-        f"Sampled with {sampling['steps']} steps, guidance {sampling['guidance']:g}, seeds from "
-        f"{sampling['first_seed']} on, no selection.",
-    ]
+        heads = ["pixels", "distance", "of what", "value", "pictures"]
+        lines += ["", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *distances]
+    for sampling in {str(each["sampling"]): each["sampling"] for each in quality.values()}.values():
+        sides = [side for side, each in quality.items() if each["sampling"] == sampling]
+        lines += [
+            "",
+            f"{' and '.join(sides)} px, {sampling['steps']} steps, guidance {sampling['guidance']:g}, seeds "
+            f"of each set from {sampling['first_seed']} on, no selection.",
+        ]
     for name, label in SHEETS.items():
-        path = folder / f"{name}.webp"
-        if path.exists():
-            lines += ["", f"![{label}]({path.relative_to(HERE).as_posix()})"]
+        if name in quality.get(str(data.SIZE), {}).get("retrieval", {}):
+            path = (folder / f"{name}.webp").relative_to(HERE)
+            lines += ["", f"![{label}]({path.as_posix()})"]
     return lines
 
 
@@ -309,12 +325,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=data.WORK, help="with the training data")
     parser.add_argument("--log", type=Path, help="of the training; default: log.jsonl of --work")
     args = parser.parse_args(argv)
-    log = args.log or args.work / "log.jsonl"
-    if not log.is_file():
-        parser.error(f"no log of a training at {log}; name that of these weights with --log")
+    log, stages = args.log or args.work / "log.jsonl", SUBJECTS[args.model].stages
     before = read(args.model) if SUBJECTS[args.model].card.exists() else {}
-    card = measure(args.model, args.work, log)
-    if "quality" in before and before["weights_sha256"] == card["weights_sha256"]:
+    same = before.get("weights_sha256") == weights_hash(args.model)
+    trained = training(log, stages) if log.is_file() else {}
+    if not trained and same and args.log is None:
+        trained = before["training"]
+    if not trained:
+        lack = (
+            f"no stage of {args.model} in {log}"
+            if log.is_file()
+            else f"no log of a training at {log}"
+        )
+        parser.error(f"{lack}; name that of these weights with --log")
+    card = measure(args.model, args.work, trained)
+    if same and "quality" in before and before["retrieval"] == card["retrieval"]:  # the scorer's
         card["quality"] = before["quality"]
     save(card)
     print(block(card))

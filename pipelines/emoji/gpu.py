@@ -52,7 +52,7 @@ LATER = {"text": "unet32", "unet64": "unet128", "mmdit32": "mmdit64", "mmdit64":
 """Stages that nothing needs any more after another one.  The text encoder of unet32 is needed to the end."""
 PARTS = {"unet": ("weights",), "mmdit": ("mmdit/transformer", "mmdit/scheduler")}
 FINAL = tuple(f"{model}.{kind}" for model in PARTS for kind in ("tar", "npz"))
-STEPS, BATCH = 25, 256
+BATCH = 256
 FILES, FILE_BYTES, ALL_BYTES = 8, 16 * 2**20, 64 * 2**20
 """What may come back from the machine."""
 
@@ -72,8 +72,8 @@ class Job:
     began: float
     until: float
     budgets: Mapping[str, Budget]
+    steps: int
     starting: float = STARTING
-    steps: int = STEPS
     most: int | None = None
 
     @property
@@ -117,7 +117,6 @@ def _train(job: Job) -> bool:
     from pipelines.emoji import data
     from pipelines.emoji.export import export
     from pipelines.emoji.train import run_stage
-    from pipelines.emoji.vae import cache_latents
 
     if job.exported:
         return True
@@ -127,14 +126,10 @@ def _train(job: Job) -> bool:
             continue
         if not job.enough:
             return False
-        if stage != "vae" and not (job.work / "latents.pt").exists():
-            cache_latents(emoji, job.work, job.device)
         if run_stage(stage, budget, emoji, job.work, job.device).progress < 1:
             return False
         finish(job.work / f"{stage}.pt")
         give_out(job)
-    if not (job.work / "latents.pt").exists():
-        cache_latents(emoji, job.work, job.device)
     export(emoji, job.work, job.home)
     for model, parts in PARTS.items():
         path = job.work / f"{model}.part"
@@ -166,9 +161,13 @@ def _generate(job: Job) -> bool:
 
 def finish(checkpoint: Path) -> None:
     """Leave of a checkpoint the averaged weights, in half precision."""
-    from pipelines.emoji.loop import averaged, save_atomic
+    import torch
 
-    save_atomic({"ema": {k: v.half() for k, v in averaged(checkpoint).items()}}, checkpoint)
+    from pipelines.emoji.loop import save_atomic
+
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    kept = {"ema": {k: v.half() for k, v in state["ema"].items()}, "basis": state["basis"]}
+    save_atomic(kept, checkpoint)
 
 
 def is_finished(checkpoint: Path) -> bool:
@@ -255,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="pipelines.emoji.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # `start_with_wheels` knows --wheels by its whole name
     )
     parser.add_argument("--out", type=Path, help="folder for what comes back")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call (%(default)s)")
@@ -283,17 +283,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     carried = [args.out, *([args.carried] if args.carried else [])]
     spent = max(used(folder / "log.jsonl") for folder in (work, *carried))
     left = min(args.minutes, args.total - spent)
-    if left <= 0:
+    finished = any(all((folder / n).exists() for n in FINAL) for folder in (work, *carried))
+    if left <= 0 and not finished:
         parser.error(f"{spent:.1f} of {args.total:g} minutes are used; raise --total")
     until = began + 60 * left
     # For the few products in float32, those of generation.
     torch.set_float32_matmul_precision("high")
+    from pipelines.emoji.samples import STEPS
+
     stages = budgets(args.total, until, args.trial)
-    job = Job(args.out, work, args.data, device, began, until, stages)
+    job = Job(args.out, work, args.data, device, began, until, stages, STEPS)
     if args.trial:
         job = replace(job, starting=0.0, steps=2, most=2)
-    with cut_off_after(left):
+    with cut_off_after(max(left, 0)):
         done = run(job, *carried)
+    if finished:
+        print(
+            f"these were finished before; to train anew, name other folders: not {work}, {args.out}"
+        )
     minutes = f"{used(job.log):.1f} of {args.total:g} minutes are used"
     print(f"done; {minutes}" if done else f"to be continued by the same command; {minutes}")
     return 0

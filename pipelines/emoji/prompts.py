@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pipelines.emoji.captions import caption, with_article
 from pipelines.emoji.data import Emoji
 
+SETS = ("held_out", "compositions", "training", "captions")
 TRAINING, CAPTIONS = 200, 2560
 
 
@@ -33,9 +34,6 @@ def prompt_sets(emoji: Emoji) -> dict[str, list[str]]:
         for (names, colour, recoloured), use in zip(rows, trained, strict=True)
         if use
     )
-    return {
-        "held_out": unseen,
-        "compositions": [with_article(each) for each in compositions],
-        "training": some(known, TRAINING),
-        "captions": some(list(captions), CAPTIONS),
-    }
+    asked = [with_article(each) for each in compositions]
+    chosen = (unseen, asked, some(known, TRAINING), some(list(captions), CAPTIONS))
+    return dict(zip(SETS, chosen, strict=True))

@@ -22,7 +22,11 @@ from pipelines.emoji.vae import SIDES, resized, to_unit
 
 def pictures(emoji: Emoji, side: int) -> np.ndarray:
     """The pictures of training, as it has seen them in that size.  uint8 [N, side, side, 3]."""
-    images = emoji.images[emoji.trained]
+    return sized(emoji.images[emoji.trained], side)
+
+
+def sized(images: np.ndarray, side: int) -> np.ndarray:
+    """Pictures of the data as training sees them in a size.  uint8 [N, H, W, 3] -> [N, side, side, 3]."""
     if side == SIZE:
         return images
     small = resized(to_unit(torch.from_numpy(images)), side)

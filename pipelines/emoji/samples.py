@@ -16,14 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from pipelines.emoji import GUIDANCE, MODELS, data, load_pipeline, weights_hash
 from pipelines.emoji.card import SEED, generate_batch
 from pipelines.emoji.loop import save_atomic
-from pipelines.emoji.prompts import prompt_sets
+from pipelines.emoji.prompts import SETS, prompt_sets
+from pipelines.emoji.vae import SIDES, to_unit
 
 STEPS = 25
 
@@ -41,14 +44,14 @@ def generate(
     batch: int,
     until: float = math.inf,
 ) -> bool:
-    """Write the pictures of all sets into one file; their latents lie beside it.
+    """Write the pictures of all sets into one file; the latents lie beside it.
 
-    Picture i of all sets has seed i. They are compressed as the training pictures are.
+    Picture i of a set has seed i. Samples are compressed as the pack of the training pictures is.
 
     Args:
         pipe: The pipeline.
-        about: What `described` says. Latents that were begun with another are made anew; sets may be added
-            behind those that are done.
+        about: What `described` says. Latents that are there are used again where denoiser, sampling and
+            prompt are the same, those of other sets and of later prompts are kept.
         out: The file.
         batch: Pictures at a time.
         until: Of time.monotonic(), after which nothing more is begun.
@@ -59,28 +62,48 @@ def generate(
     part = out.with_suffix(".part.pt")
     # The latents are kept: they take the time, and outlast a decoder that is trained further.
     made_with = {k: v for k, v in about.items() if k not in ("weights_sha256", "sets")}
-    prompts = [prompt for prompts in about["sets"].values() for prompt in prompts]
+    kept = torch.load(part, weights_only=True) if part.exists() else {}
+    done: dict[str, dict[str, Any]] = kept["sets"] if kept.get("made_with") == made_with else {}
+    steps, side = about["sampling"]["steps"], about["side"]
     latents: list[Tensor] = []
-    if part.exists():
-        begun = torch.load(part, weights_only=True)
-        # Other sets may have been asked for, as long as these begin alike.
-        if begun["made_with"] == made_with:
-            done = begun["prompts"]
-            latents = begun["latents"] if done == prompts[: len(done)] else []
-    for i in range(sum(map(len, latents)), len(prompts), batch):
-        if time.monotonic() >= until:
-            return False
-        steps, side = about["sampling"]["steps"], about["side"]
-        made = generate_batch(pipe, prompts[i : i + batch], SEED + i, steps, side, "latent")
-        latents.append(made.half().cpu())
-        done = prompts[: i + batch]
-        save_atomic({"made_with": made_with, "prompts": done, "latents": latents}, part)
-    with ThreadPoolExecutor() as pool:
-        blobs = [blob for z in latents for blob in pool.map(data.webp, decode(pipe, z))]
+    with tqdm(total=sum(map(len, about["sets"].values())), unit="picture") as bar:
+        for name, prompts in about["sets"].items():
+            have = alike(done.get(name, {}).get("prompts", []), prompts)
+            if name not in done or have < min(len(prompts), len(done[name]["prompts"])):
+                made = done[name]["latents"][:have] if name in done else torch.empty(0)
+                done[name] = {"prompts": prompts[:have], "latents": made}
+            bar.update(have)
+            for i in range(have, len(prompts), batch):
+                if time.monotonic() >= until:
+                    return False
+                chosen = prompts[i : i + batch]
+                made = generate_batch(pipe, chosen, SEED + i, steps, side, "latent").half().cpu()
+                before = done[name]["latents"]
+                done[name] = {
+                    "prompts": prompts[: i + batch],
+                    "latents": torch.cat([before, made]) if len(before) else made,
+                }
+                save_atomic({"made_with": made_with, "sets": done}, part)
+                bar.update(len(chosen))
+            latents += done[name]["latents"][: len(prompts)].split(batch)
+    blobs = [blob for z in latents for blob in encoded(decode(pipe, z))]
     new = out.with_suffix(".new.npz")
     data.pack(new, blobs, about)
     new.replace(out)  # whole or not at all, wherever the process is killed
     return True
+
+
+def alike(mine: Sequence[str], others: Sequence[str]) -> int:
+    """How many of the first prompts are the same."""
+    pairs = enumerate(zip(mine, others, strict=False))
+    shorter = min(len(mine), len(others))
+    return next((i for i, (one, other) in pairs if one != other), shorter)
+
+
+def encoded(pictures: Sequence[Image.Image]) -> list[bytes]:
+    """As samples and training pictures are packed."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(data.webp, pictures))
 
 
 @torch.no_grad()
@@ -91,6 +114,17 @@ def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
     pixels = vae.decode(latents + vae.config.shift_factor).sample
     pictures: list[Image.Image] = pipe.image_processor.postprocess(pixels)
     return pictures
+
+
+@torch.no_grad()
+def through_autoencoder(pipe: Any, images: np.ndarray) -> np.ndarray:
+    """What autoencoder and compression leave of pictures: no samples can be nearer.  uint8 [N, H, W, 3]."""
+    vae, blobs = pipe.vae, []
+    for part in torch.from_numpy(images).split(16):
+        z = vae.encode(to_unit(part).to(vae.device, vae.dtype)).latent_dist.mode()
+        z = (z - vae.config.shift_factor) * vae.config.scaling_factor
+        blobs += encoded(decode(pipe, z))
+    return data.decoded(blobs)
 
 
 def described(
@@ -113,19 +147,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=sorted(MODELS), required=True)
-    parser.add_argument("--side", type=int, default=data.SIZE, help="pixels (%(default)s)")
-    parser.add_argument("--sets", nargs="+", metavar="SET", help="default: all")
+    parser.add_argument(
+        "--side", type=int, choices=SIDES, default=data.SIZE, help="pixels (%(default)s)"
+    )
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="default: all")
     parser.add_argument("-n", type=int, help="only the first n of each set")
     parser.add_argument("--batch", type=int, default=16, help="pictures at a time (%(default)s)")
     parser.add_argument("--data", type=Path, default=data.WORK / "emoji.npz", help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=data.WORK / "samples", help="(%(default)s)")
     args = parser.parse_args(argv)
+    for option, value in (("-n", args.n), ("--batch", args.batch)):
+        if value is not None and value < 1:
+            parser.error(f"{option} {value}: at least 1")
     sets = prompt_sets(data.load(args.data))
-    if unknown := sorted({*(args.sets or ())} - {*sets}):
-        parser.error(f"no set {', '.join(unknown)}; choose of {', '.join(sets)}")
-    if args.n is not None and args.n < 1:
-        parser.error(f"-n {args.n}: at least 1")
-    chosen = {name: sets[name][: args.n] for name in args.sets or sets}
+    chosen = {name: sets[name][: args.n] for name in SETS if name in args.sets}
     pipe: Any = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
     args.out.mkdir(parents=True, exist_ok=True)

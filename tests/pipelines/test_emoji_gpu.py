@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from eval.bench import gpu as bench_gpu
 from eval.generate.prompts import load_prompts
 from eval.metrics.extractors import read_pictures
 from pipelines.emoji import MODELS, data, gpu, load_pipeline, reference, train, weights_hash
+from pipelines.emoji import card as card_of
 from pipelines.emoji import samples as emoji_samples
 from pipelines.emoji.card import generate_batch
 from pipelines.emoji.data import pack, unpack, webp
@@ -143,7 +145,8 @@ def test_what_comes_back_is_small_enough():
 
 
 def test_too_much_to_come_back_says_so(tmp_path, monkeypatch):
-    job = gpu.Job(tmp_path / "out", tmp_path / "work", tmp_path, torch.device("cpu"), 0.0, 0.0, {})
+    folders = (tmp_path / "out", tmp_path / "work", tmp_path)
+    job = gpu.Job(*folders, torch.device("cpu"), 0.0, 0.0, {}, 2)
     job.out.mkdir()
     job.work.mkdir()
     (job.work / "unet.npz").write_bytes(bytes(40))
@@ -168,6 +171,28 @@ def test_three_calls_have_time_for_whole_stages():
     assert sum(minutes[name] for name in ("vae", "decoder", "text", "unet32", "unet64")) <= 7.5
     assert sum(minutes[name] for name in ("unet128", "mmdit32", "mmdit64")) <= 7.5
     assert minutes["mmdit128"] <= 4.5  # and the pictures
+
+
+def test_what_is_finished_is_said_to_be_so(tmp_path, capsys, monkeypatch):
+    """Whether minutes are left or not; nothing is trained under the same names."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    work.mkdir()
+    out.mkdir()
+    for name in gpu.FINAL:
+        (work / name).write_bytes(b"weights")
+    (work / "log.jsonl").write_text('{"stage": "gpu", "minutes": 25.5}\n')
+    assert gpu.main(["--trial", "--out", str(out), "--work", str(work)]) == 0
+    said = capsys.readouterr().out
+    assert f"finished before; to train anew, name other folders: not {work}, {out}" in said
+    assert "done; 25.5 of 25 minutes" in said and files(out) == {*gpu.FINAL, "log.jsonl"}
+
+
+@pytest.mark.parametrize("command", [gpu, bench_gpu])
+def test_no_option_of_a_gpus_command_is_cut_short(command, capsys):
+    """Restarted without --wheels, it would be restarted with --wheel for ever."""
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--out", "there", "--wheel", "folder"])
+    assert stop.value.code == 2 and "--wheel" in capsys.readouterr().err
 
 
 def test_without_a_gpu_or_a_package_it_says_so(tmp_path, monkeypatch, capsys):
@@ -299,13 +324,15 @@ def test_quality_writes_its_figures_into_the_card(judged, tmp_path):
     found = quality["retrieval"]
     assert found["compositions"]["n"] == 1 and found["training"]["chance"] == 0.5
     assert found["held_out"]["samples"] == found["held_out"]["real"]
+    assert found["held_out"]["autoencoder"]["alignment"] != found["held_out"]["real"]["alignment"]
     assert found["compositions"]["samples"] != found["compositions"]["real"]
     assert found["training"]["samples"]["R@1"] == found["training"]["real"]["R@1"]
     sizes = [row["n"] for row in quality["distances"].values()]
-    assert sizes == [[2, 7], [2, 2], [2, 2]]
+    assert sizes == [[2, 7], *[[2, 2]] * 3]
     assert all("16 feature dimensions" in row["warning"] for row in quality["distances"].values())
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    for words in ("| fd-made-up |", "| training names |", "](held_out.webp)", "2 images for 16"):
+    said = "| 128 | fd-made-up | samples to training pictures |"
+    for words in (said, "| training names |", "](held_out.webp)", "2 images for 16"):
         assert words in text
     assert Image.open(tmp_path / "compositions.webp").width > 128
 
@@ -328,8 +355,9 @@ def test_quality_of_two_sizes_stands_side_by_side(judged, tmp_path):
     assert [*quality] == ["128", "64"]
     assert quality["64"]["retrieval"] == {} and "distances" in quality["64"]
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "| 64 | samples to training pictures |" in text
-    assert "| 128 | samples to training pictures |" in text
+    for side in (64, 128):
+        assert f"| {side} | fd-made-up | samples to training pictures |" in text
+    assert "128 and 64 px, 25 steps" in text
 
 
 def test_quality_of_another_set_stands_beside_that_of_the_first(judged, tmp_path):
@@ -346,15 +374,19 @@ def test_quality_of_another_set_stands_beside_that_of_the_first(judged, tmp_path
     pack(tmp_path / "unet.npz", blobs, captions)
     again = judged()["quality"]["128"]
     assert again["retrieval"] == {} and again["sampling"]["steps"] == 10
+    # The sheets are of the pictures that were sampled otherwise.
+    shown = card_of.block(json.loads((tmp_path / "card.json").read_text()))
+    assert (tmp_path / "held_out.webp").exists() and ".webp" not in shown
 
 
-def test_samples_go_on_where_they_were_stopped(packed, tmp_path, monkeypatch):
-    """Whole batches are kept; what was begun with other prompts is made anew, with these and more not."""
-    seeds, most = [], 2
+@pytest.fixture
+def sampling(packed, tmp_path, monkeypatch):
+    """The command with latents that are made up, a tenth of their first seed; those seeds, and a limit."""
+    seeds, limit = [], SimpleNamespace(calls=99)
 
     def batch(pipe, prompts, first_seed, steps, side, output_type):
         assert output_type == "latent"
-        if len(seeds) == most:
+        if len(seeds) == limit.calls:
             raise KeyboardInterrupt
         seeds.append(first_seed)
         return torch.full((len(prompts), 4, side // 4, side // 4), first_seed / 10)
@@ -366,16 +398,27 @@ def test_samples_go_on_where_they_were_stopped(packed, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(emoji_samples, "generate_batch", batch)
     monkeypatch.setattr(emoji_samples, "load_pipeline", lambda model: pipe)
-    words = ["--model", "unet", "--data", str(packed), "--out", str(tmp_path), "--side", "64"]
-    captions = [*words, "--sets", "captions", "--batch", "4"]
+
+    def call(*words, side=64):
+        options = ["--model", "unet", "--data", packed, "--out", tmp_path, "--side", side]
+        seeds.clear()
+        emoji_samples.main([str(each) for each in (*options, *words)])
+        return unpack(tmp_path / f"unet_{side}px.npz")
+
+    return SimpleNamespace(call=call, seeds=seeds, limit=limit, pipe=pipe)
+
+
+def test_samples_go_on_where_they_were_stopped(sampling, tmp_path, monkeypatch):
+    """Whole batches are kept; with a decoder that was trained further, all latents."""
+    call, seeds, captions = sampling.call, sampling.seeds, ["--sets", "captions", "--batch", "4"]
+    sampling.limit.calls = 2
     with pytest.raises(KeyboardInterrupt):
-        emoji_samples.main(captions)
+        call(*captions)
     assert seeds == [0, 4]
-    most = 99
-    emoji_samples.main(captions)
-    pictures, about = unpack(tmp_path / "unet_64px.npz")
+    sampling.limit.calls = 99
+    pictures, about = call(*captions)
     prompts = about["sets"]["captions"]
-    assert seeds == [*range(0, len(prompts), 4)] and len(prompts) >= 12
+    assert seeds == [*range(8, len(prompts), 4)] and len(prompts) >= 12
     assert pictures.shape == (len(prompts), 64, 64, 3)
     assert (pictures[0] == pictures[3]).all() and (pictures[0] != pictures[4]).any()
     assert files(tmp_path) == {"emoji.npz", "unet_64px.npz", "unet_64px.part.pt"}
@@ -384,28 +427,61 @@ def test_samples_go_on_where_they_were_stopped(packed, tmp_path, monkeypatch):
         return "trained further" if decoder else about["latents_sha256"]
 
     with torch.no_grad():
-        pipe.vae.post_quant_conv.weight.neg_()
+        sampling.pipe.vae.post_quant_conv.weight.neg_()
     monkeypatch.setattr(emoji_samples, "weights_hash", hashed)
-    seeds.clear()
-    emoji_samples.main(captions)
-    again, now = unpack(tmp_path / "unet_64px.npz")
+    again, now = call(*captions)
     assert not seeds and now["weights_sha256"] == "trained further" and (again != pictures).any()
 
-    most = 1
-    with pytest.raises(KeyboardInterrupt):
-        emoji_samples.main([*captions, "--batch", "3", "--side", "32"])
-    seeds.clear()
-    emoji_samples.main([*words, "--side", "32", "--sets", "compositions", "--batch", "4"])
-    assert seeds == [0]
-    most, done = 99, len(prompt_sets(emoji_data())["compositions"])
-    emoji_samples.main([*words, "--side", "32", "--sets", "compositions", "held_out"])
-    assert seeds == [0, done]
-    for wrong in (["--sets", "caption"], ["-n", "0"]):
-        with pytest.raises(SystemExit):
-            emoji_samples.main([*words, *wrong])
 
-    emoji_samples.main([*words, "--side", "32", "--sets", "captions", "-n", "3"])
-    assert unpack(tmp_path / "unet_32px.npz")[1]["sets"] == {"captions": prompts[:3]}
+def test_samples_of_fewer_more_and_other_prompts_lose_none(sampling, monkeypatch):
+    call, seeds = sampling.call, sampling.seeds
+    pictures, about = call("--sets", "captions", "-n", "6", "--batch", "4")
+    assert seeds == [0, 4] and len(about["sets"]["captions"]) == 6
+    fewer, about = call("--sets", "captions", "-n", "3")
+    assert not seeds and len(about["sets"]["captions"]) == 3 and (fewer == pictures[:3]).all()
+    # Each set has seeds from 0 on, in the order of the sets, whichever are asked for and in which order.
+    both, about = call("--sets", "compositions", "held_out")
+    assert seeds == [0, 0] and [*about["sets"]] == ["held_out", "compositions"]
+    more, _ = call("--sets", "captions", "-n", "8", "--batch", "4")
+    assert seeds == [6] and (more[:6] == pictures).all()
+    every, about = call("--batch", "4")
+    assert [*about["sets"]] == list(emoji_samples.SETS) == [*prompt_sets(emoji_data())]
+    assert seeds[0] == 0 and seeds[1:] == [*range(8, len(about["sets"]["captions"]), 4)]
+    assert (every[:2] == both[:2]).all() and len(every) == sum(map(len, about["sets"].values()))
+
+    # Of other prompts only what they begin with is the same.
+    changed = prompt_sets(emoji_data())
+    changed["captions"][2] = "something else"
+    monkeypatch.setattr(emoji_samples, "prompt_sets", lambda emoji: changed)
+    call("--sets", "captions", "-n", "4", "--batch", "4")
+    assert seeds == [2]
+    call("--sets", "captions", "-n", "4", side=32)
+    assert seeds == [0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sets", "caption"], "choose from"),
+        (["-n", "0"], "-n 0: at least 1"),
+        (["--batch", "0"], "--batch 0: at least 1"),
+        (["--side", "96"], "choose from"),
+    ],
+)
+def test_samples_refuse_bad_options_before_anything_is_generated(sampling, words, said, capsys):
+    with pytest.raises(SystemExit):
+        sampling.call(*words)
+    assert said in capsys.readouterr().err and not sampling.seeds
+
+
+def test_the_autoencoder_is_what_no_sample_can_do_without():
+    images = np.full((2, 128, 128, 3), 255, np.uint8)
+    images[:, 40:90, 40:90] = (220, 30, 30)
+    pipe = load_pipeline()
+    through = emoji_samples.through_autoencoder(pipe, images)
+    assert through.shape == images.shape and through.dtype == np.uint8
+    error = (through[0].astype(float) - images[0]) / 255
+    assert 20 < -10 * np.log10((error**2).mean()) < 50
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -424,16 +500,47 @@ def test_quality_refuses_pictures_of_other_weights(judged, tmp_path, capsys):
         judged()
     error = capsys.readouterr().err
     assert "by weights 0000000000000000" in error
-    assert f"card --model unet --log {tmp_path / 'log.jsonl'}" in error
+    assert "python -m pipelines.emoji.samples --model unet" in error
+    (tmp_path / "unet.tar").touch()
+    with pytest.raises(SystemExit):
+        judged()
+    assert f"unpack {tmp_path / 'unet.tar'}" in capsys.readouterr().err
+
+    weights = weights_hash("unet")
+    samples(tmp_path, weights)
+    card = json.loads((tmp_path / "card.json").read_text())
+    (tmp_path / "card.json").write_text(json.dumps(card | {"weights_sha256": "1" * 16}))
+    with pytest.raises(SystemExit):
+        judged()
+    assert f"of weights 1111111111111111, not of {weights}" in capsys.readouterr().err
+
+
+def test_quality_keeps_what_it_found_on_more_pictures(judged, tmp_path, capsys):
+    samples(tmp_path, weights_hash("unet"))
+    before = judged()
+    images, about = unpack(tmp_path / "unet.npz")
+    blobs = [webp(Image.fromarray(each)) for each in images]
+    for name, rows, words in (
+        ("training", [2], "1 pictures of set training, but the card is of 2"),
+        ("captions", [4], "one picture of set captions, and distances need 2"),
+    ):
+        fewer = about | {"sets": {name: about["sets"][name][:1]}}
+        pack(tmp_path / "unet.npz", [blobs[i] for i in rows], fewer)
+        with pytest.raises(SystemExit):
+            judged()
+        assert words in capsys.readouterr().err
+        assert json.loads((tmp_path / "card.json").read_text()) == before
 
 
 def test_distances_of_equal_halves_are_beside_those_of_samples():
-    from eval.studies.emoji.quality import distances
+    from eval.studies.emoji.quality import distances, halves
 
     generator = torch.Generator().manual_seed(0)
     real, mine = torch.randn(400, 4, generator=generator), torch.randn(300, 4, generator=generator)
-    result = distances(mine + 2, real)
-    assert [row["n"] for row in result.values()] == [[300, 400], [200, 200], [200, 200]]
+    _, other = halves(400, 300)
+    result = distances(mine + 2, real, real[other] + 1)
+    assert [row["n"] for row in result.values()] == [[300, 400], *[[200, 200]] * 3]
     assert not any("warning" in row for row in result.values())
-    shifted, _, halves = (row["value"] for row in result.values())
-    assert shifted == pytest.approx(16, abs=1.5) and halves < 0.5
+    shifted, _, between, through = (row["value"] for row in result.values())
+    assert shifted == pytest.approx(16, abs=1.5) and between < 0.5
+    assert through == pytest.approx(4 + between, abs=0.5)

@@ -3,7 +3,8 @@
 Takes what `pipelines.emoji.samples` or `pipelines.emoji.gpu` wrote. Into the card of these weights go, for
 the sets and sizes that there are, how often the independent scorer finds a prompt's own picture among all of
 its set (R@1), and the Frechet distance to the training pictures, made as small, beside that of one half of
-these to the other; beside the card, sheets of two sets.
+these to the other. Both also of real pictures that went through the autoencoder, which no samples can be
+ahead of. Beside the card, sheets of two sets.
 """
 
 import argparse
@@ -19,22 +20,23 @@ from torch import Tensor
 
 from eval.metrics.extractors import Extractor, Pictures, features, load_extractor
 from eval.metrics.frechet import few_pictures, frechet_distance
-from pipelines.emoji import HERE, MODELS, data, reference
+from pipelines.emoji import HERE, MODELS, data, load_pipeline, reference, weights_hash
 from pipelines.emoji.captions import with_article
-from pipelines.emoji.card import SHEETS, SUBJECTS, block, read, save
+from pipelines.emoji.card import LABELS, SHEETS, SUBJECTS, block, read, save
 from pipelines.emoji.data import Emoji, unpack
-from pipelines.emoji.samples import file_name
+from pipelines.emoji.samples import file_name, through_autoencoder
 from pipelines.emoji.scorer import EmojiScorer, ranks
 from pipelines.emoji.sheet import sheet
 from pipelines.emoji.vae import SIDES
 
 COLUMNS = 8
+SAMPLES = "samples to training pictures"
 
 
-def by_set(pictures: np.ndarray, sets: dict[str, list[str]]) -> dict[str, np.ndarray]:
+def by_set(made: np.ndarray, sets: dict[str, list[str]]) -> dict[str, np.ndarray]:
     """The pictures lie one set after the other."""
     ends = np.cumsum([len(prompts) for prompts in sets.values()])
-    return dict(zip(sets, np.split(pictures, ends[:-1]), strict=True))
+    return dict(zip(sets, np.split(made, ends[:-1]), strict=True))
 
 
 def found(scorer: EmojiScorer, pictures: np.ndarray, prompts: list[str]) -> dict[str, float]:
@@ -54,25 +56,34 @@ def asked_for(emoji: Emoji) -> dict[str, int]:
 
 
 def retrieval(
-    scorer: EmojiScorer, emoji: Emoji, made: np.ndarray, prompts: list[str]
+    scorer: EmojiScorer, pictures: dict[str, np.ndarray], prompts: list[str]
 ) -> dict[str, Any]:
-    """Of samples, and of the pictures of the data that these prompts ask for."""
-    rows = asked_for(emoji)
+    """Of each of these, one picture a prompt."""
     result: dict[str, Any] = {"n": len(prompts), "chance": round(1 / len(prompts), 4)}
-    result["samples"] = found(scorer, made, prompts)
-    result["real"] = found(scorer, emoji.images[[rows[prompt] for prompt in prompts]], prompts)
-    return result
+    return result | {kind: found(scorer, each, prompts) for kind, each in pictures.items()}
 
 
-def distances(samples: Tensor, real: Tensor) -> dict[str, dict[str, Any]]:
-    """Frechet distances of features and the sizes of the sets; the last two at one size.  [N, D], [M, D]."""
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
-    size = min(len(samples), len(real) // 2)
-    half, other = real[order[:size]], real[order[size : 2 * size]]
+def halves(count: int, samples: int) -> tuple[Tensor, Tensor]:
+    """Two parts of `count` pictures, each as large as the samples, if there are enough."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    size = min(samples, count // 2)
+    return order[:size], order[size : 2 * size]
+
+
+def distances(samples: Tensor, real: Tensor, through: Tensor) -> dict[str, dict[str, Any]]:
+    """Frechet distances of features and the sizes of the sets; all but the first at one size.
+
+    Args:
+        samples: [N, D].
+        real: [M, D].
+        through: Of the second half of these, after the autoencoder.  [H, D].
+    """
+    half, other = (real[rows] for rows in halves(len(real), len(samples)))
     pairs = {
-        "samples to training pictures": (samples, real),
-        "samples to one half of these": (samples[:size], half),
+        SAMPLES: (samples, real),
+        "samples to one half of these": (samples[: len(half)], half),
         "one half to the other": (other, half),
+        "one half, through the autoencoder, to the other": (through, half),
     }
     result = {}
     for name, (mine, others) in pairs.items():
@@ -90,9 +101,9 @@ def cached(extractor: Extractor, pictures: np.ndarray, folder: Path) -> Tensor:
 
 
 def grid(pictures: np.ndarray, prompts: list[str]) -> Image.Image:
-    """A sheet of pictures, `COLUMNS` a row, each under the start of its prompt."""
+    """A sheet of pictures, `COLUMNS` a row, each under its prompt."""
     cells = [Image.fromarray(picture) for picture in pictures]
-    labels = [textwrap.shorten(prompt, 18, placeholder="…") for prompt in prompts]
+    labels = [textwrap.fill(prompt, 17, max_lines=2, placeholder="…") for prompt in prompts]
     cuts = [slice(i, i + COLUMNS) for i in range(0, len(cells), COLUMNS)]
     return sheet([cells[c] for c in cuts], [labels[c] for c in cuts], cell=128)
 
@@ -106,28 +117,71 @@ def judged(
     cache: Path,
 ) -> dict[str, Any]:
     """What the card says of one file's pictures, by set."""
-    sets, side = about["sets"], about["side"]
-    result: dict[str, Any] = {
-        "sampling": about["sampling"],
-        "retrieval": {
-            name: retrieval(scorer, emoji, made[name], sets[name])
-            for name in ("training", "held_out", "compositions")
-            if name in sets
-        },
-    }
+    sets, side, pipe = about["sets"], about["side"], load_pipeline(about["model"])
+    result: dict[str, Any] = {"sampling": about["sampling"], "retrieval": {}}
+    rows = asked_for(emoji)
+    for name in LABELS:
+        if name in sets:
+            real = reference.sized(emoji.images[[rows[prompt] for prompt in sets[name]]], side)
+            kinds = {
+                "samples": made[name],
+                "autoencoder": through_autoencoder(pipe, real),
+                "real": real,
+            }
+            result["retrieval"][name] = retrieval(scorer, kinds, sets[name])
     if "captions" in sets:
-        real = cached(extractor, reference.pictures(emoji, side), cache / f"training_{side}px")
-        name = Path(file_name(about["model"], side)).stem
-        samples = cached(extractor, made["captions"], cache / name)
-        result |= {"distance": extractor.names[0], "distances": distances(samples, real)}
+        real = reference.pictures(emoji, side)
+        _, other = halves(len(real), len(made["captions"]))
+        through = through_autoencoder(pipe, real[other])
+        parts = {
+            Path(file_name(about["model"], side)).stem: made["captions"],
+            f"training_{side}px": real,
+            f"autoencoder_{side}px": through,
+        }
+        found = [cached(extractor, each, cache / name) for name, each in parts.items()]
+        result |= {"distance": extractor.names[0], "distances": distances(*found)}
     return result
 
 
 def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """What was found, and of sets that were not among these pictures what was before, if sampled alike."""
+    """What was found, and of sets that were not among these pictures what was before, if sampled alike.
+
+    Raises:
+        ValueError: if a set has fewer pictures than before.
+    """
     if before.get("sampling") != found["sampling"]:
         return found
+    counts = [
+        {name: row["n"] for name, row in each["retrieval"].items()}
+        | ({"captions": each["distances"][SAMPLES]["n"][0]} if "distances" in each else {})
+        for each in (before, found)
+    ]
+    for name, count in counts[1].items():
+        if count < counts[0].get(name, 0):
+            raise ValueError(
+                f"{count} pictures of set {name}, but the card is of {counts[0][name]}; generate as many, "
+                'or take "quality" out of the card first'
+            )
     return {**before, **found, "retrieval": {**before["retrieval"], **found["retrieval"]}}
+
+
+def mismatch(file: Path, about: dict[str, Any], card: dict[str, Any]) -> str | None:
+    """What to do where pictures, embedded weights and card do not belong together."""
+    model, given, embedded = about["model"], about["weights_sha256"], weights_hash(about["model"])
+    archive = file.with_name(f"{model}.tar")
+    if given != embedded:
+        way = f"unpack {archive} in {HERE}, and measure the card anew"
+        if not archive.exists():
+            way = f"generate others: python -m pipelines.emoji.samples --model {model}"
+        return f"{file} is by weights {given}, those in {HERE} are {embedded}; {way}"
+    if card["weights_sha256"] != embedded:
+        return (
+            f"the card of {model} is of weights {card['weights_sha256']}, not of {embedded}; measure it "
+            f"anew: python -m pipelines.emoji.card --model {model} --log LOG (log.jsonl of their training)"
+        )
+    if len(about["sets"].get("captions", ("", ""))) < 2:
+        return f"{file} has one picture of set captions, and distances need 2; generate more"
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -150,16 +204,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         images, about = unpack(file)
         model, sets = about["model"], about["sets"]
         card = read(model)
-        if card["weights_sha256"] != about["weights_sha256"]:
-            parser.error(
-                f"{file} is by weights {about['weights_sha256']}, the card of {card['weights_sha256']}; "
-                f"unpack {file.with_suffix('.tar')} in {HERE} and run: "
-                f"python -m pipelines.emoji.card --model {model} --log {args.pictures / 'log.jsonl'}"
-            )
+        if wrong := mismatch(file, about, card):
+            parser.error(wrong)
         made = by_set(images, sets)
         found = judged(made, about, emoji, scorer, extractor, args.cache)
         quality, side = card.setdefault("quality", {}), str(about["side"])
-        quality[side] = joined(quality.get(side, {}), found)
+        try:
+            quality[side] = joined(quality.get(side, {}), found)
+        except ValueError as error:
+            parser.error(f"{file}: {error}")
         for name in SHEETS:
             if name in sets and about["side"] == data.SIZE:
                 path = SUBJECTS[model].folder / f"{name}.webp"

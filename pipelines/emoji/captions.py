@@ -100,7 +100,7 @@ def with_article(noun: str) -> str:
 def caption(names: list[str], colour: str | None, recoloured: bool, rng: random.Random) -> str:
     """One caption, drawn from the ways a person might ask for the picture.
 
-    A recoloured picture is always called by its new colour.
+    A recoloured picture is called by its new colour, unless the name has a colour word already.
     """
     noun = names[0] if len(names) == 1 or rng.random() < 0.75 else rng.choice(names[1:])
     named = any(word in _COLOUR_WORDS for word in noun.split())

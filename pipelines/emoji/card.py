@@ -268,9 +268,15 @@ def quality_lines(quality: dict[str, Any], folder: Path) -> list[str]:
     ]
     distances = [
         f"| {side} | {measured['distance']} | {name} | {row['value']} | {row['n'][0]:,} and "
-        f"{row['n'][1]:,}{' (' + row['warning'] + ')' if 'warning' in row else ''} |"
+        f"{row['n'][1]:,} |"
         for side, measured in quality.items()
         for name, row in measured.get("distances", {}).items()
+    ]
+    warnings = [
+        row["warning"]
+        for measured in quality.values()
+        for row in measured.get("distances", {}).values()
+        if "warning" in row
     ]
     lines: list[str] = []
     if found:
@@ -284,6 +290,7 @@ def quality_lines(quality: dict[str, Any], folder: Path) -> list[str]:
     if distances:
         heads = ["pixels", "distance", "of what", "value", "pictures"]
         lines += ["", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *distances]
+        lines += ["", *(f"{each}." for each in dict.fromkeys(warnings))]
     for sampling in {str(each["sampling"]): each["sampling"] for each in quality.values()}.values():
         sides = [side for side, each in quality.items() if each["sampling"] == sampling]
         lines += [

@@ -24,7 +24,7 @@ def export(emoji: Emoji, work: Path, home: Path) -> None:
     """The averaged weights of the furthest stage of each denoiser replace those under `home`.
 
     Raises:
-        SystemExit: if there is none, or one was trained on other latents or texts than are exported with it.
+        SystemExit: if there is none, or one was trained with another autoencoder or text encoder.
     """
     unet, mmdit = (_furthest(work, name) for name in ("unet", "mmdit"))
     if unet is None and mmdit is None:

@@ -199,8 +199,8 @@ def new_optimizers(
 class Loop:
     """Trains a module by `loss_fn(generator, rng) -> {"loss": ..., ...}`, one call a shard.
 
-    basis: hash of what is learned from (data, latents, texts). A checkpoint of another basis is not gone on
-    from: training begins anew, with its averaged weights.
+    basis: hash of what is learned from (data, autoencoder, text encoder). A checkpoint of another basis is
+    not gone on from: training begins anew, with its averaged weights.
 
     No step waits for the device: a GPU is given the next one while it computes.
 
@@ -290,7 +290,7 @@ class Loop:
         self.ema = Ema(self.module, self.ema.decay)
         print(
             f"{self.name} begins anew, with the averaged weights of {self.checkpoint}: these were trained "
-            "on other data, latents or texts than there are now",
+            "with other data, another autoencoder or text encoder than there are now",
             flush=True,
         )
 
@@ -470,8 +470,9 @@ def averaged(path: Path, prefix: str = "", basis: str | None = None) -> dict[str
     state = torch.load(path, map_location="cpu", weights_only=True)
     if basis is not None and state.get("basis") != basis:
         raise SystemExit(
-            f"{path} was trained on other data, latents or texts than {path.parent} now gives; train it "
-            f"on these: python -m pipelines.emoji.train --stage {path.stem} --minutes 10"
+            f"{path} was trained with other data, another autoencoder or text encoder than {path.parent} "
+            "now gives; train it with these: "
+            f"python -m pipelines.emoji.train --stage {path.stem} --minutes 10"
         )
     values = state["ema"]
     return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}

@@ -690,11 +690,13 @@ def test_export_writes_what_was_trained(tiny_emoji, tmp_path, monkeypatch):
     hashes = [weights_hash(model) for model in MODELS]
     other = new_text_encoder(new_tokenizer(tiny_emoji))
     checkpoint(work / "unet32.pt", basis()[0], unet=new_unet(), text=other)
-    with pytest.raises(SystemExit, match=r"mmdit128\.pt was trained on other .* --stage mmdit128"):
+    with pytest.raises(
+        SystemExit, match=r"mmdit128\.pt was trained with other .* --stage mmdit128"
+    ):
         export(tiny_emoji, work, home)
     assert hashes == [weights_hash(model) for model in MODELS]
     checkpoint(work / "decoder.pt", "other latents", vae=new_vae())
-    with pytest.raises(SystemExit, match=r"decoder\.pt was trained on other .* --stage decoder"):
+    with pytest.raises(SystemExit, match=r"decoder\.pt was trained with other .* --stage decoder"):
         export(tiny_emoji, work, home)
 
 

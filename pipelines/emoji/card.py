@@ -47,6 +47,7 @@ SHEETS = {
     "held_out": "Names that were held out",
     "compositions": "Colours and objects that the pipelines do not see together",
 }
+HALVES = "one half to the other"
 LABELS = {
     "training": "training names",
     "held_out": "held-out names",
@@ -250,6 +251,12 @@ def block(card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _times(row: dict[str, Any], measured: dict[str, Any]) -> str:
+    """A distance over that of real pictures to others, where both are of as many pictures."""
+    least = measured["distances"][HALVES]
+    return f"{row['value'] / least['value']:.1f}" if row["n"] == least["n"] else ""
+
+
 def quality_lines(quality: dict[str, Any], folder: Path) -> list[str]:
     """What `eval.studies.emoji.quality` measured, by the size of the pictures."""
     kinds = {
@@ -267,8 +274,8 @@ def quality_lines(quality: dict[str, Any], folder: Path) -> list[str]:
         for name, row in measured["retrieval"].items()
     ]
     distances = [
-        f"| {side} | {measured['distance']} | {name} | {row['value']} | {row['n'][0]:,} and "
-        f"{row['n'][1]:,} |"
+        f"| {side} | {measured['distance']} | {name} | {row['value']} | {_times(row, measured)} "
+        f"| {row['n'][0]:,} and {row['n'][1]:,} |"
         for side, measured in quality.items()
         for name, row in measured.get("distances", {}).items()
     ]
@@ -288,7 +295,7 @@ def quality_lines(quality: dict[str, Any], folder: Path) -> list[str]:
             *found,
         ]
     if distances:
-        heads = ["pixels", "distance", "of what", "value", "pictures"]
+        heads = ["pixels", "distance", "of what", "value", f"times that of {HALVES}", "pictures"]
         lines += ["", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *distances]
         lines += ["", *(f"{each}." for each in dict.fromkeys(warnings))]
     for sampling in {str(each["sampling"]): each["sampling"] for each in quality.values()}.values():

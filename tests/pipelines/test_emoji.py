@@ -881,6 +881,41 @@ def test_the_readme_shows_the_committed_cards():
         assert figures["weights_sha256"] == weights_hash(figures["model"])
 
 
+def test_the_limits_are_those_of_the_cards():
+    """What the README says of shares and multiples is in the committed cards."""
+    card, measured = cards()
+    text = " ".join(card.README.read_text(encoding="utf-8").split("## Limits")[1].split())
+    shares, halves, chances, rows = [], [], [], []
+    times = {"128": [], "64": []}
+    for figures in measured:
+        quality = figures["quality"]
+        for side, found in times.items():
+            values = [row["value"] for row in quality[side]["distances"].values()]
+            sizes = [row["n"] for row in quality[side]["distances"].values()]
+            assert sizes[1:] == [[817, 817]] * 3
+            found.append([f"{value / values[2]:.1f}" for value in (values[1], values[3])])
+        training, pairs = (quality["128"]["retrieval"][k] for k in ("training", "compositions"))
+        shown, through, real = (
+            training[kind]["alignment"] for kind in ("samples", "autoencoder", "real")
+        )
+        shares.append(f"{shown / real:.0%}".replace("%", " %"))
+        halves.append(shown / through)
+        chances.append(f"{pairs['samples']['R@1'] / pairs['chance']:.0f}")
+        stage = figures["training"][figures["model"] + "128"]
+        loss = f"{stage['held_out']['train_loss']:.3g}"
+        rows.append(f"| {loss} | {shown} | {training['samples']['R@1']} |")
+        assert training["n"] == 200 and training["samples"]["R@1"] > 0.5 * training["real"]["R@1"]
+    assert f"Alignment is {shares[0]} (`unet`) and {shares[1]} (`mmdit`)" in text
+    assert all(0.45 < half < 0.55 for half in halves)
+    assert f"R@1 is {chances[0]} and {chances[1]} times chance" in text
+    assert all(row in text for row in rows)
+    (unet, through), (mmdit, same) = times["128"]
+    said = f"{unet} times (`unet`) and {mmdit} times (`mmdit`), real pictures through the autoencoder at"
+    assert f"{said} {through} times" in text and through == same
+    (unet, through), (mmdit, same) = times["64"]
+    assert f"these are {unet}, {mmdit} and {through} times" in text and through == same
+
+
 def test_a_card_replaces_its_own_block_only(monkeypatch, tmp_path):
     card, measured = cards()
     text = card.README.read_text(encoding="utf-8")

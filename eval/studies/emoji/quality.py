@@ -22,7 +22,7 @@ from eval.metrics.extractors import Extractor, Pictures, features, load_extracto
 from eval.metrics.frechet import few_pictures, frechet_distance
 from pipelines.emoji import HERE, MODELS, data, load_pipeline, reference, weights_hash
 from pipelines.emoji.captions import with_article
-from pipelines.emoji.card import LABELS, SHEETS, SUBJECTS, block, read, save
+from pipelines.emoji.card import HALVES, LABELS, SHEETS, SUBJECTS, block, read, save
 from pipelines.emoji.data import Emoji, unpack
 from pipelines.emoji.samples import file_name, through_autoencoder
 from pipelines.emoji.scorer import EmojiScorer, ranks
@@ -82,7 +82,7 @@ def distances(samples: Tensor, real: Tensor, through: Tensor) -> dict[str, dict[
     pairs = {
         SAMPLES: (samples, real),
         "samples to one half of these": (samples[: len(half)], half),
-        "one half to the other": (other, half),
+        HALVES: (other, half),
         "one half, through the autoencoder, to the other": (through, half),
     }
     result = {}

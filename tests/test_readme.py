@@ -144,6 +144,18 @@ def test_links_to_files_lead_somewhere(name):
         assert (folder / target).exists(), target
 
 
+@pytest.mark.parametrize("name", [*DOCUMENTS, "pipelines/emoji/README.md"])
+def test_rows_of_a_table_are_as_long_as_its_head(name):
+    """A table whose second line has another number of cells is shown as text."""
+    lines = [line.strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    lengths = [len(re.findall(r"(?<!\\)\|", line)) if line[:1] == "|" else 0 for line in lines]
+    for i, line in enumerate(lines):
+        if re.fullmatch(r"\|(:?-+:?\|)+", line.replace(" ", "")):
+            assert lengths[i - 1] == lengths[i], lines[i - 1]
+        elif lengths[i] and lengths[i - 1]:
+            assert lengths[i] == lengths[i - 1], line
+
+
 def test_python_versions_are_said_the_same_everywhere():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'requires-python = ">=3.10"' in project

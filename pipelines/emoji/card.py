@@ -287,7 +287,7 @@ def quality_lines(quality: dict[str, Any], folder: Path) -> list[str]:
     ]
     lines: list[str] = []
     if found:
-        scores, rule = " | ".join(kinds.values()), "|".join(["---"] * (5 + 2 * len(kinds)))
+        scores, rule = " | ".join(kinds.values()), "|".join(["---"] * (4 + 2 * len(kinds)))
         heads = [f"{score} of {scores}" for score in ("R@1", "alignment")]
         lines += [
             f"| pixels | prompts | n | {heads[0]} | chance | {heads[1]} |",

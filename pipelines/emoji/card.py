@@ -197,7 +197,7 @@ def block(card: dict[str, Any]) -> str:
     """The figures as Markdown; those of data and scorer stand in the first pipeline's block only."""
     first = card["model"] == "unet"
     lines = [
-        "| stage | minutes | steps | training loss | on held-out concepts |",
+        "| stage | minutes | steps | training loss | averaged weights |",
         "|---|---|---|---|---|",
     ]
     for stage, row in card["training"].items():
@@ -328,8 +328,8 @@ def read(model: str) -> dict[str, Any]:
 
 def save(card: dict[str, Any]) -> None:
     """Write the numbers, and the README that shows them."""
-    SUBJECTS[card["model"]].card.write_text(json.dumps(card, indent=1) + "\n")
     write_readme(card)
+    SUBJECTS[card["model"]].card.write_text(json.dumps(card, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -342,9 +342,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     log, stages = args.log or args.work / "log.jsonl", SUBJECTS[args.model].stages
     before = read(args.model) if SUBJECTS[args.model].card.exists() else {}
     same = before.get("weights_sha256") == weights_hash(args.model)
-    trained = training(log, stages) if log.is_file() else {}
-    if not trained and same and args.log is None:
+    if same and args.log is None:
         trained = before["training"]
+    else:
+        trained = training(log, stages) if log.is_file() else {}
     if not trained:
         lack = (
             f"no stage of {args.model} in {log}"

@@ -1,12 +1,13 @@
 """Write the trained parts in diffusers' folder format, in fp16: `weights/` and `mmdit/`."""
 
+import copy
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from pipelines.emoji.data import Emoji
@@ -23,24 +24,42 @@ LIMIT_BYTES, FILE_LIMIT_BYTES = 24_000_000, 15_000_000
 def export(emoji: Emoji, work: Path, home: Path) -> None:
     """The averaged weights of the furthest stage of each denoiser replace those under `home`.
 
+    So does a decoder that was trained further, of the UNet's pipeline or alone.
+
     Raises:
-        SystemExit: if there is none, or one was trained with another autoencoder or text encoder.
+        SystemExit: if there is nothing, or one was trained with another autoencoder or text encoder than it
+            would lie beside.
     """
     unet, mmdit = (_furthest(work, name) for name in ("unet", "mmdit"))
-    if unet is None and mmdit is None:
+    decoder = work / "decoder.pt"
+    if unet is None and mmdit is None and not decoder.exists():
         raise SystemExit(
             f"no denoiser's checkpoint in {work}; train one first: "
             "python -m pipelines.emoji.train --stage unet32 --minutes 10"
         )
     latents = encode_all(emoji, work, torch.device("cpu"))
-    text = trained_text_encoder(emoji, work, "unet32")
-    basis = fingerprint(latents.basis, text)
+    vae, text = trained_vae(work, latents), trained_text_encoder(emoji, work)
+    basis = f"{latents.basis} {fingerprint(text)}"
+    changed = _changed(vae, text, home / "weights")
+    if unet is None and changed:
+        raise SystemExit(
+            f"{changed} in {work} is not that of {home / 'weights'}, and there is no UNet to be exported "
+            "with it; train that first: python -m pipelines.emoji.train --stage unet32 --minutes 10"
+        )
+    if mmdit is None and changed and (home / "mmdit" / "transformer").is_dir():
+        print(
+            f"{changed} is another one now: train the transformer in {home / 'mmdit'} with it, and export "
+            "again: python -m pipelines.emoji.train --stage mmdit32 --minutes 10",
+            flush=True,
+        )
     writers: dict[Path, Callable[[Path], object]] = {}  # all is read before anything is replaced
     if unet is not None:
         # The first stage trains the text encoder too.
         own = latents.basis if unet.stem == "unet32" else basis
-        pipe = _unet_pipeline(emoji, trained_vae(work, latents), text, averaged(unet, "unet.", own))
+        pipe = _unet_pipeline(emoji, vae, text, averaged(unet, "unet.", own))
         writers[home / "weights"] = pipe.save_pretrained
+    elif decoder.exists():
+        writers[home / "weights" / "vae"] = vae.to(torch.float16).save_pretrained
     if mmdit is not None:
         # One by one: the samples of the card lie beside them.
         transformer = _transformer(averaged(mmdit, "mmdit.", basis))
@@ -48,9 +67,26 @@ def export(emoji: Emoji, work: Path, home: Path) -> None:
         writers[home / "mmdit" / "scheduler"] = new_flow_scheduler().save_pretrained
     for folder, write in writers.items():
         _replace(folder, write)
-    for checkpoint in filter(None, (unet, mmdit)):
-        print(f"exported {checkpoint.stem}")
+    for folder in writers:
+        print(f"exported {folder}")
     check_sizes(home)
+
+
+def _changed(vae: AutoencoderKL, text: CLIPTextModel, weights: Path) -> str | None:
+    """Which part that denoisers depend on is not the one in a folder of weights, if there is one."""
+    if not weights.is_dir():
+        return None
+    theirs = CLIPTextModel.from_pretrained(weights / "text_encoder", local_files_only=True)
+    if _half(text) != _half(theirs):
+        return "the text encoder"
+    saved = AutoencoderKL.from_pretrained(weights / "vae", local_files_only=True)
+    codes = (nn.ModuleList([each.encoder, each.quant_conv]) for each in (vae, saved))
+    return None if _half(next(codes)) == _half(next(codes)) else "the encoder of the autoencoder"
+
+
+def _half(module: nn.Module) -> str:
+    """The hash of a module as it is exported."""
+    return fingerprint(copy.deepcopy(module).to(torch.float16))
 
 
 def check_sizes(home: Path) -> None:

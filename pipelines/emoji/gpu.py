@@ -116,11 +116,19 @@ def _train(job: Job) -> bool:
     """All stages and the archives of their weights."""
     from pipelines.emoji import data
     from pipelines.emoji.export import export
+    from pipelines.emoji.loop import trained_on
     from pipelines.emoji.train import run_stage
 
     if job.exported:
         return True
     emoji = data.load(job.data)
+    for stage in job.budgets:
+        path = job.work / f"{stage}.pt"
+        if path.exists() and trained_on(path) != emoji.digest:
+            raise SystemExit(
+                f"{path} was trained on other data than {job.data}; bring these back, or train anew in "
+                "other folders: --work, --out"
+            )
     for stage, budget in job.budgets.items():
         if is_done(job.work, stage):
             continue

@@ -199,7 +199,7 @@ def new_optimizers(
 class Loop:
     """Trains a module by `loss_fn(generator, rng) -> {"loss": ..., ...}`, one call a shard.
 
-    basis: hash of what is learned from (data, autoencoder, text encoder). A checkpoint of another basis is
+    basis: hashes of what is learned from: data, autoencoder, text encoder. A checkpoint of another basis is
     not gone on from: training begins anew, with its averaged weights.
 
     No step waits for the device: a GPU is given the next one while it computes.
@@ -265,12 +265,12 @@ class Loop:
     def _load(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         if state.get("basis") != self.basis:
-            self._begin_again(state["ema"])
+            self._begin_again(state)
             return
         if "module" not in state:
             raise SystemExit(
-                f"{self.checkpoint} holds only the averaged weights of a finished stage; to train "
-                f"{self.name} further, move it away and begin with the embedded weights"
+                f"{self.checkpoint} holds only the averaged weights of a finished stage, from which it "
+                "cannot go on; move it away to train the stage anew"
             )
         self.module.load_state_dict(state["module"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -278,13 +278,15 @@ class Loop:
         self.ema.values = state["ema"]
         self.step, self.seconds = state["step"], state["seconds"]
 
-    def _begin_again(self, averaged: Mapping[str, Tensor]) -> None:
+    def _begin_again(self, state: Mapping[str, Any]) -> None:
         """From the first step, with what was learned from something else."""
         mine = self.ema.parameters
+        # With other data the pieces of words have other ids.
+        words = data_of(state) == data_of({"basis": self.basis})
         learned = {
             key: value
-            for key, value in averaged.items()
-            if mine[key].requires_grad and mine[key].shape == value.shape
+            for key, value in state["ema"].items()
+            if mine[key].requires_grad and (words or not key.startswith("text."))
         }
         self.module.load_state_dict(learned, strict=False)
         self.ema = Ema(self.module, self.ema.decay)
@@ -447,12 +449,22 @@ def begin_with(
         print(f"begins anew: {folder} holds a model of another shape", flush=True)
 
 
-def fingerprint(basis: str, module: nn.Module) -> str:
-    """First 16 hex digits of the SHA-256 over a hash and the parameters of a module on the CPU."""
-    digest = hashlib.sha256(basis.encode())
+def fingerprint(module: nn.Module) -> str:
+    """First 16 hex digits of the SHA-256 over the parameters of a module on the CPU."""
+    digest = hashlib.sha256()
     for value in module.parameters():
         digest.update(value.detach().float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def data_of(state: Mapping[str, Any]) -> str:
+    """The hash of the data that a checkpoint was trained on, the first of its basis."""
+    return str(state.get("basis", "")).partition(" ")[0]
+
+
+def trained_on(path: Path) -> str:
+    """The hash of the data that the checkpoint in a file was trained on."""
+    return data_of(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
 def averaged(path: Path, prefix: str = "", basis: str | None = None) -> dict[str, Tensor]:

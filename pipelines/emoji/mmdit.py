@@ -97,8 +97,8 @@ def train_mmdit(
     transformer = new_transformer(data.shape[-1])
     begin_with(transformer, MMDIT / "transformer", stages_before(work, stage), "mmdit.")
     tokenizer = new_tokenizer(emoji)
-    encoder = trained_text_encoder(emoji, work, "unet32")
-    basis = fingerprint(latents.basis, encoder)
+    encoder = trained_text_encoder(emoji, work)
+    basis = f"{latents.basis} {fingerprint(encoder)}"
     text = with_projection(encoder).to(device)
     text.requires_grad_(False)
     module = nn.ModuleDict({"mmdit": transformer})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +52,8 @@ def generate(
     Args:
         pipe: The pipeline.
         about: What `described` says. Latents that are there are used again where denoiser, sampling and
-            prompt are the same, those of other sets and of later prompts are kept.
+            prompt are the same, and those of other sets and of more prompts are kept. Where other prompts
+            take their place, a copy is left beside them.
         out: The file.
         batch: Pictures at a time.
         until: Of time.monotonic(), after which nothing more is begun.
@@ -59,7 +61,7 @@ def generate(
     Returns:
         Whether the time was enough.
     """
-    part = out.with_suffix(".part.pt")
+    part = out.with_suffix(".latents.pt")
     # The latents are kept: they take the time, and outlast a decoder that is trained further.
     made_with = {k: v for k, v in about.items() if k not in ("weights_sha256", "sets")}
     kept = torch.load(part, weights_only=True) if part.exists() else {}
@@ -70,6 +72,8 @@ def generate(
         for name, prompts in about["sets"].items():
             have = alike(done.get(name, {}).get("prompts", []), prompts)
             if name not in done or have < min(len(prompts), len(done[name]["prompts"])):
+                if name in done:
+                    shutil.copyfile(part, out.with_suffix(".before.pt"))
                 made = done[name]["latents"][:have] if name in done else torch.empty(0)
                 done[name] = {"prompts": prompts[:have], "latents": made}
             bar.update(have)
@@ -118,7 +122,7 @@ def decode(pipe: Any, latents: Tensor) -> list[Image.Image]:
 
 @torch.no_grad()
 def through_autoencoder(pipe: Any, images: np.ndarray) -> np.ndarray:
-    """What autoencoder and compression leave of pictures: no samples can be nearer.  uint8 [N, H, W, 3]."""
+    """What the autoencoder and the compression of samples leave of pictures.  uint8 [N, H, W, 3]."""
     vae, blobs = pipe.vae, []
     for part in torch.from_numpy(images).split(16):
         z = vae.encode(to_unit(part).to(vae.device, vae.dtype)).latent_dist.mode()

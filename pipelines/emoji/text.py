@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from pipelines.emoji import WEIGHTS
 from pipelines.emoji.captions import COLOURS, caption
 from pipelines.emoji.data import Emoji
-from pipelines.emoji.loop import Budget, Loop, autocast, begin_with
+from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, trained_on
 from pipelines.emoji.vae import SIDES, Latents
 
 VOCABULARY, LENGTH, WIDTH = 1200, 16, 128
@@ -198,20 +198,45 @@ def train_text(
     return loop
 
 
-def trained_text_encoder(emoji: Emoji, work: Path, *stages: str) -> CLIPTextModel:
-    """As the first of these stages that has a checkpoint left it, averaged, or else as embedded."""
+def latest_text_encoder(emoji: Emoji, work: Path) -> CLIPTextModel:
+    """To be trained further: of stage unet32, else of stage text, else as embedded, else untrained."""
     tokenizer = new_tokenizer(emoji)
     text = new_text_encoder(tokenizer)
-    _begin(text, tokenizer, *(work / f"{stage}.pt" for stage in stages))
+    _begin(text, tokenizer, *_checkpoints(emoji, work, "unet32", "text"))
     return text
 
 
-def _begin(text: CLIPTextModel, tokenizer: CLIPTokenizer, *checkpoints: Path) -> None:
-    """As `begin_with`; what is embedded is taken only if its pieces of words have the same ids."""
-    embedded = WEIGHTS / "text_encoder"
-    if not any(map(Path.exists, checkpoints)) and (WEIGHTS / "tokenizer").is_dir():
-        theirs = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True)
+def trained_text_encoder(emoji: Emoji, work: Path) -> CLIPTextModel:
+    """As stage unet32 left it, averaged, or else as embedded.
+
+    Raises:
+        SystemExit: if there is neither, for these data.
+    """
+    tokenizer = new_tokenizer(emoji)
+    text = new_text_encoder(tokenizer)
+    if not _begin(text, tokenizer, *_checkpoints(emoji, work, "unet32")):
+        raise SystemExit(
+            f"no text encoder for these data, in {work} or embedded; train it first: "
+            "python -m pipelines.emoji.train --stage unet32 --minutes 10"
+        )
+    return text
+
+
+def _checkpoints(emoji: Emoji, work: Path, *stages: str) -> list[Path]:
+    """Those that were trained on these data: with others, the pieces of words have other ids."""
+    paths = [work / f"{stage}.pt" for stage in stages]
+    return [path for path in paths if path.exists() and trained_on(path) == emoji.digest]
+
+
+def _begin(text: CLIPTextModel, tokenizer: CLIPTokenizer, *checkpoints: Path) -> bool:
+    """As `begin_with`, but what is embedded only if its pieces of words have the same ids; if anything."""
+    embedded, words = WEIGHTS / "text_encoder", WEIGHTS / "tokenizer"
+    if not checkpoints:
+        if not words.is_dir():
+            return False
+        theirs = CLIPTokenizer.from_pretrained(words, local_files_only=True)
         if theirs.get_vocab() != tokenizer.get_vocab():
             print(f"begins anew: {embedded} is of other words than these data", flush=True)
-            return
+            return False
     begin_with(text, embedded, checkpoints, "text.")
+    return True

@@ -10,7 +10,7 @@ from pipelines.emoji import WEIGHTS
 from pipelines.emoji.data import Emoji
 from pipelines.emoji.denoise import side_of, stages_before, train_denoiser
 from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, compiled, fingerprint
-from pipelines.emoji.text import WIDTH, new_tokenizer, trained_text_encoder
+from pipelines.emoji.text import WIDTH, latest_text_encoder, new_tokenizer, trained_text_encoder
 from pipelines.emoji.vae import Latents
 
 MIN_SNR = 5.0
@@ -85,8 +85,8 @@ def train_unet(
     torch.manual_seed(side)
     tokenizer, unet = new_tokenizer(emoji), new_unet()
     alphas = new_scheduler().alphas_cumprod.to(device)
-    text = trained_text_encoder(emoji, work, "unet32", "text")
-    basis = latents.basis if first else fingerprint(latents.basis, text)
+    text = (latest_text_encoder if first else trained_text_encoder)(emoji, work)
+    basis = latents.basis if first else f"{latents.basis} {fingerprint(text)}"
     text.to(device)
     begin_with(unet, WEIGHTS / "unet", stages_before(work, stage), "unet.")
     if not first:

@@ -214,7 +214,7 @@ class Latents:
     """All latents, one row a picture of the data set.
 
     by_side: [I, 4, side / 4, side / 4] of pictures of each of `SIDES`, standardised as those of the
-    largest; mean, std: [4] of the raw ones; basis: hash of the data and the autoencoder.
+    largest; mean, std: [4] of the raw ones; basis: hashes of the data and the encoder.
     """
 
     by_side: dict[int, Tensor]
@@ -238,7 +238,7 @@ def encode_all(emoji: Emoji, work: Path, device: torch.device) -> Latents:
     """
     path, vae = work / "latents.pt", _raw_vae(work)
     # A decoder that was trained further leaves them as they are.
-    basis = fingerprint(emoji.digest, nn.ModuleList([vae.encoder, vae.quant_conv]))
+    basis = f"{emoji.digest} {fingerprint(nn.ModuleList([vae.encoder, vae.quant_conv]))}"
     if path.exists():
         kept = torch.load(path, weights_only=True)
         if kept.get("basis") == basis:

@@ -12,6 +12,7 @@ import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,6 +63,7 @@ from pipelines.emoji.sheet import sheet
 from pipelines.emoji.text import (
     Captions,
     Rows,
+    latest_text_encoder,
     new_text_encoder,
     new_tokenizer,
     tokens,
@@ -77,6 +79,7 @@ from pipelines.emoji.vae import (
     standardise,
     train_decoder,
     train_vae,
+    trained_vae,
 )
 from tests.tiny import emoji_data
 
@@ -359,6 +362,19 @@ def test_latents_are_of_the_data_and_autoencoder_that_are_there(tiny_emoji, tmp_
     assert other.basis != first.basis
     torch.testing.assert_close(other.by_side[64], first.by_side[64].flip(0), atol=1e-2, rtol=1e-2)
     assert encode_all(replace(turned, colours=["red"] * 9), tmp_path, CPU).basis != other.basis
+    # What was learned of other data is of other words: not even as many pieces need be the same.
+    words = new_text_encoder(new_tokenizer(tiny_emoji))
+    checkpoint(tmp_path / "unet32.pt", first.basis, unet=new_unet(), text=words)
+    found = trained_text_encoder(tiny_emoji, tmp_path).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in words.state_dict().items())
+    with pytest.raises(SystemExit, match="no text encoder for these data"):
+        trained_text_encoder(turned, tmp_path)
+    loop = train_unet(
+        turned, other, tmp_path, Budget(steps=1), CPU, "unet32", 2, 1e-3, stop_after=0
+    )
+    assert loop.step == 0
+    begun = loop.module["text"].state_dict()
+    assert any(not torch.equal(begun[key], value) for key, value in words.state_dict().items())
     # The decoder may be trained further; an encoder that was is another code.
     vae = new_vae()
     bases = []
@@ -376,7 +392,9 @@ def test_embedded_words_are_taken_for_the_same_pieces_only(
     tiny_emoji, tmp_path, monkeypatch, capsys
 ):
     """Of as many pieces with other ids a text encoder would say other things."""
-    trained_text_encoder(tiny_emoji, tmp_path)
+    with pytest.raises(SystemExit, match=r"no text encoder for these data.* --stage unet32"):
+        trained_text_encoder(tiny_emoji, tmp_path)
+    latest_text_encoder(tiny_emoji, tmp_path)
     assert "of other words than these data" in capsys.readouterr().out
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True)
     monkeypatch.setattr("pipelines.emoji.text.new_tokenizer", lambda emoji: tokenizer)
@@ -542,7 +560,7 @@ def test_a_compiled_denoiser_is_trained_to_the_same_weights(tiny_emoji, tmp_path
     weights = []
     for work in (tmp_path / "plain", tmp_path / "compiled"):
         work.mkdir()
-        checkpoint(work / "unet32.pt", unet=new_unet(), text=text)
+        checkpoint(work / "unet32.pt", tiny_emoji.digest, unet=new_unet(), text=text)
         loop = train_mmdit(tiny_emoji, stored, work, Budget(steps=2), CPU, "mmdit32", 2, 1e-3)
         weights.append(loop.module.state_dict())
         monkeypatch.setattr("pipelines.emoji.mmdit.compiled", compile_)
@@ -643,60 +661,107 @@ def checkpoint(path: Path, basis: str = "", **modules: torch.nn.Module) -> None:
     torch.save({"ema": {k: v.detach() for k, v in values}, "basis": basis}, path)
 
 
-def test_export_writes_what_was_trained(tiny_emoji, tmp_path, monkeypatch):
+@pytest.fixture
+def trained(tiny_emoji, tmp_path, monkeypatch):
+    """A work folder with an autoencoder and both denoisers; where they are exported to, and loaded from."""
+    torch.manual_seed(0)
+    work, home = tmp_path / "work", tmp_path / "home"
+    work.mkdir()
+    torch.save({"ema": dict(new_vae().named_parameters())}, work / "vae.pt")
+    latents = encode_all(tiny_emoji, work, CPU)
+    text, transformer = new_text_encoder(new_tokenizer(tiny_emoji)), new_transformer()
+    checkpoint(work / "unet32.pt", latents.basis, unet=new_unet(), text=text)
+    basis = f"{latents.basis} {fingerprint(trained_text_encoder(tiny_emoji, work))}"
+    checkpoint(work / "mmdit128.pt", basis, mmdit=transformer)
+    for model, folders in MODELS.items():
+        moved = tuple(home / folder.relative_to(HERE) for folder in folders)
+        monkeypatch.setitem(MODELS, model, moved)
+    return SimpleNamespace(
+        work=work, home=home, latents=latents, text=text, transformer=transformer
+    )
+
+
+def assert_rounded(found, expected):
+    """Weights as they are after an export in half precision."""
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value.half().float(), msg=key)
+
+
+def test_export_writes_what_was_trained(tiny_emoji, trained):
+    export(tiny_emoji, trained.work, trained.home)
+    assert {path.name for path in trained.home.iterdir()} == {"weights", "mmdit"}
+    names = {path.name for path in (trained.home / "mmdit").iterdir()}
+    assert names == {"transformer", "scheduler"}
+    loaded = load_pipeline("mmdit").transformer.state_dict()
+    assert_rounded(loaded, trained.transformer.state_dict())
+    assert_rounded(load_pipeline().text_encoder.state_dict(), trained.text.state_dict())
+
+
+def test_a_transformer_alone_is_exported_beside_the_embedded_text_encoder(
+    tiny_emoji, tmp_path, monkeypatch
+):
     work, home = tmp_path / "work", tmp_path / "home"
     work.mkdir()
     with pytest.raises(SystemExit, match="--stage unet32"):
         export(tiny_emoji, work, home)
     assert not home.exists()
-
-    torch.manual_seed(0)
-
-    def basis():
-        found = encode_all(tiny_emoji, work, CPU).basis
-        return found, fingerprint(found, trained_text_encoder(tiny_emoji, work, "unet32"))
-
-    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True)
-    with monkeypatch.context() as patch:  # beside the embedded text encoder
-        patch.setattr("pipelines.emoji.text.new_tokenizer", lambda emoji: tokenizer)
-        checkpoint(work / "mmdit64.pt", basis()[1], mmdit=new_transformer(16))
-        export(tiny_emoji, work, home)
-    assert [path.name for path in home.iterdir()] == ["mmdit"]
+    (home / "mmdit").mkdir(parents=True)
     (home / "mmdit" / "samples.png").touch()
-
-    last = new_transformer()
-    torch.save({"ema": dict(new_vae().named_parameters())}, work / "vae.pt")
-    text = new_text_encoder(new_tokenizer(tiny_emoji))
-    checkpoint(work / "unet32.pt", basis()[0], unet=new_unet(), text=text)
-    checkpoint(work / "mmdit128.pt", basis()[1], mmdit=last)
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True)
+    monkeypatch.setattr("pipelines.emoji.text.new_tokenizer", lambda emoji: tokenizer)
+    text = fingerprint(trained_text_encoder(tiny_emoji, work))
+    basis = f"{encode_all(tiny_emoji, work, CPU).basis} {text}"
+    checkpoint(work / "mmdit64.pt", basis, mmdit=new_transformer(16))
     export(tiny_emoji, work, home)
-    assert {path.name for path in home.iterdir()} == {"weights", "mmdit"}
+    assert [path.name for path in home.iterdir()] == ["mmdit"]
     names = {path.name for path in (home / "mmdit").iterdir()}
     assert names == {"transformer", "scheduler", "samples.png"}
 
-    for model, folders in MODELS.items():
-        moved = tuple(home / folder.relative_to(HERE) for folder in folders)
-        monkeypatch.setitem(MODELS, model, moved)
-    loaded = load_pipeline("mmdit")
-    for key, value in last.state_dict().items():
-        torch.testing.assert_close(
-            loaded.transformer.state_dict()[key], value.half().float(), msg=key
-        )
-    kept = load_pipeline().text_encoder.state_dict()
-    for key, value in text.state_dict().items():
-        torch.testing.assert_close(kept[key], value.half().float(), msg=key)
 
-    # Trained beside another text encoder than the one that would be exported: nothing is replaced.
+def test_what_was_trained_with_another_text_encoder_is_not_exported(tiny_emoji, trained, capsys):
+    work, home = trained.work, trained.home
+    export(tiny_emoji, work, home)
     hashes = [weights_hash(model) for model in MODELS]
     other = new_text_encoder(new_tokenizer(tiny_emoji))
-    checkpoint(work / "unet32.pt", basis()[0], unet=new_unet(), text=other)
+    checkpoint(work / "unet32.pt", trained.latents.basis, unet=new_unet(), text=other)
     with pytest.raises(
         SystemExit, match=r"mmdit128\.pt was trained with other .* --stage mmdit128"
     ):
         export(tiny_emoji, work, home)
     assert hashes == [weights_hash(model) for model in MODELS]
-    checkpoint(work / "decoder.pt", "other latents", vae=new_vae())
+    # Without the transformer the UNet's pipeline is exported, and it is said that the other one is not.
+    capsys.readouterr()
+    (work / "mmdit128.pt").unlink()
+    export(tiny_emoji, work, home)
+    said = capsys.readouterr().out
+    assert "the text encoder is another one now" in said and "--stage mmdit32" in said
+    export(tiny_emoji, work, home)
+    assert "another one now" not in capsys.readouterr().out
+
+
+def test_a_decoder_is_exported_with_the_latents_that_it_was_trained_on(
+    tiny_emoji, trained, monkeypatch
+):
+    work, home = trained.work, trained.home
+    export(tiny_emoji, work, home)
+    vae = trained_vae(work, trained.latents)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.add_(1)
+    decoder = {"ema": dict(vae.named_parameters()), "basis": trained.latents.basis}
+    torch.save(decoder, work / "decoder.pt")
+    for stage in ("unet32", "mmdit128"):
+        (work / f"{stage}.pt").unlink()
+    monkeypatch.setattr(exporting, "trained_text_encoder", lambda emoji, work: trained.text)
+    export(tiny_emoji, work, home)
+    assert_rounded(load_pipeline().vae.state_dict(), vae.state_dict())
+
+    torch.save(decoder | {"basis": "other latents"}, work / "decoder.pt")
     with pytest.raises(SystemExit, match=r"decoder\.pt was trained with other .* --stage decoder"):
+        export(tiny_emoji, work, home)
+    (work / "decoder.pt").unlink()
+    torch.save({"ema": dict(new_vae().named_parameters())}, work / "vae.pt")
+    checkpoint(work / "mmdit64.pt", mmdit=new_transformer(16))
+    with pytest.raises(SystemExit, match=r"the encoder of the autoencoder in .* no UNet"):
         export(tiny_emoji, work, home)
 
 
@@ -951,9 +1016,13 @@ def test_a_card_without_a_log_is_refused_before_anything_is_drawn(tmp_path, caps
     monkeypatch.setattr(card, "measure", lambda *given: drawn.append(given) or measured[0])
     monkeypatch.setattr(card, "save", lambda new: None)
     options = ["--model", "unet", "--work", str(tmp_path)]
-    card.main(options)
-    assert drawn == [("unet", tmp_path, measured[0]["training"])]
     log = tmp_path / "log.jsonl"
+    row = '{"stage": "unet64", "step": 1, "minutes": 0.1, "split": "train", "loss": 2.0}'
+    for _ in range(2):  # the second time beside the log of something else that was begun there
+        card.main(options)
+        assert drawn.pop() == ("unet", tmp_path, measured[0]["training"])
+        log.write_text(row)
+    log.unlink()
     with pytest.raises(SystemExit):
         card.main([*options, "--log", str(log)])
     assert f"no log of a training at {log}" in capsys.readouterr().err
@@ -964,7 +1033,7 @@ def test_a_card_without_a_log_is_refused_before_anything_is_drawn(tmp_path, caps
     monkeypatch.setattr(card, "weights_hash", lambda model: "0" * 16)
     with pytest.raises(SystemExit):
         card.main(options)
-    assert len(drawn) == 1
+    assert not drawn
 
 
 def test_a_label_may_have_several_lines():

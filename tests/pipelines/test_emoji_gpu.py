@@ -121,6 +121,16 @@ def test_all_of_it_in_parts_and_on_two_machines(small, packed, tmp_path, monkeyp
     assert tuple(file.read_bytes() for file in again) == before
 
 
+def test_stages_of_other_data_are_refused_before_anything_is_trained(small, packed, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    weights = {"weight": torch.zeros(1)}
+    torch.save({"ema": weights, "basis": "other more"}, work / "unet32.pt")
+    with pytest.raises(SystemExit, match=r"unet32\.pt was trained on other data than .*emoji\.npz"):
+        small(tmp_path)
+    assert files(work) == {"unet32.pt", "log.jsonl"}
+
+
 def test_nothing_is_begun_after_the_time(small, tmp_path, capsys):
     assert small(tmp_path, "--minutes", "1e-9") == 0
     assert "to be continued" in capsys.readouterr().out
@@ -421,7 +431,7 @@ def test_samples_go_on_where_they_were_stopped(sampling, tmp_path, monkeypatch):
     assert seeds == [*range(8, len(prompts), 4)] and len(prompts) >= 12
     assert pictures.shape == (len(prompts), 64, 64, 3)
     assert (pictures[0] == pictures[3]).all() and (pictures[0] != pictures[4]).any()
-    assert files(tmp_path) == {"emoji.npz", "unet_64px.npz", "unet_64px.part.pt"}
+    assert files(tmp_path) == {"emoji.npz", "unet_64px.npz", "unet_64px.latents.pt"}
 
     def hashed(model, home, *, decoder=True):
         return "trained further" if decoder else about["latents_sha256"]
@@ -433,7 +443,7 @@ def test_samples_go_on_where_they_were_stopped(sampling, tmp_path, monkeypatch):
     assert not seeds and now["weights_sha256"] == "trained further" and (again != pictures).any()
 
 
-def test_samples_of_fewer_more_and_other_prompts_lose_none(sampling, monkeypatch):
+def test_samples_of_fewer_more_and_other_prompts_lose_none(sampling, tmp_path, monkeypatch):
     call, seeds = sampling.call, sampling.seeds
     pictures, about = call("--sets", "captions", "-n", "6", "--batch", "4")
     assert seeds == [0, 4] and len(about["sets"]["captions"]) == 6
@@ -455,6 +465,8 @@ def test_samples_of_fewer_more_and_other_prompts_lose_none(sampling, monkeypatch
     monkeypatch.setattr(emoji_samples, "prompt_sets", lambda emoji: changed)
     call("--sets", "captions", "-n", "4", "--batch", "4")
     assert seeds == [2]
+    kept = torch.load(tmp_path / "unet_64px.before.pt", weights_only=True)["sets"]["captions"]
+    assert kept["prompts"] == about["sets"]["captions"] and len(kept["latents"]) >= 12
     call("--sets", "captions", "-n", "4", side=32)
     assert seeds == [0]
 
@@ -501,10 +513,11 @@ def test_quality_refuses_pictures_of_other_weights(judged, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "by weights 0000000000000000" in error
     assert "python -m pipelines.emoji.samples --model unet" in error
-    (tmp_path / "unet.tar").touch()
+    for model in MODELS:  # the second has parts of the first
+        (tmp_path / f"{model}.tar").touch()
     with pytest.raises(SystemExit):
         judged()
-    assert f"unpack {tmp_path / 'unet.tar'}" in capsys.readouterr().err
+    assert f"unpack mmdit.tar and unet.tar of {tmp_path}" in capsys.readouterr().err
 
     weights = weights_hash("unet")
     samples(tmp_path, weights)

@@ -3,8 +3,8 @@
 Takes what `pipelines.emoji.samples` or `pipelines.emoji.gpu` wrote. Into the card of these weights go, for
 the sets and sizes that there are, how often the independent scorer finds a prompt's own picture among all of
 its set (R@1), and the Frechet distance to the training pictures, made as small, beside that of one half of
-these to the other. Both also of real pictures that went through the autoencoder, which no samples can be
-ahead of. Beside the card, sheets of two sets.
+these to the other. Both also of real pictures that went through the autoencoder: what it alone
+costs. Beside the card, sheets of two sets.
 """
 
 import argparse
@@ -168,11 +168,11 @@ def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 def mismatch(file: Path, about: dict[str, Any], card: dict[str, Any]) -> str | None:
     """What to do where pictures, embedded weights and card do not belong together."""
     model, given, embedded = about["model"], about["weights_sha256"], weights_hash(about["model"])
-    archive = file.with_name(f"{model}.tar")
     if given != embedded:
-        way = f"unpack {archive} in {HERE}, and measure the card anew"
-        if not archive.exists():
-            way = f"generate others: python -m pipelines.emoji.samples --model {model}"
+        way = f"generate others: python -m pipelines.emoji.samples --model {model}"
+        if archives := sorted(file.parent.glob("*.tar")):  # a model may have parts of another one
+            names = " and ".join(each.name for each in archives)
+            way = f"unpack {names} of {file.parent} in {HERE}, and measure the cards anew"
         return f"{file} is by weights {given}, those in {HERE} are {embedded}; {way}"
     if card["weights_sha256"] != embedded:
         return (

@@ -193,13 +193,15 @@ def measure(model: str, work: Path, trained: dict[str, dict[str, Any]]) -> dict[
     }
 
 
+def head(*names: str) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+
+
 def block(card: dict[str, Any]) -> str:
     """The figures as Markdown; those of data and scorer stand in the first pipeline's block only."""
     first = card["model"] == "unet"
-    lines = [
-        "| stage | minutes | steps | training loss | averaged weights |",
-        "|---|---|---|---|---|",
-    ]
+    lines = head("stage", "minutes", "steps", "training loss", "averaged weights")
     for stage, row in card["training"].items():
         held = ", ".join(f"{k} {v:.4g}" for k, v in row.get("held_out", {}).items())
         loss = f"{row['train']['loss']:.4g}" if "train" in row else "not logged"
@@ -221,8 +223,13 @@ def block(card: dict[str, Any]) -> str:
         f"picture (guidance takes two), {counted['share_in_blocks']:.0%} of them in transformer blocks; "
         f"halving the tokens of every block can give at most {counted['ceiling']:.2f}x.",
         "",
-        "| alignment (mean, cosine x 100) | samples | real pictures | real pictures, wrong name | n |",
-        "|---|---|---|---|---|",
+        *head(
+            "alignment (mean, cosine x 100)",
+            "samples",
+            "real pictures",
+            "real pictures, wrong name",
+            "n",
+        ),
     ]
     lines += [
         f"| {side.replace('_', '-')} names | {row['samples']} | {row['real']} "
@@ -238,8 +245,7 @@ def block(card: dict[str, Any]) -> str:
     if first:
         lines += [
             "",
-            "| retrieval by the scorer, real pictures | R@1 | R@5 | chance | n |",
-            "|---|---|---|---|---|",
+            *head("retrieval by the scorer, real pictures", "R@1", "R@5", "chance", "n"),
         ]
         lines += [
             f"| {LABELS[side]} | {row['R@1']:.2f} | {row['R@5']:.2f} | {row['chance']:.3f} | {row['n']} |"
@@ -287,16 +293,16 @@ def quality_lines(quality: dict[str, Any], folder: Path) -> list[str]:
     ]
     lines: list[str] = []
     if found:
-        scores, rule = " | ".join(kinds.values()), "|".join(["---"] * (4 + 2 * len(kinds)))
-        heads = [f"{score} of {scores}" for score in ("R@1", "alignment")]
-        lines += [
-            f"| pixels | prompts | n | {heads[0]} | chance | {heads[1]} |",
-            f"|{rule}|",
-            *found,
-        ]
+        first, *others = kinds.values()
+        hits, scores = ([f"{score} of {first}", *others] for score in ("R@1", "alignment"))
+        lines += [*head("pixels", "prompts", "n", *hits, "chance", *scores), *found]
     if distances:
-        heads = ["pixels", "distance", "of what", "value", f"times that of {HALVES}", "pictures"]
-        lines += ["", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *distances]
+        times = f"times that of {HALVES}"
+        lines += [
+            "",
+            *head("pixels", "distance", "of what", "value", times, "pictures"),
+            *distances,
+        ]
         lines += ["", *(f"{each}." for each in dict.fromkeys(warnings))]
     for sampling in {str(each["sampling"]): each["sampling"] for each in quality.values()}.values():
         sides = [side for side, each in quality.items() if each["sampling"] == sampling]

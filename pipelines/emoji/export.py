@@ -1,6 +1,5 @@
 """Write the trained parts in diffusers' folder format, in fp16: `weights/` and `mmdit/`."""
 
-import copy
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from pipelines.emoji.data import Emoji
-from pipelines.emoji.loop import averaged, fingerprint
+from pipelines.emoji.loop import averaged, with_module
 from pipelines.emoji.mmdit import new_flow_scheduler, new_transformer
 from pipelines.emoji.text import new_tokenizer, trained_text_encoder
 from pipelines.emoji.unet import new_scheduler, new_unet
-from pipelines.emoji.vae import SIDES, encode_all, trained_vae
+from pipelines.emoji.vae import SIDES, encode_all, encoder_of, trained_vae
 
 EMBEDDED = ("weights", "mmdit", "scorer")
 LIMIT_BYTES, FILE_LIMIT_BYTES = 24_000_000, 15_000_000
@@ -39,7 +38,7 @@ def export(emoji: Emoji, work: Path, home: Path) -> None:
         )
     latents = encode_all(emoji, work, torch.device("cpu"))
     vae, text = trained_vae(work, latents), trained_text_encoder(emoji, work)
-    basis = f"{latents.basis} {fingerprint(text)}"
+    basis = with_module(latents.basis, text)
     changed = _changed(vae, text, home / "weights")
     if unet is None and changed:
         raise SystemExit(
@@ -77,16 +76,17 @@ def _changed(vae: AutoencoderKL, text: CLIPTextModel, weights: Path) -> str | No
     if not weights.is_dir():
         return None
     theirs = CLIPTextModel.from_pretrained(weights / "text_encoder", local_files_only=True)
-    if _half(text) != _half(theirs):
+    if not _alike(text, theirs):
         return "the text encoder"
     saved = AutoencoderKL.from_pretrained(weights / "vae", local_files_only=True)
-    codes = (nn.ModuleList([each.encoder, each.quant_conv]) for each in (vae, saved))
-    return None if _half(next(codes)) == _half(next(codes)) else "the encoder of the autoencoder"
+    alike = _alike(encoder_of(vae), encoder_of(saved))
+    return None if alike else "the encoder of the autoencoder"
 
 
-def _half(module: nn.Module) -> str:
-    """The hash of a module as it is exported."""
-    return fingerprint(copy.deepcopy(module).to(torch.float16))
+def _alike(mine: nn.Module, theirs: nn.Module) -> bool:
+    """Whether two modules are the same as exported, in half precision."""
+    pairs = zip(mine.parameters(), theirs.parameters(), strict=True)
+    return all(torch.equal(one.half(), other.half()) for one, other in pairs)
 
 
 def check_sizes(home: Path) -> None:

@@ -282,7 +282,7 @@ class Loop:
         """From the first step, with what was learned from something else."""
         mine = self.ema.parameters
         # With other data the pieces of words have other ids.
-        words = data_of(state) == data_of({"basis": self.basis})
+        words = data_of(state.get("basis", "")) == data_of(self.basis)
         learned = {
             key: value
             for key, value in state["ema"].items()
@@ -449,22 +449,23 @@ def begin_with(
         print(f"begins anew: {folder} holds a model of another shape", flush=True)
 
 
-def fingerprint(module: nn.Module) -> str:
-    """First 16 hex digits of the SHA-256 over the parameters of a module on the CPU."""
+def with_module(basis: str, module: nn.Module) -> str:
+    """The basis of what is learned from this module too, on the CPU; its first part is of the data."""
     digest = hashlib.sha256()
     for value in module.parameters():
         digest.update(value.detach().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return f"{basis} {digest.hexdigest()[:16]}"
 
 
-def data_of(state: Mapping[str, Any]) -> str:
-    """The hash of the data that a checkpoint was trained on, the first of its basis."""
-    return str(state.get("basis", "")).partition(" ")[0]
+def data_of(basis: str) -> str:
+    """The hash of the data in a basis."""
+    return basis.partition(" ")[0]
 
 
 def trained_on(path: Path) -> str:
     """The hash of the data that the checkpoint in a file was trained on."""
-    return data_of(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return data_of(state.get("basis", ""))
 
 
 def averaged(path: Path, prefix: str = "", basis: str | None = None) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from transformers import CLIPTextModelWithProjection
 from pipelines.emoji import MMDIT
 from pipelines.emoji.data import Emoji
 from pipelines.emoji.denoise import side_of, stages_before, train_denoiser
-from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, compiled, fingerprint
+from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, compiled, with_module
 from pipelines.emoji.sd3 import with_projection
 from pipelines.emoji.text import WIDTH, new_tokenizer, trained_text_encoder
 from pipelines.emoji.vae import Latents
@@ -98,7 +98,7 @@ def train_mmdit(
     begin_with(transformer, MMDIT / "transformer", stages_before(work, stage), "mmdit.")
     tokenizer = new_tokenizer(emoji)
     encoder = trained_text_encoder(emoji, work)
-    basis = f"{latents.basis} {fingerprint(encoder)}"
+    basis = with_module(latents.basis, encoder)
     text = with_projection(encoder).to(device)
     text.requires_grad_(False)
     module = nn.ModuleDict({"mmdit": transformer})

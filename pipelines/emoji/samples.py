@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from pipelines.emoji.prompts import SETS, prompt_sets
 from pipelines.emoji.vae import SIDES, to_unit
 
 STEPS = 25
+NONE = torch.empty(0, dtype=torch.float16)
+"""Latents, before there are any."""
 
 
 def file_name(model: str, side: int) -> str:
@@ -70,26 +73,22 @@ def generate(
     latents: list[Tensor] = []
     with tqdm(total=sum(map(len, about["sets"].values())), unit="picture") as bar:
         for name, prompts in about["sets"].items():
-            have = alike(done.get(name, {}).get("prompts", []), prompts)
-            if name not in done or have < min(len(prompts), len(done[name]["prompts"])):
-                if name in done:
-                    shutil.copyfile(part, out.with_suffix(".before.pt"))
-                made = done[name]["latents"][:have] if name in done else torch.empty(0)
-                done[name] = {"prompts": prompts[:have], "latents": made}
+            mine = done.setdefault(name, {"prompts": [], "latents": NONE})
+            have = alike(mine["prompts"], prompts)
+            if have < min(len(mine["prompts"]), len(prompts)):  # others take the place of the rest
+                shutil.copyfile(part, out.with_suffix(".before.pt"))
+                mine["latents"] = mine["latents"][:have]
             bar.update(have)
             for i in range(have, len(prompts), batch):
                 if time.monotonic() >= until:
                     return False
                 chosen = prompts[i : i + batch]
                 made = generate_batch(pipe, chosen, SEED + i, steps, side, "latent").half().cpu()
-                before = done[name]["latents"]
-                done[name] = {
-                    "prompts": prompts[: i + batch],
-                    "latents": torch.cat([before, made]) if len(before) else made,
-                }
+                mine["prompts"] = prompts[: i + batch]
+                mine["latents"] = torch.cat([mine["latents"], made])
                 save_atomic({"made_with": made_with, "sets": done}, part)
                 bar.update(len(chosen))
-            latents += done[name]["latents"][: len(prompts)].split(batch)
+            latents += mine["latents"][: len(prompts)].split(batch)
     blobs = [blob for z in latents for blob in encoded(decode(pipe, z))]
     new = out.with_suffix(".new.npz")
     data.pack(new, blobs, about)
@@ -99,9 +98,8 @@ def generate(
 
 def alike(mine: Sequence[str], others: Sequence[str]) -> int:
     """How many of the first prompts are the same."""
-    pairs = enumerate(zip(mine, others, strict=False))
-    shorter = min(len(mine), len(others))
-    return next((i for i, (one, other) in pairs if one != other), shorter)
+    pairs = zip(mine, others, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def encoded(pictures: Sequence[Image.Image]) -> list[bytes]:

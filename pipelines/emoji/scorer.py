@@ -136,8 +136,13 @@ class EmojiScorer:
         """Cosine x 100 of each picture with its own prompt.  [B]."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts; give one each")
-        a, b = self.head(self.image_features(images), self.text_features(prompts))
-        return 100 * (a * b).sum(1)
+        return alignment(self.head, self.image_features(images), self.text_features(prompts))
+
+
+def alignment(head: Head, images: Tensor, texts: Tensor) -> Tensor:
+    """Cosine x 100 of features of pictures with those of their own texts.  [B, 1280], [B, 384] -> [B]."""
+    a, b = head(images, texts)
+    return 100 * (a * b).sum(1)
 
 
 def ranks(head: Head, images: Tensor, texts: Tensor) -> dict[str, float]:

@@ -170,8 +170,7 @@ def train_text(
     tokenizer = new_tokenizer(emoji)
     rows, captions = Rows(emoji, device), Captions(tokenizer, emoji, device)
     data = latents.by_side[SIDES[-1]].to(device)
-    text = new_text_encoder(tokenizer)
-    _begin(text, tokenizer)
+    text, _ = _text_encoder(emoji, work)
     module = nn.ModuleDict({"text": text, "tower": tower()})
     loop = Loop("text", module, work, budget, 1e-3, device, latents.basis, seed=1)
 
@@ -200,10 +199,7 @@ def train_text(
 
 def latest_text_encoder(emoji: Emoji, work: Path) -> CLIPTextModel:
     """To be trained further: of stage unet32, else of stage text, else as embedded, else untrained."""
-    tokenizer = new_tokenizer(emoji)
-    text = new_text_encoder(tokenizer)
-    _begin(text, tokenizer, *_checkpoints(emoji, work, "unet32", "text"))
-    return text
+    return _text_encoder(emoji, work, "unet32", "text")[0]
 
 
 def trained_text_encoder(emoji: Emoji, work: Path) -> CLIPTextModel:
@@ -212,9 +208,8 @@ def trained_text_encoder(emoji: Emoji, work: Path) -> CLIPTextModel:
     Raises:
         SystemExit: if there is neither, for these data.
     """
-    tokenizer = new_tokenizer(emoji)
-    text = new_text_encoder(tokenizer)
-    if not _begin(text, tokenizer, *_checkpoints(emoji, work, "unet32")):
+    text, trained = _text_encoder(emoji, work, "unet32")
+    if not trained:
         raise SystemExit(
             f"no text encoder for these data, in {work} or embedded; train it first: "
             "python -m pipelines.emoji.train --stage unet32 --minutes 10"
@@ -222,21 +217,22 @@ def trained_text_encoder(emoji: Emoji, work: Path) -> CLIPTextModel:
     return text
 
 
-def _checkpoints(emoji: Emoji, work: Path, *stages: str) -> list[Path]:
-    """Those that were trained on these data: with others, the pieces of words have other ids."""
-    paths = [work / f"{stage}.pt" for stage in stages]
-    return [path for path in paths if path.exists() and trained_on(path) == emoji.digest]
+def _text_encoder(emoji: Emoji, work: Path, *stages: str) -> tuple[CLIPTextModel, bool]:
+    """Of the first of these stages that has a checkpoint, else as embedded; and whether either was there.
 
-
-def _begin(text: CLIPTextModel, tokenizer: CLIPTokenizer, *checkpoints: Path) -> bool:
-    """As `begin_with`, but what is embedded only if its pieces of words have the same ids; if anything."""
+    With other data the pieces of words have other ids: what was trained on these is not taken.
+    """
+    tokenizer = new_tokenizer(emoji)
+    text = new_text_encoder(tokenizer)
     embedded, words = WEIGHTS / "text_encoder", WEIGHTS / "tokenizer"
-    if not checkpoints:
+    paths = [work / f"{stage}.pt" for stage in stages]
+    paths = [path for path in paths if path.exists() and trained_on(path) == emoji.digest]
+    if not paths:
         if not words.is_dir():
-            return False
+            return text, False
         theirs = CLIPTokenizer.from_pretrained(words, local_files_only=True)
         if theirs.get_vocab() != tokenizer.get_vocab():
             print(f"begins anew: {embedded} is of other words than these data", flush=True)
-            return False
-    begin_with(text, embedded, checkpoints, "text.")
-    return True
+            return text, False
+    begin_with(text, embedded, paths, "text.")
+    return text, True

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pipelines.emoji import WEIGHTS
 from pipelines.emoji.data import Emoji
 from pipelines.emoji.denoise import side_of, stages_before, train_denoiser
-from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, compiled, fingerprint
+from pipelines.emoji.loop import Budget, Loop, autocast, begin_with, compiled, with_module
 from pipelines.emoji.text import WIDTH, latest_text_encoder, new_tokenizer, trained_text_encoder
 from pipelines.emoji.vae import Latents
 
@@ -86,7 +86,7 @@ def train_unet(
     tokenizer, unet = new_tokenizer(emoji), new_unet()
     alphas = new_scheduler().alphas_cumprod.to(device)
     text = (latest_text_encoder if first else trained_text_encoder)(emoji, work)
-    basis = latents.basis if first else f"{latents.basis} {fingerprint(text)}"
+    basis = latents.basis if first else with_module(latents.basis, text)
     text.to(device)
     begin_with(unet, WEIGHTS / "unet", stages_before(work, stage), "unet.")
     if not first:

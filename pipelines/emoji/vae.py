@@ -19,8 +19,8 @@ from pipelines.emoji.loop import (
     autocast,
     averaged,
     begin_with,
-    fingerprint,
     save_atomic,
+    with_module,
 )
 
 KL_WEIGHT = 2e-4
@@ -47,6 +47,11 @@ def new_vae() -> AutoencoderKL:
     # Start as a plain autoencoder: with the noise of a unit posterior it first learns to ignore z.
     nn.init.constant_(vae.quant_conv.bias.data[4:], -6.0)
     return vae
+
+
+def encoder_of(vae: AutoencoderKL) -> nn.ModuleList:
+    """The part that latents come from."""
+    return nn.ModuleList([vae.encoder, vae.quant_conv])
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -159,8 +164,7 @@ def train_decoder(
     images = torch.from_numpy(emoji.images).to(device)
     stored = {side: z.to(device) for side, z in latents.by_side.items()}
     vae = _standardised_vae(work, latents).train()
-    for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(False)
+    encoder_of(vae).requires_grad_(False)
     loop = Loop("decoder", vae, work, budget, 1e-3, device, latents.basis, shards=shards)
 
     def loss_fn(generator: torch.Generator, rng: random.Random) -> dict[str, Tensor]:
@@ -238,7 +242,7 @@ def encode_all(emoji: Emoji, work: Path, device: torch.device) -> Latents:
     """
     path, vae = work / "latents.pt", _raw_vae(work)
     # A decoder that was trained further leaves them as they are.
-    basis = f"{emoji.digest} {fingerprint(nn.ModuleList([vae.encoder, vae.quant_conv]))}"
+    basis = with_module(emoji.digest, encoder_of(vae))
     if path.exists():
         kept = torch.load(path, weights_only=True)
         if kept.get("basis") == basis:

@@ -52,9 +52,9 @@ from pipelines.emoji.loop import (
     Loop,
     begin_with,
     compiled,
-    fingerprint,
     learning_rate,
     new_optimizers,
+    with_module,
 )
 from pipelines.emoji.mmdit import encode, new_transformer, train_mmdit
 from pipelines.emoji.scorer import FOLDER, EmojiScorer
@@ -671,7 +671,7 @@ def trained(tiny_emoji, tmp_path, monkeypatch):
     latents = encode_all(tiny_emoji, work, CPU)
     text, transformer = new_text_encoder(new_tokenizer(tiny_emoji)), new_transformer()
     checkpoint(work / "unet32.pt", latents.basis, unet=new_unet(), text=text)
-    basis = f"{latents.basis} {fingerprint(trained_text_encoder(tiny_emoji, work))}"
+    basis = with_module(latents.basis, trained_text_encoder(tiny_emoji, work))
     checkpoint(work / "mmdit128.pt", basis, mmdit=transformer)
     for model, folders in MODELS.items():
         moved = tuple(home / folder.relative_to(HERE) for folder in folders)
@@ -709,8 +709,8 @@ def test_a_transformer_alone_is_exported_beside_the_embedded_text_encoder(
     (home / "mmdit" / "samples.png").touch()
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer", local_files_only=True)
     monkeypatch.setattr("pipelines.emoji.text.new_tokenizer", lambda emoji: tokenizer)
-    text = fingerprint(trained_text_encoder(tiny_emoji, work))
-    basis = f"{encode_all(tiny_emoji, work, CPU).basis} {text}"
+    text = trained_text_encoder(tiny_emoji, work)
+    basis = with_module(encode_all(tiny_emoji, work, CPU).basis, text)
     checkpoint(work / "mmdit64.pt", basis, mmdit=new_transformer(16))
     export(tiny_emoji, work, home)
     assert [path.name for path in home.iterdir()] == ["mmdit"]

@@ -486,7 +486,7 @@ def test_samples_refuse_bad_options_before_anything_is_generated(sampling, words
     assert said in capsys.readouterr().err and not sampling.seeds
 
 
-def test_the_autoencoder_is_what_no_sample_can_do_without():
+def test_through_the_autoencoder_a_picture_stays_much_the_same():
     images = np.full((2, 128, 128, 3), 255, np.uint8)
     images[:, 40:90, 40:90] = (220, 30, 30)
     pipe = load_pipeline()

@@ -25,7 +25,7 @@ from pipelines.emoji.captions import with_article
 from pipelines.emoji.card import HALVES, LABELS, SHEETS, SUBJECTS, block, read, save
 from pipelines.emoji.data import Emoji, unpack
 from pipelines.emoji.samples import file_name, through_autoencoder
-from pipelines.emoji.scorer import EmojiScorer, ranks
+from pipelines.emoji.scorer import EmojiScorer, alignment, ranks
 from pipelines.emoji.sheet import sheet
 from pipelines.emoji.vae import SIDES
 
@@ -41,11 +41,11 @@ def by_set(made: np.ndarray, sets: dict[str, list[str]]) -> dict[str, np.ndarray
 
 def found(scorer: EmojiScorer, pictures: np.ndarray, prompts: list[str]) -> dict[str, float]:
     """R@1 of the prompts among these pictures, and the mean alignment score."""
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-    hits = ranks(scorer.head, scorer.image_features(images), scorer.text_features(prompts))
+    images = scorer.image_features(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    texts = scorer.text_features(prompts)
     return {
-        "R@1": round(hits["R@1"], 3),
-        "alignment": round(scorer.score(images, prompts).mean().item(), 1),
+        "R@1": round(ranks(scorer.head, images, texts)["R@1"], 3),
+        "alignment": round(alignment(scorer.head, images, texts).mean().item(), 1),
     }
 
 
@@ -143,45 +143,50 @@ def judged(
     return result
 
 
-def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """What was found, and of sets that were not among these pictures what was before, if sampled alike.
+def counts(measured: dict[str, Any]) -> dict[str, int]:
+    """How many pictures of each set were judged."""
+    result = {name: row["n"] for name, row in measured["retrieval"].items()}
+    if "distances" in measured:
+        result["captions"] = measured["distances"][SAMPLES]["n"][0]
+    return result
 
-    Raises:
-        ValueError: if a set has fewer pictures than before.
-    """
+
+def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, and of sets that were not among these pictures what was before, if sampled alike."""
     if before.get("sampling") != found["sampling"]:
         return found
-    counts = [
-        {name: row["n"] for name, row in each["retrieval"].items()}
-        | ({"captions": each["distances"][SAMPLES]["n"][0]} if "distances" in each else {})
-        for each in (before, found)
-    ]
-    for name, count in counts[1].items():
-        if count < counts[0].get(name, 0):
-            raise ValueError(
-                f"{count} pictures of set {name}, but the card is of {counts[0][name]}; generate as many, "
-                'or take "quality" out of the card first'
-            )
     return {**before, **found, "retrieval": {**before["retrieval"], **found["retrieval"]}}
 
 
-def mismatch(file: Path, about: dict[str, Any], card: dict[str, Any]) -> str | None:
-    """What to do where pictures, embedded weights and card do not belong together."""
+def check(file: Path, about: dict[str, Any], card: dict[str, Any]) -> None:
+    """Refuse pictures that cannot be judged.
+
+    Raises:
+        ValueError: if pictures, embedded weights and card do not belong together, or there are too few, or
+            fewer than the card is of.
+    """
     model, given, embedded = about["model"], about["weights_sha256"], weights_hash(about["model"])
     if given != embedded:
         way = f"generate others: python -m pipelines.emoji.samples --model {model}"
         if archives := sorted(file.parent.glob("*.tar")):  # a model may have parts of another one
             names = " and ".join(each.name for each in archives)
             way = f"unpack {names} of {file.parent} in {HERE}, and measure the cards anew"
-        return f"{file} is by weights {given}, those in {HERE} are {embedded}; {way}"
+        raise ValueError(f"by weights {given}, those in {HERE} are {embedded}; {way}")
     if card["weights_sha256"] != embedded:
-        return (
+        raise ValueError(
             f"the card of {model} is of weights {card['weights_sha256']}, not of {embedded}; measure it "
             f"anew: python -m pipelines.emoji.card --model {model} --log LOG (log.jsonl of their training)"
         )
     if len(about["sets"].get("captions", ("", ""))) < 2:
-        return f"{file} has one picture of set captions, and distances need 2; generate more"
-    return None
+        raise ValueError("one picture of set captions, and distances need 2; generate more")
+    before = card.get("quality", {}).get(str(about["side"]), {})
+    had = counts(before) if before.get("sampling") == about["sampling"] else {}
+    for name, prompts in about["sets"].items():
+        if len(prompts) < had.get(name, 0):
+            raise ValueError(
+                f"{len(prompts)} pictures of set {name}, but the card is of {had[name]}; generate as many, "
+                'or take "quality" out of the card first'
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -204,15 +209,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         images, about = unpack(file)
         model, sets = about["model"], about["sets"]
         card = read(model)
-        if wrong := mismatch(file, about, card):
-            parser.error(wrong)
+        try:
+            check(file, about, card)
+        except ValueError as error:
+            parser.error(f"{file}: {error}")
         made = by_set(images, sets)
         found = judged(made, about, emoji, scorer, extractor, args.cache)
         quality, side = card.setdefault("quality", {}), str(about["side"])
-        try:
-            quality[side] = joined(quality.get(side, {}), found)
-        except ValueError as error:
-            parser.error(f"{file}: {error}")
+        quality[side] = joined(quality.get(side, {}), found)
         for name in SHEETS:
             if name in sets and about["side"] == data.SIZE:
                 path = SUBJECTS[model].folder / f"{name}.webp"

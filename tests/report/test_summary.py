@@ -1,6 +1,7 @@
 """handle.summary() and handle.stats(): tokens and FLOPs are those of the real forward."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -247,14 +248,46 @@ def test_flops_do_not_depend_on_the_format_of_numbers(numbers):
             assert counted[0] == counted[1]
 
 
-def test_norms_and_activations_keep_their_shape_however_they_are_called():
-    x = torch.empty(2, 8, 3, device="meta")
-    with without_numbers():
-        for out in (
-            functional.group_norm(x, 4),
-            functional.group_norm(input=x, num_groups=4),
-            functional.layer_norm(input=x, normalized_shape=(3,)),
-            functional.silu(x),
-            functional.gelu(input=x),
-        ):
-            assert out.is_meta and out.shape == x.shape
+X = torch.empty(2, 8, 3, device="meta")
+HEADS, OTHERS = (torch.empty(2, 4, tokens, 8, device="meta") for tokens in (5, 7))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: functional.group_norm(X, 4),
+        lambda: functional.group_norm(input=X, num_groups=4),
+        lambda: functional.layer_norm(input=X, normalized_shape=(3,)),
+        lambda: functional.silu(X),
+        lambda: functional.gelu(input=X),
+        lambda: X.clamp(0, 1),
+        lambda: X.clone().clamp_(min=0),
+        lambda: X + X[:1, :, :1],
+        lambda: 2 * X - 1,
+        lambda: X.add(X, alpha=2.0),
+        lambda: X.sub(other=X.half()),
+        lambda: X.bool() * 3,
+        lambda: X.half() * X[0, 0, 0],
+        lambda: X + torch.tensor(1.0),
+        lambda: functional.linear(X, torch.empty(5, 3, device="meta")),
+        lambda: functional.linear(X, torch.empty(5, 3, device="meta"), X.new_empty(5)),
+        lambda: functional.linear(input=X[0, 0], weight=torch.empty(5, 3, device="meta")),
+        lambda: functional.scaled_dot_product_attention(HEADS, OTHERS, OTHERS),
+        lambda: functional.scaled_dot_product_attention(query=HEADS, key=OTHERS, value=OTHERS),
+        lambda: functional.scaled_dot_product_attention(HEADS[0], OTHERS[0], OTHERS[0, ..., :3]),
+        lambda: functional.scaled_dot_product_attention(HEADS[:1], OTHERS, OTHERS, dropout_p=0.0),
+        lambda: functional.scaled_dot_product_attention(
+            HEADS, OTHERS[:, :2], OTHERS[:, :2], enable_gqa=True
+        ),
+        lambda: functional.scaled_dot_product_attention(
+            HEADS, OTHERS, OTHERS, torch.empty(2, 1, 5, 7, device="meta"), scale=1.0
+        ),
+    ],
+)
+def test_what_is_counted_another_way_has_the_same_shape_and_flops(call):
+    found = []
+    for context in (nullcontext(), without_numbers()):
+        with context, FlopCounterMode(display=False) as counter:
+            out = call()
+        found.append((out.shape, out.dtype, out.device, counter.get_total_flops()))
+    assert found[0] == found[1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -47,8 +48,11 @@ class Numberless(TorchFunctionMode):
         kwargs = kwargs or {}
         if func.__name__ == "__get__":  # a shape, a dtype, a device: half of all calls
             return func(*args, **kwargs)
-        if func in SAME_SHAPE and args and args[0].is_meta:
-            return torch.empty_like(args[0])
+        if args and isinstance(args[0], Tensor) and args[0].is_meta:
+            if func in SAME_SHAPE:
+                return torch.empty_like(args[0])
+            if func in SHORTER:
+                return SHORTER[func](*args, **kwargs)
         if func is torch.tensor:
             return func(*args, **{**kwargs, "device": "cpu"})
         if func is Tensor.bincount and args[0].is_meta:
@@ -73,8 +77,42 @@ class Numberless(TorchFunctionMode):
         return out
 
 
-SAME_SHAPE = {functional.group_norm, functional.layer_norm, functional.silu, functional.gelu}
-"""What no FLOPs are counted of, and whose kernels for shapes alone took a quarter of the time."""
+broadcast: Callable[..., torch.Size] = torch.broadcast_shapes
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return functional.linear(x, weight)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Its two matrix products; a head of keys may serve several of queries."""
+    outer = broadcast(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    batch = math.prod(outer + query.shape[-3:-2])
+    queries, keys = query.shape[-2], key.shape[-2]
+    scores = torch.bmm(
+        query.new_empty(batch, queries, query.shape[-1]), key.new_empty(batch, key.shape[-1], keys)
+    )
+    torch.bmm(scores, value.new_empty(batch, keys, value.shape[-1]))
+    return query.new_empty(*outer, *query.shape[-3:-1], value.shape[-1])
+
+
+def _pointwise(x: Tensor, other: Any, **_: Any) -> Tensor:
+    shape = broadcast(x.shape, getattr(other, "shape", ()))
+    return torch.empty(shape, dtype=torch.result_type(x, other), device="meta")
+
+
+SAME_SHAPE = {
+    *(functional.group_norm, functional.layer_norm, functional.silu, functional.gelu),
+    *(Tensor.clamp, Tensor.clamp_),
+}
+"""What no FLOPs are counted of, and whose kernels for shapes alone took a third of the time."""
+
+SHORTER: dict[Any, Callable[..., Tensor]] = {
+    functional.linear: _linear,
+    functional.scaled_dot_product_attention: _attention,
+    **dict.fromkeys((Tensor.add, Tensor.sub, Tensor.mul), _pointwise),
+}
+"""What has the same FLOPs, and kernels for shapes alone that take half of the time."""
 
 TAKES_REAL = (Tensor.__getitem__, Tensor.repeat_interleave)
 """What gives a tensor without numbers another shape by numbers of another one."""

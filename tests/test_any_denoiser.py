@@ -22,6 +22,13 @@ COMPUTED = [0, 1, 3, 5]
 NAMES = sorted({*DENOISERS} - {*NO_DENOISERS})
 
 
+@pytest.fixture(autouse=True)
+def eager():
+    """Some denoisers compile their own attention, which takes longer than all else here."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def walk():
     """The model classes in diffusers' rooms of denoisers."""
     for room in ("transformers", "unets"):

@@ -516,13 +516,18 @@ def tiny_ltx2(*, seed: int = 0) -> LTX2Pipeline:
 
 
 @untouched_generator
-def tiny_ddpm(*, sample_size: int | tuple[int, int] = 16, seed: int = 0) -> DDPMPipeline:
+def tiny_ddpm(
+    *,
+    channels: Sequence[int] = (16, 32),
+    sample_size: int | tuple[int, int] = 16,
+    seed: int = 0,
+) -> DDPMPipeline:
     """DDPM: no text and no latents; attention at both levels, 256 and 64 tokens, and between."""
     unet = UNet2DModel(
         sample_size=sample_size,
-        block_out_channels=(16, 32),
-        down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D"),
+        block_out_channels=tuple(channels),
+        down_block_types=("AttnDownBlock2D",) * len(channels),
+        up_block_types=("AttnUpBlock2D",) * len(channels),
         layers_per_block=1,
         norm_num_groups=8,
     )

@@ -58,7 +58,7 @@ def test_a_call_that_fails_leaves_nothing_for_the_next(family, setting):
 
 @pytest.mark.parametrize("setting", ["step", "cached"])
 def test_reset_ends_a_generation_that_was_broken_off(setting):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     inputs = unet_inputs()
     alone = pipe.unet(**inputs)[0]
     handle = apply_tofu(pipe, **SETTINGS[setting])
@@ -86,7 +86,7 @@ def test_reset_ends_a_generation_that_was_broken_off(setting):
 
 @torch.no_grad()
 def test_a_skipped_step_answers_in_the_way_it_is_asked():
-    unet, inputs = tiny.tiny_sd().unet, unet_inputs()
+    unet, inputs = tiny.small_sd().unet, unet_inputs()
     with apply_tofu(unet, speedup=1.5, warmup_steps=2) as handle:
         found = []
         for index in range(6):
@@ -103,7 +103,7 @@ def test_a_skipped_step_answers_in_the_way_it_is_asked():
 
 
 def test_a_copied_scheduler_carries_neither_tofu_nor_the_model():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     apply_tofu(pipe, **TOKENS)
     whole = tiny.generate(pipe, steps=4)
     for twin in (copy.deepcopy(pipe.scheduler), pickle.loads(pickle.dumps(pipe.scheduler))):
@@ -118,7 +118,7 @@ def test_a_copied_scheduler_carries_neither_tofu_nor_the_model():
 
 def test_attributes_of_a_scheduler_can_be_kept_and_put_back():
     """As pipelines do that denoise several views by turns (Panorama)."""
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     handle = apply_tofu(pipe, **TOKENS)
     whole = tiny.generate(pipe, steps=4)
     kept = copy.deepcopy(pipe.scheduler.__dict__)
@@ -130,7 +130,7 @@ def test_attributes_of_a_scheduler_can_be_kept_and_put_back():
 
 
 def test_a_denoiser_with_tofu_is_not_pickled():
-    unet = tiny.tiny_sd().unet
+    unet = tiny.small_sd().unet
     apply_tofu(unet, **TOKENS)
     with pytest.raises(pickle.PicklingError, match="call remove_tofu first"):
         pickle.dumps(unet)
@@ -155,7 +155,7 @@ def test_an_old_handle_leaves_newer_tofu_alone():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_wrapper_around_tofu_comes_off_first(compiled):
-    pipe = tiny.tiny_sd(channels=(32,), middle=False)
+    pipe = tiny.small_sd()
     plain = tiny.generate(pipe)
     apply_tofu(pipe, ratio=0.5, method="tome")
     reduced = tiny.generate(pipe)

@@ -60,7 +60,7 @@ def tokens_seen(unet):
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 @pytest.mark.parametrize("before", [False, True])
 def test_a_copy_with_a_scheduler_of_its_own_is_reduced_by_it(options, before):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     with apply_tofu(pipe, **options):
         expected = tiny.generate(pipe, steps=STEPS)
     handle = apply_tofu(pipe, **options)
@@ -81,7 +81,7 @@ def test_a_second_pass_is_the_same_whichever_pipeline_tofu_was_given(
     options, scheduler, first_steps
 ):
     """Image-to-image of other length and strength, around the denoiser and a scheduler of its own or not."""
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     own = {} if scheduler is DDIMScheduler else {"scheduler": scheduler()}
     second = around(StableDiffusionImg2ImgPipeline, pipe, **own)
     passed = {"image": PICTURE, "strength": 0.6, "steps": 20}
@@ -98,7 +98,7 @@ def test_a_second_pass_is_the_same_whichever_pipeline_tofu_was_given(
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_guidance_is_that_of_the_pipeline_that_generates(options):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     other = copy.copy(pipe)
     with apply_tofu(pipe, **options):
         expected = tiny.generate(pipe, ["a cat", "a dog"], steps=STEPS)
@@ -107,7 +107,7 @@ def test_guidance_is_that_of_the_pipeline_that_generates(options):
 
 
 def test_another_pipeline_with_the_scheduler_of_this_one_is_left_alone():
-    pipe, other = tiny.tiny_sd(), tiny.tiny_sd(seed=5)
+    pipe, other = tiny.small_sd(), tiny.tiny_sd(seed=5)
     other.scheduler = pipe.scheduler
     plain = tiny.generate(other, steps=STEPS)
     handle = apply_tofu(pipe, ratio=0.5)
@@ -117,7 +117,7 @@ def test_another_pipeline_with_the_scheduler_of_this_one_is_left_alone():
 
 
 def test_a_pipeline_that_is_gone_leaves_others_served():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     with apply_tofu(pipe, ratio=0.5):
         expected = tiny.generate(pipe, steps=STEPS)
     handle = apply_tofu(pipe, ratio=0.5)
@@ -135,7 +135,7 @@ def test_a_pipeline_that_is_gone_leaves_others_served():
 @torch.no_grad()
 def test_a_loop_of_ones_own_tells_guidance_by_its_latents():
     """After a generation without guidance, and from the middle of the scheduler's steps."""
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     unet, scheduler = pipe.unet, pipe.scheduler
     inputs = tiny.model_inputs(unet)
     name = next(iter(inputs))
@@ -159,12 +159,12 @@ def test_a_loop_of_ones_own_tells_guidance_by_its_latents():
 @torch.no_grad()
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_bare_call_after_a_generation_is_as_before_it(broken):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     inputs = tiny.model_inputs(pipe.unet)
     for options in ({"ratio": 0.5}, {"ratio": 0.5, "method": "tome"}):
         handle = apply_tofu(pipe, **options)
         before = pipe.unet(**inputs)[0]
-        assert not torch.equal(before, tiny.tiny_sd().unet(**inputs)[0])
+        assert not torch.equal(before, tiny.small_sd().unet(**inputs)[0])
 
         def stop(pipe, step, timestep, given):
             if broken and step == 6:
@@ -188,7 +188,7 @@ def test_a_bare_call_after_a_generation_is_as_before_it(broken):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_an_exchanged_denoiser_is_noticed_and_nothing_is_kept_alive(kept):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     handle = apply_tofu(pipe, ratio=0.5)
     tiny.generate(pipe, steps=9)
     old, other = pipe.unet, tiny.tiny_sd(seed=5).unet
@@ -211,7 +211,7 @@ def test_an_exchanged_denoiser_is_noticed_and_nothing_is_kept_alive(kept):
 
 
 def test_schedulers_of_the_past_are_not_kept_alive():
-    pipe, made = tiny.tiny_sd(), []
+    pipe, made = tiny.small_sd(), []
     apply_tofu(pipe, ratio=0.5, method="tome")
     for _ in range(4):
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
@@ -250,7 +250,7 @@ def interleaved(pipe, other, at, in_thread):
 @pytest.mark.parametrize("in_thread", [False, True])
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_a_generation_broken_into_is_refused_and_the_other_one_is_right(options, in_thread):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     handle = apply_tofu(pipe, **options)
     expected = tiny.generate(pipe, steps=STEPS)
     result = interleaved(pipe, request_of(pipe), at=4, in_thread=in_thread)
@@ -262,7 +262,7 @@ def test_a_generation_broken_into_is_refused_and_the_other_one_is_right(options,
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_threads_around_one_denoiser_are_right_or_refused(options):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     apply_tofu(pipe, **options)
     prompts = ["a cat", "a dog", "a hat"]
     expected = [tiny.generate(pipe, prompt, steps=STEPS) for prompt in prompts]
@@ -341,7 +341,7 @@ def test_views_by_turns_are_refused_by_the_name_of_their_pipeline(options):
 
 
 def test_an_inversion_with_another_scheduler_of_the_pipeline_follows_that():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     inverse = DDIMInverseScheduler.from_config(pipe.scheduler.config)
     pipe = around(StableDiffusionDiffEditPipeline, pipe, inverse_scheduler=inverse)
     seen = tokens_seen(pipe.unet)

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from eval.__main__ import COMMANDS
-from tests.tiny import tiny_sd, tiny_sdxl
+from tests.tiny import small_sd, tiny_sd, tiny_sdxl
 from tofu_diffusers import (
     KEYS_VALUES,
     MERGES,
@@ -71,7 +71,7 @@ def stand_ins(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.chdir(tmp_path)
-    pipe = tiny_sd(channels=(32,), middle=False)
+    pipe = small_sd()
     with torch.no_grad():
         yield {
             "apply_tofu": apply_tofu,

@@ -151,6 +151,11 @@ def tiny_sd(
     return finish(pipe, seed)
 
 
+def small_sd() -> StableDiffusionPipeline:
+    """Half of the layers of `tiny_sd`: one level and no middle, where more would try nothing more."""
+    return tiny_sd(channels=(32,), middle=False)
+
+
 def tiny_sd2(
     *, transformer_layers: int | Sequence[int] = 1, seed: int = 0
 ) -> StableDiffusionPipeline:

@@ -43,7 +43,7 @@ def course(compiled: Callable[[Any], None]) -> Callable[[Any, dict[str, float]],
 
 
 # Tracing takes as long as there are layers.
-UNET = {"SD": lambda: tiny.tiny_sd(channels=(32,), middle=False)}
+UNET = {"SD": tiny.small_sd}
 TRANSFORMER = {"FLUX": lambda: tiny.tiny_flux(num_layers=1, num_single_layers=1)}
 COMPILING = (
     Course(

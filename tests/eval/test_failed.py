@@ -28,7 +28,7 @@ SHORT = Setting("short", "fewer_steps", {"steps": 2})
 
 def of_nan():
     """As float16 does where it overflows."""
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     with torch.no_grad():
         pipe.unet.conv_out.bias[0] = float("nan")
     return pipe
@@ -36,7 +36,7 @@ def of_nan():
 
 def of_one_nan():
     """Only the second of a batch."""
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     decode = pipe.vae.decode
 
     def decoded(latents, **options):
@@ -62,7 +62,7 @@ def checked():
         checker.concept_embeds_weights.fill_(-2.0)
     seen = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     parts = {"safety_checker": checker, "feature_extractor": seen}
-    return StableDiffusionPipeline(**{**tiny.tiny_sd().components, **parts})
+    return StableDiffusionPipeline(**{**tiny.small_sd().components, **parts})
 
 
 def loaded(pipe):
@@ -128,7 +128,7 @@ def test_failed_pictures_are_named_when_made_and_when_scored(
     assert not list(Path(tmp_path / "unreduced").glob(".*"))
     with pytest.warns(UserWarning, match="pictures failed"):  # again, with nothing to make
         assert make(pipe, tmp_path / "unreduced") == made
-    make(tiny.tiny_sd(), tmp_path / "short", SHORT)
+    make(tiny.small_sd(), tmp_path / "short", SHORT)
     with pytest.raises(SystemExit, match="2"):
         score(tmp_path)
     said = capsys.readouterr().err
@@ -144,12 +144,12 @@ def test_a_picture_that_is_made_again_is_judged_again(tmp_path):
     with pytest.warns(UserWarning, match="1 of 3 pictures failed"):
         make(of_one_nan(), tmp_path)
     image_path(tmp_path, 1).unlink()
-    assert not make(tiny.tiny_sd(), tmp_path).failed
+    assert not make(tiny.small_sd(), tmp_path).failed
     assert not Manifest.load(tmp_path).failed
 
 
 def test_manifests_of_before_have_none(tmp_path):
-    make(tiny.tiny_sd(), tmp_path)
+    make(tiny.small_sd(), tmp_path)
     data = Manifest.load(tmp_path).to_dict()
     assert data.pop("failed") == {}
     assert Manifest.from_dict(data) == Manifest.load(tmp_path)
@@ -193,7 +193,7 @@ def test_a_study_has_no_rows_of_them(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert "unreduced: 2 of 2 pictures failed" in capsys.readouterr().err
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     settings = (SHORT, Setting("same"))
     monkeypatch.setitem(STAGES, "typed", lambda steps: [Trial(each, steps) for each in settings])
     inner = study.one_batch

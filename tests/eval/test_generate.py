@@ -66,7 +66,7 @@ def fresh_state() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny.tiny_sd().save_pretrained(folder)
+    tiny.small_sd().save_pretrained(folder)
     return folder
 
 
@@ -327,9 +327,9 @@ def test_another_run_is_refused_and_nothing_touched(loaded, unbroken, changes, t
 
 
 def test_other_weights_precision_or_sampler_are_another_run(loaded, unbroken):
-    other = tiny.tiny_sd()
+    other = tiny.small_sd()
     other.scheduler = EulerDiscreteScheduler.from_config(other.scheduler.config)
-    spaced = tiny.tiny_sd()
+    spaced = tiny.small_sd()
     spaced.scheduler = DDIMScheduler.from_config(
         spaced.scheduler.config, timestep_spacing="trailing"
     )

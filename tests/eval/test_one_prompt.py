@@ -17,7 +17,7 @@ CALL = {"num_inference_steps": 4, "height": 64, "width": 64}
 @pytest.fixture
 def pipe(monkeypatch):
     """Notes in `asked` the prompts of every call."""
-    found = tiny.tiny_sd()
+    found = tiny.small_sd()
     found.set_progress_bar_config(disable=True)
     asked, encode = [], found.encode_prompt
 
@@ -34,7 +34,7 @@ def test_a_schedule_is_learned_from_one_prompt(pipe):
     config = TokenReduction(method="tome", ratio=0.4)
     learned = learn_schedule(pipe, "a cat", config, rounds=1, candidates=2, **CALL)
     assert set(pipe.asked) == {"a cat"}
-    listed = learn_schedule(tiny.tiny_sd(), ["a cat"], config, rounds=1, candidates=2, **CALL)
+    listed = learn_schedule(tiny.small_sd(), ["a cat"], config, rounds=1, candidates=2, **CALL)
     assert learned == listed
 
 
@@ -49,7 +49,7 @@ def test_a_run_and_a_batch_are_of_one_prompt(pipe, tmp_path):
     assert len(one_batch(pipe, "a cat", 0, CALL).images) == 1
     Bench(pipe, "a cat", 0, CALL).once(pipe, Setting("unreduced"))
     assert pipe.asked == [["a cat"], ["a cat"]]
-    tiny.tiny_sd().save_pretrained(tmp_path / "model")
+    tiny.small_sd().save_pretrained(tmp_path / "model")
     loaded = load(str(tmp_path / "model"), device="cpu")
     made = generate(
         loaded, Setting("unreduced"), "a cat", tmp_path / "run", call=CALL, device="cpu"

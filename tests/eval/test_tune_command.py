@@ -20,7 +20,7 @@ from tofu_diffusers import Tuned, apply_tofu
 def folder(tmp_path_factory):
     """Of a tiny pipeline, tuned from the command line."""
     folder = tmp_path_factory.mktemp("tune")
-    tiny.tiny_sd().save_pretrained(folder / "model")
+    tiny.small_sd().save_pretrained(folder / "model")
     command = ["tune", "--pipeline", str(folder / "model"), "--speedup", "2", "--minutes", "1e-9"]
     command += ["-n", "2", "--held-out", "2", "--steps", "10", "--height", "64", "--width", "64"]
     assert main([*command, "--out", str(folder / "out")]) == 0
@@ -76,13 +76,13 @@ def test_fewer_steps_are_drawn_with_as_many_as_were_asked_for(folder, monkeypatc
 
     monkeypatch.setattr(tune_page, "one_batch", one_batch)
     ((_, row),) = tune_page.pictures(
-        tiny.tiny_sd(), replace(tuned, rows=tuple(rows)), ["a cat"], 0, {"num_inference_steps": 10}
+        tiny.small_sd(), replace(tuned, rows=tuple(rows)), ["a cat"], 0, {"num_inference_steps": 10}
     )
     assert asked == [10, 10, 10, 5] and row[-1][0] == "5 steps"
     # Where the default stays, the tuned picture would be its own.
     stays = replace(tuned, about={**tuned.about, "overfitted": [2.0]})
     ((_, row),) = tune_page.pictures(
-        tiny.tiny_sd(), stays, ["a cat"], 0, {"num_inference_steps": 10}
+        tiny.small_sd(), stays, ["a cat"], 0, {"num_inference_steps": 10}
     )
     assert [caption for caption, _ in row] == ["unreduced", "2x, default", "5 steps"]
 
@@ -107,7 +107,7 @@ def test_bad_arguments_are_refused_before_anything_is_made(folder, capsys):
 
 
 def test_the_study_has_a_row_for_each_kind_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "load_pipeline", lambda _: tiny.tiny_sd())
+    monkeypatch.setattr(study, "load_pipeline", lambda _: tiny.small_sd())
     monkeypatch.setattr(study, "CHECKED", 1)
     out = tmp_path / "rows.jsonl"
     command = ["--model", "unet", "--steps", "10", "--speedup", "2", "--searched", "1", "-n", "2"]

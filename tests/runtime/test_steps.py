@@ -36,7 +36,7 @@ SCHEDULERS = [
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_schedulers_set_before_or_after_applying(scheduler, when):
     """Every evaluation of the denoiser is a step, in order, also when the scheduler calls it twice."""
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     if when == "before":
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     handle = apply_tofu(pipe, ratio=0.5, keys_values="fresh", **tiny.SHORT)
@@ -108,7 +108,7 @@ def test_few_steps_are_warned_of_where_most_are_skipped(compiled):
 
 
 def test_warmup_and_cooldown_steps_stay_whole():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     handle = apply_tofu(pipe, ratio=0.5, method="tome", warmup_steps=1, cooldown_steps=2)
     tiny.generate(pipe, steps=6)
     ratios = [step.ratios[0] for step in handle.inspect()[0].steps]
@@ -129,7 +129,7 @@ def test_the_profiles_begin_and_end_with_whole_steps(make):
 
 
 def test_few_steps_are_warned_of():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     with (
         apply_tofu(pipe, ratio=0.5, warmup_steps=2, cooldown_steps=1),
         pytest.warns(UserWarning, match="4 steps, of which 3 compute all tokens"),
@@ -147,7 +147,7 @@ def test_few_steps_are_warned_of():
 
 @torch.no_grad()
 def test_a_bare_model_stands_alone_or_is_told():
-    unet, inputs = tiny.tiny_sd().unet, unet_inputs()
+    unet, inputs = tiny.small_sd().unet, unet_inputs()
     expected = unet(**inputs)[0]
     apply_tofu(unet, ratio=0.5, method="tome")
     assert torch.equal(unet(**inputs)[0], unet(**inputs)[0])
@@ -187,7 +187,7 @@ def test_a_bare_model_stands_alone_or_is_told():
 )
 @torch.no_grad()
 def test_a_bare_model_told_its_steps_is_the_pipeline(options):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     rows = []
     pipe.unet.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append((args, kwargs)), with_kwargs=True
@@ -208,7 +208,7 @@ def test_a_bare_model_told_its_steps_is_the_pipeline(options):
 def test_guidance_in_two_calls_uses_the_conditional_plan():
     """Conditional call first: the same plans and the same caches as in one batch of both."""
     for model, inputs in (
-        (tiny.tiny_sd().unet, unet_inputs(batch=4)),
+        (tiny.small_sd().unet, unet_inputs(batch=4)),
         (tiny.tiny_sd3().transformer, sd3_inputs(batch=4)),
     ):
         steps = 5
@@ -257,9 +257,9 @@ def test_guidance_in_two_calls_uses_the_conditional_plan():
 )
 def test_guidance_that_ends_on_the_way(options):
     """Half of the batch goes at step 4; what was remembered of the whole batch does not fit the rest."""
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     handle = apply_tofu(pipe, **options)
-    generation, plain, errors = handle._generations[0][1], tiny.tiny_sd().unet, []
+    generation, plain, errors = handle._generations[0][1], tiny.small_sd().unet, []
 
     def compare(module, args, kwargs, out):
         assert generation.runtime.call.images == 2 or "speedup" in options
@@ -288,7 +288,7 @@ def test_guidance_that_ends_on_the_way(options):
 
 @torch.no_grad()
 def test_unconditional_rows_follow_the_conditional_ones():
-    unet, inputs = tiny.tiny_sd().unet, unet_inputs(batch=4)
+    unet, inputs = tiny.small_sd().unet, unet_inputs(batch=4)
     handle = apply_tofu(unet, ratio=0.5, method="tome")
     handle.step(0, 4, cfg_branches=2)
     unet(**inputs)
@@ -305,7 +305,7 @@ def test_unconditional_rows_follow_the_conditional_ones():
 
 @torch.no_grad()
 def test_no_token_waits_longer_than_max_age():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     handle = apply_tofu(pipe, ratio=0.7, max_age=4, resolutions=(0,))
     generation = handle._generations[0][1]
     waited = []
@@ -323,7 +323,7 @@ def test_no_token_waits_longer_than_max_age():
 
 
 def test_plan_reuse_over_steps():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     made = []
     for reuse in (1, 3):
         with apply_tofu(pipe, ratio=0.5, method="tome", reuse=reuse) as handle:
@@ -341,7 +341,7 @@ def test_plan_reuse_over_steps():
 
 @pytest.mark.parametrize("amount", [{"ratio": 0.5}, {"speedup": 2.0}], ids=str)
 def test_a_loop_without_scheduler_steps_is_refused(amount):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     inputs = unet_inputs()
     with apply_tofu(pipe, **amount), torch.no_grad():
         pipe.scheduler.set_timesteps(20)
@@ -351,7 +351,7 @@ def test_a_loop_without_scheduler_steps_is_refused(amount):
 
 
 def test_importance_from_every_source():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     for source in ("change", "cfg", "attention", "key_norm"):
         outputs = []
         for keys_values in ("dropped", "cached"):
@@ -367,7 +367,7 @@ def test_importance_from_every_source():
 
 
 def test_guidance_importance_needs_guidance():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     with (
         apply_tofu(pipe, ratio=0.5, method="importance", method_options={"source": "cfg"}),
         pytest.raises(ValueError, match="source 'cfg' needs classifier-free guidance"),

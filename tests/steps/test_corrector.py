@@ -151,7 +151,7 @@ def test_without_known_step_sizes_it_is_taylor():
 
 
 def test_what_it_keeps_counts_against_the_limit():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     options = {**TOKENS, "method": "random", "unmerge": "taylor", "corrector": True}
     with apply_tofu(pipe, **options) as handle:
         tiny.generate(pipe, steps=4)
@@ -166,7 +166,7 @@ def test_what_it_keeps_counts_against_the_limit():
 
 
 def test_half_precision_is_summed_in_single():
-    pipe = tiny.tiny_sd().to(torch.bfloat16)
+    pipe = tiny.small_sd().to(torch.bfloat16)
     with apply_tofu(pipe, **TOKENS, method="random", unmerge="taylor", corrector=True) as handle:
         found = []
         (generation,) = {id(each): each for _, each in handle._generations}.values()

@@ -256,7 +256,7 @@ def test_late_skips_are_even_and_the_longer_ones_late(first, count, speedup):
 
 @pytest.mark.parametrize("rule", SKIP_RULES)
 def test_a_pipeline_computes_the_steps_that_the_rule_leaves(rule):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     config = StepSkipping(
         speedup=2.0, warmup_steps=3, cooldown_steps=2, rule=rule, trajectory=TRAJECTORY
     )
@@ -279,7 +279,7 @@ def test_a_pipeline_computes_the_steps_that_the_rule_leaves(rule):
 
 
 def test_a_speedup_that_cannot_be_reached_is_warned_of_with_both_numbers():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     with apply_tofu(pipe, speedup=3.0, warmup_steps=4, cooldown_steps=1) as handle:
         with pytest.warns(UserWarning, match=r"speedup 3 is not reached: 6 of 8 .* \(1\.33x\)"):
             tiny.generate(pipe, steps=STEPS)
@@ -294,7 +294,7 @@ def test_a_speedup_that_cannot_be_reached_is_warned_of_with_both_numbers():
 
 
 def test_the_summary_counts_the_skipped_steps():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     with apply_tofu(pipe, speedup=SPEEDUP, warmup_steps=2) as handle:
         nominal = handle.summary()
         assert nominal.nominal and nominal.flops_saved == pytest.approx(0.4)
@@ -315,7 +315,7 @@ def test_the_summary_counts_the_skipped_steps():
 
 
 def test_more_memory_than_allowed_is_refused_with_both_numbers():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     before = tiny.generate(pipe, steps=2)
     apply_tofu(pipe, speedup=2.0, memory_limit=1e-9)
     with pytest.raises(MemoryError, match=r"caches need .* GiB, above memory_limit 1e-09 GiB"):
@@ -346,7 +346,7 @@ def test_a_bare_model_returns_what_it_always_returns(dtype):
 
 @torch.no_grad()
 def test_another_size_within_a_generation_runs_the_denoiser():
-    model = tiny.denoisers(tiny.tiny_sd())[0]
+    model = tiny.denoisers(tiny.small_sd())[0]
     inputs = tiny.model_inputs(model)
     wide = {**inputs, "sample": torch.cat([inputs["sample"]] * 2, dim=-1)}
     with apply_tofu(model, speedup=4 / 3, warmup_steps=2, rule="late") as handle:
@@ -503,7 +503,7 @@ def test_it_does_nothing_with_solvers_of_higher_order():
 
 
 def test_it_does_nothing_with_order_zero():
-    pipe, made = tiny.tiny_sd(), []
+    pipe, made = tiny.small_sd(), []
     for corrector in (False, True):
         with apply_tofu(pipe, speedup=SPEEDUP, warmup_steps=2, order=0, corrector=corrector):
             made.append(tiny.generate(pipe, steps=STEPS))
@@ -520,7 +520,7 @@ def test_it_does_nothing_where_steps_have_no_moves():
 
 
 def test_of_some_of_the_steps_the_moves_are_theirs():
-    pipe = diffusers.StableDiffusionImg2ImgPipeline(**tiny.tiny_sd().components)
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**tiny.small_sd().components)
     pipe.set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with apply_tofu(pipe, speedup=SPEEDUP, corrector=True) as handle:
@@ -585,7 +585,7 @@ def sum_of(fitted, past, step):
 
 
 def test_fitted_forecasts_of_zero_repeat_and_correct_nothing():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     tiny.generate(pipe, steps=STEPS)
     sampling = Sampling.of(pipe.scheduler)
     zeros = [[0.0] * n for n in (1, 2, 2, 3, 3, 3, 3, 3)]
@@ -597,7 +597,7 @@ def test_fitted_forecasts_of_zero_repeat_and_correct_nothing():
 
 
 def test_generations_of_other_steps_go_by_the_rule_and_say_so():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     tiny.generate(pipe, steps=STEPS)
     fitted = fitted_by_hand(Sampling.of(pipe.scheduler), (0, 1, 3, 4, 6))
     options = {"speedup": 1.6, "rule": "even", "warmup_steps": 1}
@@ -714,7 +714,7 @@ def test_both_are_the_loop_by_hand_around_a_reduced_denoiser(build):
 
 
 def test_with_nothing_skipped_or_nothing_removed_both_are_the_other_alone():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     with apply_tofu(pipe, TOKENS["tome"]):
         reduced = tiny.generate(pipe, steps=STEPS)
     with apply_tofu(pipe, TOKENS["tome"], StepSkipping(speedup=1)):

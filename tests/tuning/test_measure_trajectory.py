@@ -34,7 +34,7 @@ def test_it_has_the_inner_products_of_what_the_scheduler_is_given(build):
 
 
 def test_it_is_planned_by_and_saved_and_read(tmp_path):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     before = tiny.generate(pipe, steps=4)
     options = {"num_inference_steps": 12, "height": 64, "width": 64}
     trajectory = measure_trajectory(pipe, ["a cat", "a dog"], **options)
@@ -55,14 +55,14 @@ def test_it_is_planned_by_and_saved_and_read(tmp_path):
 
 
 def test_a_sampler_of_two_calls_a_step_is_at_every_level_once():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     trajectory = measure_trajectory(pipe, "a cat", num_inference_steps=10, height=64, width=64)
     assert len(trajectory.levels) == 10
 
 
 def test_what_cannot_be_measured_is_refused():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     with pytest.raises(ValueError, match="no prompts"):
         measure_trajectory(pipe, [])
     with pytest.raises(TypeError, match="no pipeline with a scheduler"):

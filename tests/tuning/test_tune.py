@@ -50,12 +50,12 @@ def tuned_tiny(pipe, prompts=PROMPTS, **options):
 def found(tmp_path_factory):
     """A pipeline, what was found on it, and the folder where it was measured."""
     folder = tmp_path_factory.mktemp("search")
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     return pipe, tuned_tiny(pipe, folder=folder), folder
 
 
 def test_the_pipeline_and_the_global_generator_are_left_as_they_were():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     pipe.set_progress_bar_config(desc="mine")
     before = tiny.generate(pipe, steps=4)
     state = torch.random.get_rng_state()
@@ -177,7 +177,7 @@ def test_other_denoisers_and_several_speedups_are_refused_in_words(found):
         ValueError, match=r"tuned on UNet2DConditionModel, and the pipeline has SD3"
     ):
         apply_tofu(tiny.tiny_sd3(), tuned, speedup=2.0)
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     both = replace(tuned, choices={1.5: tuned.choices[2.0], **tuned.choices})
     with pytest.raises(ValueError, match=r"tuned for speedup 1.5, 2; say which"):
         apply_tofu(pipe, both)
@@ -200,15 +200,15 @@ def test_other_denoisers_and_several_speedups_are_refused_in_words(found):
 )
 def test_bad_arguments_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        tuned_tiny(tiny.tiny_sd(), **changes)
+        tuned_tiny(tiny.small_sd(), **changes)
 
 
 def test_a_speedup_out_of_reach_is_refused_with_what_was_reached_and_others_stay():
     said = r"speedup 3\.5 in 6 steps, the highest had 3\.00x"
     with pytest.raises(ValueError, match=said):
-        tuned_tiny(tiny.tiny_sd(), "a cat", speedup=3.5, num_inference_steps=6)
+        tuned_tiny(tiny.small_sd(), "a cat", speedup=3.5, num_inference_steps=6)
     with pytest.warns(UserWarning, match=said):
-        tuned = tuned_tiny(tiny.tiny_sd(), "a cat", speedup=(2.0, 3.5), num_inference_steps=6)
+        tuned = tuned_tiny(tiny.small_sd(), "a cat", speedup=(2.0, 3.5), num_inference_steps=6)
     assert [*tuned.choices] == [2.0] and {row.speedup for row in tuned.rows} == {2.0}
     assert "left out, speedup 3.5" in str(tuned)
 
@@ -216,7 +216,7 @@ def test_a_speedup_out_of_reach_is_refused_with_what_was_reached_and_others_stay
 def test_what_a_search_sets_itself_cannot_be_given():
     for name in ("generator", "output_type"):
         with pytest.raises(ValueError, match=f"{name} cannot be given: a search sets it"):
-            tuned_tiny(tiny.tiny_sd(), **{name: None})
+            tuned_tiny(tiny.small_sd(), **{name: None})
 
 
 def test_tokens_that_cannot_be_reduced_are_left_out_and_said(monkeypatch):
@@ -234,14 +234,14 @@ def test_what_other_processes_left_out_is_said_too_and_bars_end_full(monkeypatch
         return [mine] if mine else [mine, {"theirs": "a reason"}]
 
     monkeypatch.setattr(search, "gathered", gathered)
-    tuned = tuned_tiny(tiny.tiny_sd(), minutes=1e-9, progress=True)
+    tuned = tuned_tiny(tiny.small_sd(), minutes=1e-9, progress=True)
     assert tuned.about["left out, theirs"] == "a reason"
     told = capsys.readouterr().err
     assert all(f"{name}: 100%" in told for name in ("references", "search", "fit", "held out"))
 
 
 def test_no_prompts_too_many_no_pipeline_and_tofu_are_refused():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     with pytest.raises(ValueError, match="0 prompts to search on"):
         tune(pipe, [])
     with pytest.raises(ValueError, match="17 prompts to search on; give 1 to 16"):
@@ -258,7 +258,7 @@ def test_no_prompts_too_many_no_pipeline_and_tofu_are_refused():
 
 def test_it_calls_what_it_is_given_and_takes_one_prompt_in_few_steps():
     """Fewer than ten steps have no trajectory; the rules are still compared."""
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     calls = []
 
     def generate(prompt, **options):
@@ -304,7 +304,7 @@ def workload(pipe, **options):
 @pytest.mark.parametrize("watched", ["steps", "fit"])
 def test_a_watched_generation_is_the_one_that_the_pipeline_makes(watched):
     """Pipelines read from the arguments of `scheduler.step` what they may give it, such as eta."""
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     made = workload(pipe, eta=1.0).generated(Example("a cat", 3))
     call = {"num_inference_steps": 6, "height": 64, "width": 64, "output_type": "latent"}
     generator = torch.Generator().manual_seed(3)
@@ -323,7 +323,7 @@ def test_a_watched_generation_is_the_one_that_the_pipeline_makes(watched):
 
 def test_a_copy_of_a_watched_scheduler_steps_by_itself():
     """Pipelines of video and sound copy theirs for the sound."""
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.scheduler.set_timesteps(4)
     noise, seen = torch.ones(1, 4, 8, 8), []
@@ -341,12 +341,12 @@ def test_a_copy_of_a_watched_scheduler_steps_by_itself():
 
 
 def test_nothing_is_fitted_under_a_sampler_that_draws_noise():
-    tuned = tuned_tiny(tiny.tiny_sd(), eta=1.0, minutes=1e-9)
+    tuned = tuned_tiny(tiny.small_sd(), eta=1.0, minutes=1e-9)
     assert not any("fitted" in row.name for row in tuned.rows)
 
 
 def test_forecasts_are_fitted_to_the_steps_that_image_to_image_executes(tmp_path):
-    pipe = StableDiffusionImg2ImgPipeline(**tiny.tiny_sd().components)
+    pipe = StableDiffusionImg2ImgPipeline(**tiny.small_sd().components)
     given = {"image": Image.new("RGB", (64, 64), "red"), "strength": 0.6}
     call = {
         "num_inference_steps": 20,
@@ -371,7 +371,7 @@ def test_forecasts_are_fitted_to_the_steps_that_image_to_image_executes(tmp_path
 
 def test_a_fit_brings_the_latents_nearer(tmp_path):
     """Under a solver of the second order too, whose past it must not disturb."""
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     steps, computed, example = 10, (0, 1, 3, 5, 7, 9), Example("a cat", 3)
     known = workload(pipe, num_inference_steps=steps)
@@ -394,7 +394,7 @@ def test_a_fit_brings_the_latents_nearer(tmp_path):
 
 @pytest.mark.parametrize("prompt", [{"prompt": "a cat"}, ["a cat"]])
 def test_prompts_may_be_whatever_is_called_with_them(prompt):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
 
     def generate(given, **options):
         return pipe(**given, **options) if isinstance(given, dict) else pipe(given, **options)
@@ -410,7 +410,7 @@ def test_prompts_may_be_whatever_is_called_with_them(prompt):
     [(False, "did not pass"), (None, "3 steps are refused ("), (6, "refused (just 6)")],
 )
 def test_fewer_steps_are_left_out_where_they_cannot_be_asked_for(passes, why):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
 
     def generate(prompt, generator, output_type, return_dict, **options):
         given = {"generator": generator, "output_type": output_type, "return_dict": return_dict}
@@ -426,7 +426,7 @@ def test_fewer_steps_are_left_out_where_they_cannot_be_asked_for(passes, why):
 
 
 def test_a_prompt_that_makes_another_picture_each_time_is_refused():
-    pipe, seeds = tiny.tiny_sd(), iter(range(99))
+    pipe, seeds = tiny.small_sd(), iter(range(99))
 
     def generate(prompt, generator, **options):
         return pipe(prompt, generator=generator.manual_seed(next(seeds)), **options)
@@ -437,7 +437,7 @@ def test_a_prompt_that_makes_another_picture_each_time_is_refused():
 
 @pytest.mark.parametrize("returned", ["pictures", "nothing"])
 def test_what_is_called_instead_of_the_pipeline_may_return_less(returned):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
 
     def generate(prompt, **options):
         pictures, _ = pipe(prompt, **options)
@@ -450,7 +450,7 @@ def test_what_is_called_instead_of_the_pipeline_may_return_less(returned):
 
 def test_fewer_steps_are_counted_by_calls():
     """Heun's calls are one less than twice the steps."""
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     tuned = tuned_tiny(pipe, minutes=1e-9)
     row = tuned.rows[-1]
@@ -478,7 +478,7 @@ def test_options_are_told_apart_by_what_they_hold():
 
 
 def test_the_same_prompts_kept_apart_otherwise_are_another_search(tmp_path):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     options = {"folder": tmp_path, "minutes": 1e-9, "num_inference_steps": 6}
     tuned_tiny(pipe, prompts=["a", "b"], held_out=["c"], **options)
     with pytest.raises(ValueError, match="another search: its prompts searched on"):
@@ -486,7 +486,7 @@ def test_the_same_prompts_kept_apart_otherwise_are_another_search(tmp_path):
 
 
 def test_a_compiled_denoiser_is_refused():
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     with pytest.raises(ValueError, match="tune first, then compile"):
         tuned_tiny(pipe)
@@ -540,7 +540,7 @@ def test_damaged_parts_of_a_tuned_file_are_named(found, tmp_path, change, said):
 
 
 def test_a_folder_that_holds_something_else_says_what_to_give(found, tmp_path):
-    pipe = tiny.tiny_sd()
+    pipe = tiny.small_sd()
     path = found[1].save(tmp_path / "tuned")
     with pytest.raises(FileNotFoundError, match=f"give its folder, {str(path.parent)!r}"):
         apply_tofu(pipe, path)
@@ -562,7 +562,7 @@ def test_another_class_of_pipelines_around_such_a_denoiser_is_warned_of(found):
 def test_a_damaged_search_is_named(tmp_path, name):
     (tmp_path / name).write_text("{\n")
     with pytest.raises(ValueError, match=rf"{name} is damaged .* delete it"):
-        tune(tiny.tiny_sd(), PROMPTS, folder=tmp_path, num_inference_steps=10, progress=False)
+        tune(tiny.small_sd(), PROMPTS, folder=tmp_path, num_inference_steps=10, progress=False)
 
 
 @pytest.mark.filterwarnings(
@@ -577,7 +577,7 @@ def test_a_temporary_folder_goes_with_the_search_however_it_ends(monkeypatch, tm
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tuned_tiny(tiny.tiny_sd(), generate=generate)
+        tuned_tiny(tiny.small_sd(), generate=generate)
     assert len(held[0]) == 1 and not [*tmp_path.iterdir()]
 
 
@@ -617,7 +617,7 @@ from tests.tuning.test_tune import PROMPTS, tuned_tiny
 from tests import tiny
 from tests.tiny_pipelines import PIPELINES
 distributed.init_process_group("gloo")
-tuned = tuned_tiny(tiny.tiny_sd(), folder=sys.argv[1], minutes=1e-9)
+tuned = tuned_tiny(tiny.small_sd(), folder=sys.argv[1], minutes=1e-9)
 if distributed.get_rank() == 0:
     tuned.save(sys.argv[1])
 distributed.destroy_process_group()
@@ -632,7 +632,7 @@ def test_processes_share_the_work_and_find_the_same(tmp_path):
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=300)
-    spread, alone = Tuned.load(tmp_path), tuned_tiny(tiny.tiny_sd(), minutes=1e-9)
+    spread, alone = Tuned.load(tmp_path), tuned_tiny(tiny.small_sd(), minutes=1e-9)
     for mine, other in zip(spread.rows, alone.rows, strict=True):
         assert mine.name == other.name
         assert mine.held_out_db == pytest.approx(other.held_out_db, abs=1e-3)

@@ -549,3 +549,19 @@ def test_removing_nothing_is_fine():
     before = fingerprint(pipe)
     remove_tofu(pipe)
     assert fingerprint(pipe) == before
+
+
+@pytest.mark.parametrize("take_off", [remove_tofu, lambda pipe: apply_tofu(pipe, speedup=3.0)])
+def test_of_two_denoisers_none_is_given_back_where_one_cannot_be(take_off):
+    pipe = tiny.tiny_wan(two=True)
+    handle = apply_tofu(pipe, speedup=2.0)
+    ours = pipe.transformer_2.forward
+    pipe.transformer_2.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    for take in (take_off, lambda _: handle.remove()):
+        with pytest.raises(RuntimeError, match="was replaced after apply_tofu"):
+            take(pipe)
+        assert not handle.removed
+        assert all("_tofu" in vars(each) for each in (pipe.transformer, pipe.transformer_2))
+    pipe.transformer_2.forward = ours
+    handle.remove()
+    assert not any("_tofu" in vars(each) for each in (pipe.transformer, pipe.transformer_2))

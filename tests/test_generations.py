@@ -370,3 +370,20 @@ def test_an_inversion_with_another_scheduler_of_the_pipeline_follows_that():
         assert (steps.steps, steps.computed) == (9, 5)
     with apply_tofu(pipe, ratio=0.0, method="tome"):
         assert invert() == {whole}
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"speedup": 2.0}], ids=str)
+def test_tofu_put_on_in_the_middle_of_a_generation_is_refused(options):
+    def apply(pipe, step, timestep, given):
+        if step == 2:
+            apply_tofu(pipe, **options)
+        return given
+
+    pipe = tiny.small_sd()
+    expected = tiny.generate(pipe, steps=STEPS)
+    with pytest.raises(RuntimeError, match="while StableDiffusionPipeline generates"):
+        tiny.generate(pipe, steps=STEPS, callback_on_step_end=apply)
+    # From the next generation on it does what was asked for.
+    assert not torch.equal(tiny.generate(pipe, steps=STEPS), expected)
+    remove_tofu(pipe)
+    assert torch.equal(tiny.generate(pipe, steps=STEPS), expected)

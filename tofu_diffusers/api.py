@@ -185,8 +185,7 @@ def apply_tofu(
                 for generation, _ in pairs:
                     watch(scheduler, generation)
     except BaseException:
-        for model, root in roots:
-            _remove(model, root)
+        _remove(roots)
         raise
     return Handle(roots)
 
@@ -217,10 +216,8 @@ def _remove_from_denoisers(target: Any) -> None:
     for part in parts.values():
         told = listeners_of(part, target)
         models += [each.runtime.setup.denoiser for each in told if isinstance(each, Generation)]
-    for model in map(unwrap, models):
-        root = state_of(model)
-        if isinstance(root, DenoiserHook):
-            _remove(model, root)
+    found = [(model, state_of(model)) for model in map(unwrap, models)]
+    _remove([(model, root) for model, root in found if isinstance(root, DenoiserHook)])
 
 
 class Handle:
@@ -347,7 +344,8 @@ class Handle:
     def reset(self) -> None:
         """Forget a generation that was broken off: frees its caches, and ends it for the denoiser.
 
-        One that came to its end, or the next one, does so by itself.
+        A pipeline's is forgotten when it comes to its end. A loop of your own (`step`) is forgotten only when
+        the next one begins: call this behind it to free its caches, and before calls that are no step.
 
         Raises:
             RuntimeError: if the handle was removed.
@@ -360,13 +358,12 @@ class Handle:
         """Give back the exact original.
 
         Raises:
-            RuntimeError: if the handle was already removed.
+            RuntimeError: if the handle was already removed, or a forward was replaced since by one that
+                calls tofu's. The target is then as it was.
         """
         self._check()
-        for model, root in self._roots:
-            # Of several denoisers one may have been given another tofu since.
-            if not root.generation.removed:
-                _remove(model, root)
+        # Of several denoisers one may have been given another tofu since.
+        _remove([(model, root) for model, root in self._roots if not root.generation.removed])
 
     @property
     def _all(self) -> list[Generation]:
@@ -765,14 +762,18 @@ def _ways(wanted: tuple[DenoiserConfig, ...], family: str) -> list[tuple[Denoise
     return ways
 
 
-def _remove(model: nn.Module, root: DenoiserHook) -> None:
-    modules = [module for module in model.modules() if state_of(module) is not None]
-    modules += [module for module in root.beside if state_of(module) is not None]
+def _remove(roots: list[tuple[nn.Module, DenoiserHook]]) -> None:
+    """Take tofu off these denoisers: off all of them or, where one cannot be reached, off none."""
+    # One may be found twice, in the pipeline and by its scheduler.
+    modules: dict[nn.Module, None] = {}
+    for model, root in roots:
+        parts = [*model.modules(), *root.beside]
+        modules |= {module: None for module in parts if state_of(module) is not None}
     for module in modules:
         check_within_reach(module)
     for module in modules:
         detach(module)
-    for generation, _ in root.layouts:
+    for generation in [generation for _, root in roots for generation, _ in root.layouts]:
         unwatch(generation)
         generation.forget()
         generation.removed = True

@@ -392,6 +392,13 @@ def test_copies_second_applies_and_errors_leave_no_trace(case, tmp_path):
         run(model, given)
     hook.remove()
     assert state_of(root).call is None
+    blocks = [root.get_submodule(name) for name in state_of(root).blocks]
+    attention = blocks[-1].get_submodule(state_of(root).family.attention)
+    hook = attention.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(model, given)
+    hook.remove()
+    assert all(state_of(each).keys is None and state_of(each).queries is None for each in blocks)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
     remove_tofu(model)

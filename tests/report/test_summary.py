@@ -1,6 +1,7 @@
 """handle.summary() and handle.stats(): tokens and FLOPs are those of the real forward."""
 
 import copy
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -291,3 +292,48 @@ def test_what_is_counted_another_way_has_the_same_shape_and_flops(call):
             out = call()
         found.append((out.shape, out.dtype, out.device, counter.get_total_flops()))
     assert found[0] == found[1]
+
+
+def test_threads_that_count_leave_autocast_as_it_was():
+    autocast = torch.autocast
+    inside, both, out = threading.Event(), threading.Event(), threading.Event()
+
+    def first():
+        with without_numbers():
+            inside.set()
+            both.wait(0.1)
+        out.set()
+
+    def second():
+        inside.wait()
+        with without_numbers():
+            both.set()
+            out.wait()
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.autocast is autocast
+
+
+@pytest.mark.parametrize("options", [{"speedup": 2.0}, {"ratio": 0.5, "method": "tofu"}], ids=str)
+def test_steps_behind_the_end_of_guidance_count_for_half(options):
+    def without_guidance(pipe, step, timestep, given):
+        if step == 6:
+            pipe._guidance_scale = 1.0
+            given["prompt_embeds"] = given["prompt_embeds"].chunk(2)[1]
+        return given
+
+    changes = {
+        "callback_on_step_end": without_guidance,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+    pipe = tiny.small_sd()
+    whole = generation_flops(pipe, 10, **changes)
+    with apply_tofu(pipe, **options) as handle:
+        run = generation_flops(pipe, 10, **changes)
+        summary = handle.summary()
+    assert summary.flops_unreduced == pytest.approx(whole, rel=0.02)
+    assert summary.flops_run == pytest.approx(run, rel=0.02) and run < 0.8 * whole

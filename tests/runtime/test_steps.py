@@ -432,3 +432,81 @@ def test_a_base_model_before_a_refiner_runs_the_first_steps():
     generation = handle._generations[0][1]
     assert len(generation.steps()) == len(generation.sampling) == 4
     assert generation.sampling.noise[0] > 0.8 and generation.sampling.noise[-1] >= 0.49
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"speedup": 1.5}], ids=str)
+@pytest.mark.parametrize("failing", [1, 2, 6])
+def test_a_call_that_failed_may_be_tried_again(options, failing):
+    unet, inputs = tiny.small_sd().unet, unet_inputs()
+
+    def loop(failing=None):
+        outputs, steps = [], 14
+        with apply_tofu(unet, **options) as handle:
+            for step in range(steps):
+                given = inputs | {"sample": inputs["sample"] * (1 + 0.1 * step)}
+                handle.step(step, steps, cfg_branches=2)
+                if step == failing and not handle._all[0].runtime.call.skip:
+                    hook = unet.conv_out.register_forward_pre_hook(lambda *_: 1 / 0)
+                    with pytest.raises(ZeroDivisionError):
+                        unet(**given)
+                    hook.remove()
+                    handle.step(step, steps, cfg_branches=2)
+                outputs.append(unet(**given)[0])
+            assert len(handle.inspect()[0].steps) == steps
+        return torch.stack(outputs)
+
+    assert torch.equal(loop(failing), loop())
+
+
+@torch.no_grad()
+def test_a_batch_that_does_not_fall_into_the_branches_is_refused():
+    unet, inputs = tiny.small_sd().unet, unet_inputs()
+    with apply_tofu(unet, ratio=0.5, method="tome") as handle:
+        handle.step(0, 10, cfg_branches=3)
+        with pytest.raises(ValueError, match=r"batch of 2 .* 3 branches .* cfg_branches=1"):
+            unet(**inputs)
+        handle.step(0, 10, cfg_branches=2)
+        unet(**inputs)
+
+
+@torch.no_grad()
+def test_a_step_moved_in_inference_mode_is_told_on_outside_of_it():
+    """As on a GPU, where the first call in inference mode moves it there."""
+    unet, inputs = tiny.small_sd().unet, unet_inputs()
+    with apply_tofu(unet, speedup=1.5) as handle:
+        handle.step(0, 10)
+        with torch.inference_mode():
+            call = handle._all[0].runtime.call
+            call.step = call.step.clone()
+            unet(**inputs)
+        handle.step(1, 10)
+        assert call.step == 1 and not call.step.is_inference()
+
+
+@torch.no_grad()
+def test_positions_written_in_place_are_read_again():
+    model = tiny.tiny_flux().transformer
+    inputs = tiny.model_inputs(model)
+
+    def places(height, width):
+        rows, columns = torch.arange(height).float(), torch.arange(width).float()
+        both = rows.repeat_interleave(width), columns.repeat(height)
+        return torch.stack([torch.zeros(height * width), *both], -1)
+
+    with apply_tofu(model, ratio=0.4, method="tome"):
+        held = places(6, 10)
+        model(**inputs | {"img_ids": held})
+        held.copy_(places(4, 15))
+        written = model(**inputs | {"img_ids": held})[0]
+        assert torch.equal(written, model(**inputs | {"img_ids": places(4, 15)})[0])
+
+
+def test_a_memory_limit_names_only_what_would_help():
+    pipe = tiny.small_sd()
+    options = {"ratio": 0.5, "memory_limit": 1e-6, "keys_values": "dropped", "unmerge": "copy"}
+    with (
+        apply_tofu(pipe, **options),
+        pytest.raises(MemoryError, match=r"raise it, use corrector=False, or take"),
+    ):
+        tiny.generate(pipe, steps=12)

@@ -248,8 +248,20 @@ def encoder_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
                 if not name.startswith("output_")
             }
         return out
+    except BaseException:
+        if not torch.compiler.is_compiling():
+            _forget_readings(module)
+        raise
     finally:
         hook.call = None
+
+
+def _forget_readings(module: nn.Module) -> None:
+    """Drop what blocks noted in a call that failed, and with it all activations of its gradients."""
+    for part in module.modules():
+        state = state_of(part)
+        if isinstance(state, EncoderBlockHook):
+            state.keys = state.queries = None
 
 
 def _check(hook: EncoderHook, module: Any, named: Kwargs) -> None:

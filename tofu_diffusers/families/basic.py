@@ -31,7 +31,7 @@ class BasicFamily(Family):
             return {"attn1": block.norm1(x) * (1 + scale) + shift}
         raise ValueError(
             f"keys_values 'fresh' does not know norm_type {kind!r} in a {type(block).__name__}; "
-            "use keys_values 'cached' or 'none'"
+            "use keys_values 'cached' or 'dropped'"
         )
 
     def refusal(self, scope: str, named: Kwargs) -> str | None:

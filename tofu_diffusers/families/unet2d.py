@@ -45,7 +45,7 @@ class UNet2DFamily(Family):
         if block.spatial_norm is not None:
             raise ValueError(
                 "keys_values 'fresh' does not know the spatial norm of this UNet's attention; "
-                "use keys_values 'cached' or 'none'"
+                "use keys_values 'cached' or 'dropped'"
             )
         normed = x if block.group_norm is None else block.group_norm(x.transpose(1, 2)).mT
         return {"self": normed}

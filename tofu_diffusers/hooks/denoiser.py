@@ -80,8 +80,14 @@ def denoiser_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return run(hook, module, named, args, kwargs)
     take_turn(hook, module, named)
+    call = hook.runtime.call
+    before = call.number, call.forecast
     try:
         return run(hook, module, named, args, kwargs)
+    except BaseException:
+        # A call that failed is none: the step may be tried again.
+        call.number, call.forecast = before
+        raise
     finally:
         leave_turn(hook)
 

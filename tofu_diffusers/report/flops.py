@@ -109,8 +109,8 @@ def _counted(
     copy = attached(twin)
     copy.runtime.reader.fixed = grids
     copy.runtime.takes_what_it_can = runtime.takes_what_it_can
-    # Not known yet: then all tokens were computed, however many there are.
-    branches = max(1, int(call.cfg_branches))
+    # One if they are not known yet: then all tokens were computed, however many there are.
+    branches = call.branches_in_batch
 
     def at(step: int, setting: tuple[str, ...]) -> dict[str, Any]:
         copy.set_step(step, TOTAL, branches)

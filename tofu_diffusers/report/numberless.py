@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,6 +15,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+# What is replaced meanwhile is everybody's: two threads by turns would put back each other's.
+_REPLACING = threading.RLock()
+
 
 @contextmanager
 def without_numbers() -> Iterator[None]:
@@ -21,15 +25,17 @@ def without_numbers() -> Iterator[None]:
 
     Of a mask all is taken for true, as of a prompt that fills its length; torch 2.4 cannot.
     """
-    autocast, flag = torch.autocast, "meta_nonzero_assume_all_nonzero"
+    flag = "meta_nonzero_assume_all_nonzero"
     patch: Any = shapes_config.patch  # type: ignore[attr-defined]
     full = patch(**{flag: True}) if hasattr(shapes_config, flag) else nullcontext()
-    torch.autocast = _Autocast  # type: ignore[misc]
-    try:
-        with full, Numberless():
-            yield
-    finally:
-        torch.autocast = autocast  # type: ignore[misc]
+    with _REPLACING:
+        autocast = torch.autocast
+        torch.autocast = _Autocast  # type: ignore[misc]
+        try:
+            with full, Numberless():
+                yield
+        finally:
+            torch.autocast = autocast  # type: ignore[misc]
 
 
 class Numberless(TorchFunctionMode):

@@ -202,10 +202,10 @@ def summarise(
         weights = Counter[tuple[str, ...]]()
         for step in steps:
             if step.ran:
-                weights[step.ratios] += step.ran
+                weights[step.ratios] += step.ran * step.batch
         unreduced = tuple("0.0" for _ in setup.sites)
         calls += sum(step.calls for step in steps)
-        computed_calls += weights.total()
+        computed_calls += sum(step.ran for step in steps)
         held += runtime.caches.peak_bytes
         try:
             counts = count(model, runtime, {*weights, unreduced}, partial(attached, like=setup))
@@ -214,8 +214,10 @@ def summarise(
                 raise UncountedError(f"FLOPs of {name} cannot be counted: {error}") from error
             uncounted = uncounted or f"{name}, {error}"
             continue
-        whole += counts.whole * sum(step.calls for step in steps)
-        run += sum(counts.at[setting] * times for setting, times in weights.items())
+        # Counted with the last call's rows; earlier ones may have had more or fewer.
+        last = steps[-1].batch
+        whole += counts.whole * sum(step.calls * step.batch for step in steps) // last
+        run += sum(counts.at[setting] * rows for setting, rows in weights.items()) // last
     if uncounted:
         whole, run = calls, computed_calls
     first = generations[0][1]

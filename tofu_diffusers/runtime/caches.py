@@ -112,8 +112,12 @@ class Caches:
         limit = self.setup.memory_limit
         if limit is not None and needed > limit * GIB:
             ways = ["raise it"]
-            if self.setup.reduction is not None:
-                ways += ["use keys_values 'fresh' or 'dropped', or unmerge 'copy'"]
+            if self.setup.projections:
+                ways.append("use keys_values 'fresh' or 'dropped'")
+            if any(UNMERGES[site.unmerge].cached for site in self.setup.sites):
+                ways.append("use unmerge 'copy'")
+            if self.corrector is not None:
+                ways.append("use corrector=False")
             raise MemoryError(
                 f"caches need {needed / GIB:.3g} GiB, above memory_limit {limit:g} GiB; "
                 f"{', '.join(ways)}, or take a smaller batch"

@@ -24,9 +24,10 @@ def untold(how: str) -> RuntimeError:
     """What to raise where a denoiser goes from step to step, and nobody tells them."""
     return RuntimeError(
         f"the denoiser was called {how} without a scheduler step; in a loop of your own, call "
-        "handle.step(i, n) before each step; for a pipeline that does not step its `scheduler` (some "
-        "inversions, or SkyReels' diffusion forcing, which steps copies of it: SkyReelsV2Pipeline takes the "
-        "same components and steps its own), call remove_tofu before it"
+        "handle.step(i, n) before each step, and handle.reset() before a call that is none; for a pipeline "
+        "that does not step its `scheduler` (some inversions, or SkyReels' diffusion forcing, which steps "
+        "copies of it: SkyReelsV2Pipeline takes the same components and steps its own), call remove_tofu "
+        "before it"
     )
 
 
@@ -41,6 +42,7 @@ class Call:
         caches_are_warm: Whether the step builds on what caches hold.
         cfg_branches: How many branches of guidance a batch holds, as a string; "0": not known yet.
         told_by_pipeline: Whether a pipeline calls, whose scheduler tells its steps.
+        told_by_hand: Whether the user tells the steps and branches of guidance, in a loop of his own.
         conditional_first: Whether the conditional rows stand before the others.
         number: How many calls of this step there were, the running one among them.
         forecast: How many of them were forecast.
@@ -67,6 +69,7 @@ class Call:
     cfg_branches: str = "1"
     conditional_first: bool = False
     told_by_pipeline: bool = False
+    told_by_hand: bool = False
     conditions: int = 0
 
     number: int = 0

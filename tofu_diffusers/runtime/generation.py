@@ -29,12 +29,16 @@ class StepRecord:
     """What one denoising step ran with: calls of the denoiser, every site's ratio, whether it was skipped.
 
     Where guidance begins on the way, its first call is computed, and others of that step may be forecast.
+
+    Attributes:
+        batch: Rows of a call, fewer where guidance ended on the way.
     """
 
     calls: int
     ratios: tuple[str, ...]
     skipped: bool = False
     forecast: int = 0
+    batch: int = 1
 
     @property
     def ran(self) -> int:
@@ -166,7 +170,7 @@ class Generation:
         if call.step_known and self.scheduler() is not None:
             self.broken_off.append(self.scheduler)
         self.scheduler = self.caller = Reference()
-        self._timestep, self._trimmed = None, False
+        self._timestep, self._trimmed, call.told_by_hand = None, False, False
         call.cfg_branches = str(cfg_branches)
         call.conditional_first = self.runtime.setup.family.conditional_first
         self.sampling = sampling
@@ -217,6 +221,7 @@ class Generation:
             )
         if index == 0 or not call.step_known or total != len(self.sampling):
             self.begin(Sampling.evenly(total), cfg_branches)
+            call.told_by_hand = True
             self._warn_of_few()
         else:
             self._finish_step()
@@ -231,7 +236,8 @@ class Generation:
             named: The denoiser's arguments.
 
         Raises:
-            RuntimeError: if another generation began while his was not over, or his steps are told by nobody.
+            RuntimeError: if another generation began while his was not over, if his had begun before tofu was
+                put on, or his steps are told by nobody.
         """
         call = self.runtime.call
         if any(each() is scheduler for each in self.broken_off for scheduler in told_by):
@@ -247,6 +253,8 @@ class Generation:
             if len(new) == len(told_by):
                 # Set after `apply_tofu`, or in another pipeline around this denoiser.
                 self._follow(told_by[0], caller)
+            elif not self.sampling:
+                self._check_not_amid(told_by[0], caller, named)
         call.told_by_pipeline = bool(told_by)
         call.conditions = getattr(getattr(caller, "guider", None), "num_conditions", 0)
         family = self.runtime.setup.family
@@ -328,6 +336,24 @@ class Generation:
         others = 2 if hasattr(pipeline, "image_guidance_scale") else 1
         perturbed = getattr(pipeline, "do_perturbed_attention_guidance", False)
         return 1 + others * bool(guided) + bool(perturbed)
+
+    def _check_not_amid(self, scheduler: Any, caller: Any, named: dict[str, Any]) -> None:
+        """Refuse to go on with a generation whose beginning was not seen: which step this is, nobody told.
+
+        A call beside the steps has another timestep than any of them but the first and the last.
+        """
+        setup = self.runtime.setup
+        steps = getattr(scheduler, "timesteps", None)
+        begun = getattr(scheduler, "num_inference_steps", None) is not None
+        scale = setup.family.timestep_scale
+        if not (setup.reduces and begun and scale and isinstance(steps, Tensor)):
+            return
+        timestep = torch.as_tensor(named[setup.family.timestep_name], dtype=torch.float32) / scale
+        if torch.isclose(steps[1:-1].float().cpu(), timestep.flatten()[:1].cpu(), rtol=0.01).any():
+            raise RuntimeError(
+                f"apply_tofu or handle.reset was called while {type(caller).__name__} generates, and its "
+                "steps are known only from their beginning; call it before the pipeline"
+            )
 
     def _check_stepped_once(self, timestep: Any) -> None:
         """Refuse pipelines that denoise several views by turns: they seem to be in a later step."""
@@ -500,6 +526,9 @@ class Generation:
             self.runtime.caches.clear_plans()
         if call.step is None:
             call.step = torch.full((), float(index))
+        elif call.step.is_inference() and not torch.is_inference_mode_enabled():
+            # Moved to the device in inference mode, it cannot be written outside of it.
+            call.step = torch.full((), float(index), device=call.step.device)
         else:
             call.step.fill_(float(index))
         self._apply_settings()
@@ -523,7 +552,8 @@ class Generation:
     def _record(self) -> StepRecord:
         call, sites = self.runtime.call, self.runtime.setup.sites
         ratios = tuple("0.0" if call.all_tokens else site.ratio for site in sites)
-        return StepRecord(call.number, ratios, call.skip, call.forecast)
+        batch = call.images * call.branches_in_batch
+        return StepRecord(call.number, ratios, call.skip, call.forecast, batch)
 
     def _finish_step(self) -> None:
         call = self.runtime.call

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..families.base import Family
+from ..steps.reference import Reference
 from ..tokens.grid import TokenGrid
 from .call import Call
+from .text_padding import version_of
 
 
 class GridReader:
@@ -28,7 +30,7 @@ class GridReader:
         self.known: dict[int, TokenGrid] | None = None
         self.deferred_ids: Tensor | None = None
         self.deferred_latents: Tensor | None = None
-        self._ids: Tensor | None = None
+        self._read_from = (Reference(), 0)
 
     def start(self) -> None:
         """Forget what the last generation was read to be."""
@@ -51,8 +53,10 @@ class GridReader:
         if family.ids_name is None or ids is None:
             return family.grids(model, named)
         if not torch.compiler.is_compiling():
-            if self.known is None or ids is not self._ids:
-                self.known, self._ids = family.grids(None, {family.ids_name: ids}), ids
+            source, version = self._read_from
+            if self.known is None or source() is not ids or version != version_of(ids):
+                self.known = family.grids(None, {family.ids_name: ids})
+                self._read_from = Reference(ids), version_of(ids)
             return family.around(self.known, named)
         if not call.step_known:
             raise RuntimeError(

@@ -361,6 +361,11 @@ class Runtime:
                 call.all_tokens = call.all_tokens or unknown
                 self.reader.deferred_latents = sample if unknown else None
             branches = max(1, branches)
+            if batch % branches and call.told_by_hand:
+                raise ValueError(
+                    f"a batch of {batch} does not fall into the {branches} branches of guidance that "
+                    "handle.step was told; give cfg_branches=1 where each call has one branch"
+                )
             call.images = batch // branches if batch % branches == 0 else batch
         call.branches_in_batch = batch // call.images if batch % call.images == 0 else 1
 

@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         # What `command.error` says, without pages of usage above it.
         command.exit(2, f"{command.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        command.exit(
+            130,
+            f"{command.prog}: stopped; what is written is kept, and generate, sweep and tune go on from it\n",
+        )
     return 0
 
 

@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
     """`python -m eval calibrate`. A mistake in the arguments is a ValueError."""
     prompts = first(load_prompts(args.prompts, args.prompt_column)[::-1], args.n)[::-1]
     loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
-    call = run.call_of(args)
+    call = run.call_of(args, loaded.pipe)
     agreement = calibrate_gradient(
         loaded.pipe, tqdm(prompts, unit=" prompts"), args.out, seed=args.seed, **call
     )

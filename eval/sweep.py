@@ -361,6 +361,8 @@ def main(args: argparse.Namespace) -> None:
         chosen = [run.setting_of(text) for text in args.setting]
     else:
         chosen = tofu_settings(args.methods, args.ratios) + skip_settings(args.speedups)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; choose a folder")
     if args.rounds < 0:
         raise ValueError(f"--rounds {args.rounds} is below 0, which times nothing")
     prompts = first(load_prompts(args.prompts, args.prompt_column), args.n, least=2)
@@ -374,12 +376,18 @@ def main(args: argparse.Namespace) -> None:
         prompts,
         args.seed,
         args.batch_size,
-        run.call_of(args),
+        run.call_of(args, loaded.pipe),
         args.rounds,
     )
+    # What scores is loaded first: a wrong path shows before anything is counted.
+    scoring = score.scoring(args, loaded.weights)
     settings = [UNREDUCED, *chosen]
     if not (args.setting or args.stage):
+        print("counting the FLOPs of each setting", flush=True)
         settings = matched(sweep, [*settings, *others(loaded.pipe, args.ratios)])
-    if not sweep_all(sweep, settings, score.scoring(args, loaded.weights), args.against):
+    print(
+        f"{len(settings)} settings of {len(prompts)} prompts each, {args.steps} steps", flush=True
+    )
+    if not sweep_all(sweep, settings, scoring, args.against):
         return
     page.main(argparse.Namespace(sweep=args.out, out=args.out / "report.html", prompts=SHOWN))

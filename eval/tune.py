@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         )
     prompts = given[: args.n + args.held_out]
     loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
-    call = run.call_of(args)
+    call = run.call_of(args, loaded.pipe)
     searched, held_out = prompts[: args.n], prompts[args.n :]
     tuned = tune(
         loaded.pipe,

@@ -24,6 +24,7 @@ from diffusers.utils.export_utils import export_to_video
 from huggingface_hub import hf_hub_download
 from PIL import Image
 
+from pipelines.loading import in_dtype
 from tofu_diffusers import StepSkipping, TokenReduction, apply_tofu, resolve
 
 RATIO = 0.5
@@ -95,7 +96,8 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> int:
     except torch.cuda.OutOfMemoryError:
         parser.error(f"{args.model} does not fit this GPU as a whole; add --offload")
     except (OSError, ValueError) as error:
-        parser.error(f"cannot load {args.model}: {error}")
+        missing = "" if Path(args.model).exists() else "no such folder, and of the hub: "
+        parser.error(f"cannot load {args.model}: {missing}{error}")
     try:
         handle = apply_tofu(pipe, **chosen(args))
     except (TypeError, ValueError) as error:
@@ -252,7 +254,8 @@ def check_options(args: argparse.Namespace, family: str) -> None:
 
 def _load(recipe: Recipe, model: str, on_gpu: bool, offload: bool) -> Any:
     kind = _pipeline_class(model, recipe.pipelines)
-    pipe = kind.from_pretrained(model, dtype=recipe.gpu_dtype if on_gpu else torch.float32)
+    dtype = recipe.gpu_dtype if on_gpu else torch.float32
+    pipe = kind.from_pretrained(model, **in_dtype(dtype))
     if offload:
         pipe.enable_model_cpu_offload()
     else:

@@ -36,7 +36,7 @@ LAYERS = (
     {"tuning"},
 )
 PIPELINES_LAYERS = (
-    {"gpu_command", "recipe", "timer"},
+    {"gpu_command", "loading", "recipe", "timer"},
     {
         "cogvideox",
         "flux",

@@ -250,7 +250,7 @@ def main(args: argparse.Namespace) -> None:
     settings = [run.setting_of(text) for text in args.setting]
     loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     prompts = first(load_prompts(args.prompts, args.prompt_column), args.n or args.batch_size)
-    bench = Bench(loaded.pipe, prompts, args.seed, run.call_of(args), args.compiled)
+    bench = Bench(loaded.pipe, prompts, args.seed, run.call_of(args, loaded.pipe), args.compiled)
     about = {"pipeline": loaded.identity(), "n": len(prompts), "call": bench.call}
     about |= provenance(loaded.device)
     for row in measure(bench, settings, args.rounds, args.out, about):

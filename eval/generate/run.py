@@ -40,6 +40,7 @@ from eval.generate.prompts import BUILT_IN, COLUMN, as_prompts, first, load_prom
 from eval.generate.settings import Setting
 from eval.provenance import provenance
 from pipelines.emoji import GUIDANCE, MODELS, load_pipeline, weights_hash
+from pipelines.loading import in_dtype
 
 DTYPES = ("float32", "float16", "bfloat16")
 OWN = ("prompt", "generator", "output_type", "num_images_per_prompt", "return_dict")
@@ -107,7 +108,7 @@ def load(
     else:
         folder, weights = _folder(source)
         name = folder.resolve().name if Path(source).is_dir() else source
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+        pipe = DiffusionPipeline.from_pretrained(folder, **in_dtype(getattr(torch, dtype)))
     if scheduler is not None:
         pipe.scheduler = scheduler_like(pipe.scheduler, scheduler)
     pipe.to(device)
@@ -257,7 +258,9 @@ def add_run_arguments(
     parser.add_argument("-n", "--n", type=int, help=n)
     parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--steps", type=int, default=25, help="(%(default)s)")
-    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="(%(default)s)")
+    parser.add_argument(
+        "--guidance", type=float, help=f"embedded: {GUIDANCE:g}; else the pipeline's own default"
+    )
     add_scheduler_argument(parser)
     for name in ("height", "width"):
         parser.add_argument(f"--{name}", type=int, help="in pixels; default: the model's own")
@@ -269,25 +272,31 @@ def add_run_arguments(
     parser.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, float16 elsewhere")
 
 
-def call_of(args: argparse.Namespace) -> dict[str, Any]:
+def call_of(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
     """The arguments of every call of the pipeline that `add_run_arguments` asked for."""
     if args.steps < 1:
         raise ValueError(f"--steps {args.steps} is below 1")
-    sizes = {name: getattr(args, name) for name in ("height", "width")}
-    given = {name: size for name, size in sizes.items() if size is not None}
-    return {"num_inference_steps": args.steps, "guidance_scale": args.guidance, **given}
+    guidance = args.guidance
+    if guidance is None and args.pipeline in MODELS:
+        guidance = GUIDANCE
+    elif guidance is None and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
+        guidance = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
+    given = {"guidance_scale": guidance, "height": args.height, "width": args.width}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"num_inference_steps": args.steps, **given}
 
 
 def main(args: argparse.Namespace) -> int:
     """`python -m eval generate`. A mistake in the arguments is a ValueError."""
+    loaded = load(args.pipeline, args.dtype, scheduler=args.scheduler)
     manifest = generate(
-        load(args.pipeline, args.dtype, scheduler=args.scheduler),
+        loaded,
         setting_of(args.setting),
         first(load_prompts(args.prompts, args.prompt_column), args.n),
         args.out,
         seed=args.seed,
         batch_size=args.batch_size,
-        call=call_of(args),
+        call=call_of(args, loaded.pipe),
     )
     state = processes()
     if state.is_main_process:

@@ -49,11 +49,19 @@ class ClipAlignment:
     """The CLIP score, max(100 cos, 0) of each picture, of a CLIP model on the hub or in a folder.
 
     Raises:
-        ValueError: if it is another kind of model.
+        OSError: if the folder's files cannot be read.
+        ValueError: if there is none, or it is another kind of model.
     """
 
     def __init__(self, source: str | Path) -> None:
-        clip = AutoModel.from_pretrained(source)
+        try:
+            clip = AutoModel.from_pretrained(source)
+        except OSError as error:
+            if Path(source).is_dir():
+                raise
+            raise ValueError(
+                f"--clip {source}: no such folder, and no model that the hub gives: {error}"
+            ) from error
         if not isinstance(clip, CLIPModel):
             raise ValueError(
                 f"{source} is a {type(clip).__name__}, no CLIPModel; name one of those"

@@ -149,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
     """`python -m eval study`. A mistake in the arguments is a ValueError."""
     loaded = run.load(args.pipeline, args.dtype, scheduler=args.scheduler)
     prompts = first(load_prompts(args.prompts, args.prompt_column), args.n, least=2)
-    call = run.call_of(args)
+    call = run.call_of(args, loaded.pipe)
     del call["num_inference_steps"]
     study = Study(loaded, prompts, args.seed, args.batch_size, call)
     state = run.processes()

@@ -53,7 +53,7 @@ TRANSFORMERS = {
 
 def small(family, layers=1):
     if family == "unet":
-        return tiny.tiny_sd(channels=(32,), transformer_layers=layers, middle=False)
+        return tiny.small_sd(transformer_layers=layers)
     if family in TRANSFORMERS:
         return TRANSFORMERS[family]()
     return tiny.tiny_sd3(num_layers=2)
@@ -152,7 +152,7 @@ def test_a_compiled_bare_flux_that_is_not_told_its_steps():
 def test_repeated_blocks_fullgraph(setting):
     """One graph a kind of step serves all nine blocks; longer generations need no more graphs."""
     # With six layers two of ToMe's similarities are so close that a machine's rounding decides.
-    pipe = tiny.tiny_sd(channels=(32,), transformer_layers=3, middle=False)
+    pipe = tiny.small_sd(transformer_layers=3)
     with apply_tofu(pipe, **SETTINGS[setting]):
         eager = run(pipe)
     apply_tofu(pipe, **SETTINGS[setting])

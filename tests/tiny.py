@@ -151,9 +151,9 @@ def tiny_sd(
     return finish(pipe, seed)
 
 
-def small_sd() -> StableDiffusionPipeline:
+def small_sd(*, transformer_layers: int = 1) -> StableDiffusionPipeline:
     """Half of the layers of `tiny_sd`: one level and no middle, where more would try nothing more."""
-    return tiny_sd(channels=(32,), middle=False)
+    return tiny_sd(channels=(32,), transformer_layers=transformer_layers, middle=False)
 
 
 def tiny_sd2(

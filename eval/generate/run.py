@@ -277,10 +277,10 @@ def call_of(args: argparse.Namespace, pipe: Any) -> dict[str, Any]:
     if args.steps < 1:
         raise ValueError(f"--steps {args.steps} is below 1")
     guidance = args.guidance
-    if guidance is None and args.pipeline in MODELS:
-        guidance = GUIDANCE
-    elif guidance is None and "guidance_scale" in inspect.signature(pipe.__call__).parameters:
-        guidance = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
+    if guidance is None:
+        own = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+        default = None if own is None else own.default
+        guidance = GUIDANCE if args.pipeline in MODELS else default
     given = {"guidance_scale": guidance, "height": args.height, "width": args.width}
     given = {name: value for name, value in given.items() if value is not None}
     return {"num_inference_steps": args.steps, **given}

@@ -83,6 +83,7 @@ class Numberless(TorchFunctionMode):
         return out
 
 
+# With a type; torch gives it none.
 broadcast: Callable[..., torch.Size] = torch.broadcast_shapes
 
 

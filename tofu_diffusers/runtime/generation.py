@@ -246,7 +246,7 @@ class Generation:
             # One call alone, also after a pipeline's generation, whether that was over or not.
             if self.sampling and (self.caller() is not None or not call.step_known):
                 self.begin(Sampling(), cfg_branches=1)
-        elif told_by and not self._told_by_hand:
+        elif told_by and not (call.step_known and call.told_by_hand):
             new = [each for each in told_by if not is_watched(each, self)]
             for scheduler in new:
                 watch(scheduler, self)
@@ -304,10 +304,6 @@ class Generation:
     def _warn(self, text: str) -> None:
         if not self.silent:
             warnings.warn(text, stacklevel=3)
-
-    @property
-    def _told_by_hand(self) -> bool:
-        return self.runtime.call.step_known and self.scheduler() is None
 
     @property
     def _denoiser(self) -> str:

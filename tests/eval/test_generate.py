@@ -548,6 +548,22 @@ def test_the_command_makes_a_run(saved, tmp_path, capsys, monkeypatch, fresh_sta
 # The manifest
 
 
+@pytest.mark.parametrize(
+    ("words", "guidance"),
+    [
+        ([], 3.0),
+        (["--pipeline", "./mine"], 7.5),
+        (["--pipeline", "./mine", "--guidance", "2"], 2.0),
+    ],
+)
+def test_guidance_that_is_not_given_is_the_pipelines_own(words, guidance, tmp_path):
+    parser = argparse.ArgumentParser()
+    module.add_run_arguments(parser)
+    args = parser.parse_args([*words, "--out", str(tmp_path), "--steps", "5", "--width", "64"])
+    expected = {"num_inference_steps": 5, "guidance_scale": guidance, "width": 64}
+    assert module.call_of(args, tiny.small_sd()) == expected
+
+
 def test_a_manifest_is_the_same_in_json(tmp_path):
     whole = manifest(call=CALL | {"crops": (0, 1)}, continued_with=(provenance(),))
     whole.save(tmp_path)

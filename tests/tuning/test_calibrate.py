@@ -251,7 +251,7 @@ def test_the_command_writes_probes_and_how_good_they_are(tmp_path):
     folder, out = tmp_path / "pipe", tmp_path / "probes.safetensors"
     tiny.tiny_sd().save_pretrained(folder)
     words = ["--pipeline", str(folder), "--out", str(out), "--steps", "2", "-n", "3"]
-    assert main(["calibrate", *words, "--seed", "7"]) == 0
+    assert main(["calibrate", *words, "--seed", "7", "--guidance", str(GUIDANCE)]) == 0
     about = json.loads(out.with_suffix(".json").read_text())
     assert about["n"] == 3 and about["seed"] == 7 and about["weights"]
     again = tmp_path / "again.safetensors"

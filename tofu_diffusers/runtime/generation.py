@@ -193,10 +193,11 @@ class Generation:
         """Go on by one step. One that this denoiser had no part in (its pipeline has two) counts as time.
 
         Raises:
-            RuntimeError: if that timestep was stepped before.
+            RuntimeError: if that timestep was stepped before, or the generation began before tofu was put on.
         """
         call = self.runtime.call
         with self.turn:
+            self._check_not_amid(scheduler)
             if scheduler is not self.scheduler() or not call.step_known:
                 return
             if self.index == 0:
@@ -236,8 +237,7 @@ class Generation:
             named: The denoiser's arguments.
 
         Raises:
-            RuntimeError: if another generation began while his was not over, if his had begun before tofu was
-                put on, or his steps are told by nobody.
+            RuntimeError: if another generation began while his was not over, or his steps are told by nobody.
         """
         call = self.runtime.call
         if any(each() is scheduler for each in self.broken_off for scheduler in told_by):
@@ -253,8 +253,6 @@ class Generation:
             if len(new) == len(told_by):
                 # Set after `apply_tofu`, or in another pipeline around this denoiser.
                 self._follow(told_by[0], caller)
-            elif not self.sampling:
-                self._check_not_amid(told_by[0], caller, named)
         call.told_by_pipeline = bool(told_by)
         call.conditions = getattr(getattr(caller, "guider", None), "num_conditions", 0)
         family = self.runtime.setup.family
@@ -333,19 +331,16 @@ class Generation:
         perturbed = getattr(pipeline, "do_perturbed_attention_guidance", False)
         return 1 + others * bool(guided) + bool(perturbed)
 
-    def _check_not_amid(self, scheduler: Any, caller: Any, named: dict[str, Any]) -> None:
+    def _check_not_amid(self, scheduler: Any) -> None:
         """Refuse to go on with a generation whose beginning was not seen: which step this is, nobody told.
 
-        A call beside the steps has another timestep than any of them but the first and the last.
+        It is one if the scheduler is stepped behind a call; calls beside the steps are followed by no step.
         """
         setup = self.runtime.setup
-        steps = getattr(scheduler, "timesteps", None)
-        begun = getattr(scheduler, "num_inference_steps", None) is not None
-        scale = setup.family.timestep_scale
-        if not (setup.reduces and begun and scale and isinstance(steps, Tensor)):
+        if self.sampling or not self.runtime.call.number or not setup.reduces:
             return
-        timestep = torch.as_tensor(named[setup.family.timestep_name], dtype=torch.float32) / scale
-        if torch.isclose(steps[1:-1].float().cpu(), timestep.flatten()[:1].cpu(), rtol=0.01).any():
+        caller = generating(scheduler)
+        if caller is not None and holds(caller, setup.denoiser):
             raise RuntimeError(
                 f"apply_tofu or handle.reset was called while {type(caller).__name__} generates, and its "
                 "steps are known only from their beginning; call it before the pipeline"
